@@ -1,0 +1,43 @@
+"""GPT-OSS in JAX: train it, take it apart, convert it, sample from it.
+
+Names are imported when they are first used, so that `gptoss_jax.ops` and `gptoss_jax.model` need
+nothing beyond jax and flax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptoss_jax import harmony as harmony
+    from gptoss_jax.config import Config as Config
+    from gptoss_jax.config import ModelConfig as ModelConfig
+    from gptoss_jax.errors import UserError as UserError
+    from gptoss_jax.model import Transformer as Transformer
+    from gptoss_jax.sampler import Sampler as Sampler
+    from gptoss_jax.train_step import make_train_step as make_train_step
+    from gptoss_jax.weights import load as load
+    from gptoss_jax.weights import save as save
+
+_HOME = {
+    "Config": "config",
+    "ModelConfig": "config",
+    "UserError": "errors",
+    "Transformer": "model",
+    "Sampler": "sampler",
+    "make_train_step": "train_step",
+    "load": "weights",
+    "save": "weights",
+}
+
+__version__ = "0.1.0"
+__all__ = [*_HOME, "harmony"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "harmony":
+        return importlib.import_module("gptoss_jax.harmony")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"gptoss_jax.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'gptoss_jax' has no attribute {name!r}")

@@ -1,0 +1,237 @@
+"""Configuration as a value: frozen dataclasses, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from gptoss_jax.errors import UserError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, and the form in which it computes. The defaults are gpt-oss-20b."""
+
+    vocab_size: int = 201_088  # V
+    num_layers: int = 24  # L
+    d_model: int = 2_880  # D
+    num_heads: int = 64  # N, query heads
+    num_kv_heads: int = 8  # K
+    head_dim: int = 64  # H
+    num_experts: int = 32  # E
+    active_experts: int = 4  # A
+    d_expert: int = 2_880  # F
+    # Banded to full layers in each period, banded first ("1:1", "5:1"); "full", "banded"; or a
+    # letter a layer, b or f ("bfbbf").
+    layer_pattern: str = "1:1"
+    window: int = 128  # W: keys that a banded layer sees, the query's own included
+    sinks: Literal["learned", "zero", "off"] = "learned"
+    norm: Literal["pre", "post"] = "pre"
+    qk_norm: bool = False
+    swiglu_limit: float = 7.0
+    rms_eps: float = 1e-5
+    rope_theta: float = 150_000.0
+    # YaRN's factor; 1 is plain RoPE; "auto" is context / initial_context, at least 1.
+    rope_factor: float | Literal["auto"] = 32.0
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    initial_context: int = 4_096
+    context: int = 131_072  # the longest sequence
+    init_std: float = 0.02
+
+    experts: Literal["dense", "mxfp4"] = "dense"  # the form of the experts' projections in memory
+    dtype: DType = "bfloat16"  # of compute; float16 keeps a float32 residual stream
+    param_dtype: DType = "bfloat16"
+    # What the backward pass recomputes: nothing, all but matmul outputs, or every layer.
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model has."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int":
+                _check(value > 0, f"model.{f.name} is {value}: it must be positive")
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads ({self.num_heads}) is no multiple of model.num_kv_heads "
+            f"({self.num_kv_heads})",
+        )
+        _check(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}: RoPE needs it even")
+        _check(
+            self.active_experts <= self.num_experts,
+            f"model.active_experts ({self.active_experts}) is more than model.num_experts "
+            f"({self.num_experts})",
+        )
+        if self.experts == "mxfp4":
+            for name in ("d_model", "d_expert"):
+                size = getattr(self, name)
+                _check(
+                    size % 32 == 0,
+                    f"model.{name} is {size}: model.experts=mxfp4 needs a multiple of 32",
+                )
+        if self.rope_factor != "auto":
+            _check(
+                self.rope_factor >= 1, f"model.rope_factor is {self.rope_factor}: it is at least 1"
+            )
+        _ = self.layer_windows
+
+    @cached_property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None where it sees the whole past."""
+        pattern, n = self.layer_pattern, self.num_layers
+        ratio = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pattern)
+        if ratio:
+            unit = "b" * int(ratio[1]) + "f" * int(ratio[2])
+        elif pattern in ("full", "banded"):
+            unit = pattern[0]
+        elif re.fullmatch("[bf]+", pattern) and len(pattern) == n:
+            unit = pattern
+        else:
+            raise UserError(
+                f"model.layer_pattern is {pattern!r}: it is '1:1', '5:1' or the like (banded:full),"
+                f" 'full', 'banded', or one letter b or f for each of the {n} layers"
+            )
+        kinds = (unit * n)[:n]
+        return tuple(self.window if kind == "b" else None for kind in kinds)
+
+    @cached_property
+    def period(self) -> int:
+        """The smallest p such that layer i and layer i + p are of one kind, for all layers."""
+        w = self.layer_windows
+        return next(p for p in range(1, len(w) + 1) if w[p:] == w[: len(w) - p])
+
+    @property
+    def yarn_factor(self) -> float:
+        """YaRN's factor as a number, "auto" resolved."""
+        if self.rope_factor == "auto":
+            return max(1.0, self.context / self.initial_context)
+        return float(self.rope_factor)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The fields that decide what function the model is; the rest say how it computes."""
+        compute = {"experts", "dtype", "param_dtype", "remat", "init_std", "context"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {k: v for k, v in values.items() if k not in compute}
+        values["rope_factor"] = self.yarn_factor
+        values["layer_pattern"] = "".join("f" if w is None else "b" for w in self.layer_windows)
+        return values
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it becomes batches."""
+
+    # Files, globs or folders: .jsonl (chats if its records have "messages", else {"text": ...}) or
+    # .txt. Empty: none given.
+    train: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()  # what held-out loss and exact match are computed on
+    sequence_length: int = 4_096  # T, tokens in a packed row
+    batch_size: int = 8  # rows a step, over all hosts and microbatches
+    on_long: Literal["truncate", "refuse"] = "truncate"  # records longer than sequence_length
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    # What counts in the loss: roles, or role/channel pairs such as assistant/final.
+    train_on: tuple[str, ...] = ("assistant",)
+    reasoning: Literal["low", "medium", "high"] = "medium"  # where a record does not say
+    pack_window: int = 1_024  # records that are shuffled into one packing plan
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no batch."""
+        for name in ("sequence_length", "batch_size", "pack_window"):
+            value = getattr(self, name)
+            _check(value > 0, f"data.{name} is {value}: it must be positive")
+        roles = {"system", "developer", "user", "assistant", "tool"}
+        for item in self.train_on:
+            _check(
+                item.split("/")[0] in roles,
+                f"data.train_on has {item!r}: a role is one of {', '.join(sorted(roles))}",
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    warmup_steps: int = 20
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_learning_rate: float = 0.1  # where cosine ends, as a share of learning_rate
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; never on norms, biases and sinks
+    clip_norm: float = 1.0  # of the global gradient; 0 is off
+    accumulate: int = 1  # microbatches a step
+
+    def __post_init__(self) -> None:
+        """Refuse values that can't train."""
+        _check(self.accumulate > 0, f"optimizer.accumulate is {self.accumulate}: at least 1")
+        _check(
+            self.learning_rate >= 0, f"optimizer.learning_rate is {self.learning_rate}: negative"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1_000
+    seed: int = 0
+    balance_loss: float = 0.0  # coefficient of the routers' load-balancing loss
+    z_loss: float = 0.0  # coefficient of the routers' z-loss
+    on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite
+    log_every: int = 1
+    eval_every: int = 100
+    eval_batches: int = 16  # held-out rows are data.batch_size a batch; 0 is all of them
+    eval_questions: int = 64  # held-out chats answered greedily for exact match; 0 is off
+    eval_max_tokens: int = 64  # tokens of an answer
+    checkpoint_every: int = 100
+    keep: int = 3  # newest checkpoints kept, beside the best by held-out loss
+    peak_tflops: float = 0.0  # of a device, for MFU; 0 looks the device up
+
+    def __post_init__(self) -> None:
+        """Refuse intervals that never come."""
+        for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            _check(value > 0, f"train.{name} is {value}: it must be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: what `configs/*.py` return and the command line overrides."""
+
+    name: str = "20b"
+    init: str | None = None  # a checkpoint folder to start from; None is random weights
+    workdir: str | None = None  # None is runs/<name>
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other."""
+        _check(
+            self.data.sequence_length <= self.model.context,
+            f"data.sequence_length ({self.data.sequence_length}) is longer than model.context "
+            f"({self.model.context})",
+        )
+        _check(
+            self.data.batch_size % self.optimizer.accumulate == 0,
+            f"data.batch_size ({self.data.batch_size}) is no multiple of optimizer.accumulate "
+            f"({self.optimizer.accumulate})",
+        )
+
+    @property
+    def run_folder(self) -> str:
+        """Where the run lives."""
+        return self.workdir or f"runs/{self.name}"

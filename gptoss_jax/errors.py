@@ -1,0 +1,24 @@
+"""Errors that are for people: one line that names the thing, and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user gave is wrong; the message says what, where, and what to do about it."""
+
+
+def run_entry(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command's `main(argv)`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

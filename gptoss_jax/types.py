@@ -1,0 +1,123 @@
+"""Pytree containers that every room of the package shares.
+
+Dimension letters, here and everywhere: `B` batch, `T` query length, `S` key length, `V` vocabulary,
+`L` layers, `D` model, `N` query heads, `K` kv heads, `G` = N/K, `H` head dim, `E` experts,
+`A` active experts, `F` expert hidden, `W` window, `M` rows (B*T flattened).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+MXFP4_BLOCK = 32  # values that share one scale byte (OCP Microscaling Formats v1.0, section 5.1)
+
+# A nested dict of arrays and `MXFP4` values. The paths are the same in memory, in the sharding
+# table, in the weight map and in checkpoints.
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class MXFP4:
+    """A weight in 4-bit microscaling form: a value that ops take where they take an array.
+
+    Stands for an array `[..., C]` with C a multiple of 32. Byte j of a block holds elements 2j (low
+    nibble) and 2j+1 (high nibble) of the block; its value is `e2m1[nibble] * 2**(scale - 127)`.
+    """
+
+    blocks: UInt8[Array, "... C/32 16"]
+    scales: UInt8[Array, "... C/32"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * MXFP4_BLOCK)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.scales.shape)
+
+    def __getitem__(self, index: Any) -> MXFP4:
+        """Index the leading axes; the last one, along which the blocks run, is not for slicing."""
+        return MXFP4(self.blocks[index], self.scales[index])
+
+
+def is_weight(x: Any) -> bool:
+    """Say whether `x` is one weight of a parameter tree: for `is_leaf` of `jax.tree.map`."""
+    return isinstance(x, MXFP4) or not isinstance(x, dict)
+
+
+def take_layer(layers: Params, i: int) -> Params:
+    """Return layer `i` of `params["layers"]`, whose stacks are arrays [L, ...] or tuples of L."""
+    return jax.tree.map(lambda stack: stack[i], layers, is_leaf=is_weight)
+
+
+def split_layers(layers: Params, num_layers: int) -> Params:
+    """Turn stacks [L, ...] into tuples of L arrays, the form a CPU decodes from without copies."""
+
+    def split(stack: Any) -> Any:
+        return stack if isinstance(stack, tuple) else tuple(stack[i] for i in range(num_layers))
+
+    return jax.tree.map(split, layers, is_leaf=is_weight)
+
+
+@struct.dataclass
+class Batch:
+    """Packed training rows. `targets[b, t]` is the token after `tokens[b, t]` in its segment.
+
+    `segment_ids` are 0 for padding and 1, 2, ... for the records of a row; `positions` restart at 0
+    in each segment; `weights` are 0 wherever the target does not count.
+    """
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (rotated) and values seen so far, a tuple entry per layer.
+
+    A full layer has a slot per position of the context; a banded layer a ring of W slots, in which
+    position p lives in slot p % W. `positions` says which position a slot holds, -1 if none.
+    """
+
+    keys: tuple[Float[Array, "B S K H"], ...]
+    values: tuple[Float[Array, "B S K H"], ...]
+    positions: tuple[Int[Array, "B S"], ...]
+    # True while nothing is in it: prefill then attends to its own tokens alone, as training does.
+    empty: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class RouterStats:
+    """What the routers did, a row per layer, over the tokens that are not padding, in float32."""
+
+    load: Float[Array, "L E"]  # share of the routed (token, expert) pairs; a row sums to 1
+    balance_loss: Float[Array, " L"]  # E * sum_e load_e * mean_prob_e: 1 when balanced
+    z_loss: Float[Array, " L"]  # mean of logsumexp(router logits)**2
+
+
+@struct.dataclass
+class Output:
+    """What one forward pass returns."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm: unembed to get logits
+    cache: KVCache | None
+    router: RouterStats
+    captured: dict[str, Array]  # name -> [L, ...] for the names asked for
+
+
+@struct.dataclass
+class TrainState:
+    """All that a training step reads and writes."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    rng: PRNGKeyArray
