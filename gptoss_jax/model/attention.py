@@ -1,0 +1,138 @@
+"""The attention module: projections with biases, RoPE, the cache, the op, the way back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.ops.attention import attention
+from gptoss_jax.ops.norm import rms_norm
+from gptoss_jax.ops.rope import rotate
+
+
+class Sequence(NamedTuple):
+    """Where the tokens of a call stand: the same for every layer."""
+
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+
+
+class LayerCache(NamedTuple):
+    """One layer of `types.KVCache`."""
+
+    keys: Float[Array, "B S K H"]
+    values: Float[Array, "B S K H"]
+    positions: Int[Array, "B S"]
+    empty: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with sinks; its layer's window comes with the call."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sequence: Sequence,
+        *,
+        window: int | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Return the layer's output and, if there was a cache, the cache with these tokens in it."""
+        c = self.config
+        q = self._project("q", x, c.num_heads)
+        k = self._project("k", x, c.num_kv_heads)
+        v = self._project("v", x, c.num_kv_heads)
+        if c.qk_norm:
+            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
+        q = rotate(q, sequence.cos, sequence.sin)
+        k = rotate(k, sequence.cos, sequence.sin)
+        out, cache = _attend(q, k, v, self._sinks(), sequence, window=window, cache=cache)
+        dtype = jnp.dtype(c.param_dtype)
+        init = nn.initializers.normal(c.init_std)
+        weight = self.param("o_weight", init, (c.d_model, c.num_heads, c.head_dim), dtype)
+        bias = self.param("o_bias", nn.initializers.zeros, (c.d_model,), dtype)
+        out = jnp.einsum("BTNH,DNH->BTD", out, weight.astype(x.dtype))
+        return out + bias.astype(x.dtype), cache
+
+    def _project(self, name: str, x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T N H"]:
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        init = nn.initializers.normal(c.init_std)
+        weight = self.param(f"{name}_weight", init, (heads, c.head_dim, c.d_model), dtype)
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim), dtype)
+        return jnp.einsum("BTD,NHD->BTNH", x, weight.astype(x.dtype)) + bias.astype(x.dtype)
+
+    def _norm(self, name: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        c = self.config
+        scale = self.param(name, nn.initializers.ones, (c.head_dim,), jnp.dtype(c.param_dtype))
+        return rms_norm(x, scale, eps=c.rms_eps)
+
+    def _sinks(self) -> Float[Array, " N"] | None:
+        c = self.config
+        if c.sinks == "learned":
+            dtype = jnp.dtype(c.param_dtype)
+            return self.param("sinks", nn.initializers.zeros, (c.num_heads,), dtype)
+        return jnp.zeros((c.num_heads,), jnp.float32) if c.sinks == "zero" else None
+
+
+def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | None):
+    """Attend to the tokens of the call and to the cache; return the cache with them in it."""
+    segments, positions = sequence.segment_ids, sequence.positions
+
+    def self_attention():
+        return attention(
+            q, k, v, sinks=sinks, window=window, segment_ids=segments, positions=positions
+        )
+
+    if cache is None:
+        return self_attention(), None
+    written = _write(cache, k, v, segments=segments, positions=positions)
+    if cache.empty:
+        return self_attention(), written
+    keys, values, key_positions = written.keys, written.values, written.positions
+    if window is not None and q.shape[1] > 1:
+        # Later tokens of the call may have taken the slots of keys that earlier ones still see.
+        keys = jnp.concatenate([cache.keys, k.astype(cache.keys.dtype)], axis=1)
+        values = jnp.concatenate([cache.values, v.astype(cache.values.dtype)], axis=1)
+        new = jnp.where(segments != 0, positions, -1)
+        key_positions = jnp.concatenate([cache.positions, new], axis=1)
+    out = attention(
+        q,
+        keys,
+        values,
+        sinks=sinks,
+        window=window,
+        segment_ids=(segments != 0).astype(jnp.int32),
+        positions=positions,
+        kv_segment_ids=(key_positions >= 0).astype(jnp.int32),
+        kv_positions=key_positions,
+    )
+    return out, written
+
+
+def _write(cache: LayerCache, k, v, *, segments, positions) -> LayerCache:
+    """Put the call's keys and values into their slots: position p in slot p % S.
+
+    Padding is dropped, and of the tokens that share a slot all but the last.
+    """
+    slots = cache.positions.shape[1]
+    real = segments != 0
+    newest = jnp.max(jnp.where(real, positions, -1), axis=1, keepdims=True)
+    keep = real & (positions > newest - slots)
+    slot = jnp.where(keep, positions % slots, slots)  # out of range: not written
+    row = jnp.arange(k.shape[0])[:, None]
+    return LayerCache(
+        cache.keys.at[row, slot].set(k.astype(cache.keys.dtype), mode="drop"),
+        cache.values.at[row, slot].set(v.astype(cache.values.dtype), mode="drop"),
+        cache.positions.at[row, slot].set(positions, mode="drop"),
+        empty=False,
+    )

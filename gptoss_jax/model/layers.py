@@ -1,0 +1,123 @@
+"""The small modules: norm, router, experts."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.ops import moe, mxfp4
+from gptoss_jax.ops.norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    size: int
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis; see `ops.norm.rms_norm`."""
+        scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.dtype(self.param_dtype))
+        return rms_norm(x, scale, eps=self.eps)
+
+
+class Table(nn.Module):
+    """A [V, D] table: of embeddings, or of the unembedding's rows."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        """Return the table, in its own dtype."""
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        return self.param("weight", init, (c.vocab_size, c.d_model), jnp.dtype(c.param_dtype))
+
+
+class Router(nn.Module):
+    """The linear layer that scores the experts, and what is read from its scores."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "M D"], mask: Bool[Array, " M"]
+    ) -> tuple[Int[Array, "M A"], Float[Array, "M A"], Float[Array, "M E"], dict[str, Array]]:
+        """Return the chosen experts, their weights, all logits, and the layer's statistics.
+
+        The linear layer accumulates in float32; the weights are a softmax over the chosen logits
+        alone. Source: gpt_oss/torch/model.py, MLPBlock.forward.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        init = nn.initializers.normal(c.init_std)
+        weight = self.param("weight", init, (c.num_experts, c.d_model), dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c.num_experts,), dtype)
+        logits = jnp.einsum(
+            "MD,ED->ME", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
+        )
+        logits = logits + bias.astype(jnp.float32)
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), c.active_experts)
+        # Reading by one-hot rather than by index keeps the gradient a product and not a scatter.
+        one_hot = jax.nn.one_hot(chosen, c.num_experts, dtype=jnp.float32)
+        weights = jax.nn.softmax(jnp.einsum("MAE,ME->MA", one_hot, logits), axis=-1)
+        return chosen, weights, logits, _statistics(logits, one_hot, mask)
+
+
+def _statistics(
+    logits: Float[Array, "M E"], one_hot: Float[Array, "M A E"], mask: Bool[Array, " M"]
+) -> dict[str, Array]:
+    """Return load [E], balancing loss and z-loss of one layer, over the unmasked rows.
+
+    Balancing: E * sum_e load_e * mean_prob_e (Fedus et al. 2021, arXiv:2101.03961, equation 4, with
+    load over all active slots). z-loss: Zoph et al. 2022, arXiv:2202.08906, equation 5.
+    """
+    E, A = logits.shape[1], one_hot.shape[1]
+    real = mask.astype(jnp.float32)
+    count = jnp.maximum(real.sum(), 1.0)
+    load = jnp.einsum("MAE,M->E", one_hot, real) / (count * A)
+    prob = jnp.einsum("ME,M->E", jax.nn.softmax(logits, axis=-1), real) / count
+    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / count
+    return {"load": load, "balance_loss": E * jnp.sum(load * prob), "z_loss": z}
+
+
+class Experts(nn.Module):
+    """The experts' projections, dense or packed; both go through the same op."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "M D"],
+        chosen: Int[Array, "M A"],
+        weights: Float[Array, "M A"],
+        *,
+        mask: Bool[Array, " M"],
+    ) -> Float[Array, "M D"]:
+        """Return the weighted sum of the chosen experts' outputs; see `ops.moe.experts`."""
+        c = self.config
+        E, D, F = c.num_experts, c.d_model, c.d_expert
+        dtype = jnp.dtype(c.param_dtype)
+
+        def projection(key: Array, shape: tuple[int, ...]):
+            dense = c.init_std * jax.random.normal(key, shape, jnp.float32)
+            return mxfp4.encode(dense) if c.experts == "mxfp4" else dense.astype(dtype)
+
+        zeros = nn.initializers.zeros
+        return moe.experts(
+            x,
+            chosen,
+            weights,
+            gate_up_weight=self.param("gate_up_weight", projection, (E, 2, F, D)),
+            gate_up_bias=self.param("gate_up_bias", zeros, (E, 2, F), dtype),
+            down_weight=self.param("down_weight", projection, (E, D, F)),
+            down_bias=self.param("down_bias", zeros, (E, D), dtype),
+            limit=c.swiglu_limit,
+            mask=mask,
+        )

@@ -1,0 +1,317 @@
+"""The transformer: embedding, layers, norm, unembedding, and the one forward pass.
+
+Dimension letters are listed at the top of `gptoss_jax/types.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.attention import Attention, LayerCache, Sequence
+from gptoss_jax.model.layers import Experts, RMSNorm, Router, Table
+from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
+from gptoss_jax.types import KVCache, Output, Params, RouterStats, is_weight, take_layer
+
+# What `capture` may name, each [L, B, T, ...] in the result.
+CAPTURES = (
+    "residual",  # the residual stream after the layer [D]
+    "attention_out",  # what attention adds [D]
+    "moe_out",  # what the experts add [D]
+    "router_logits",  # [E], float32
+    "expert_ids",  # [A]
+    "expert_weights",  # [A], float32
+)
+
+
+class Block(nn.Module):
+    """One layer: attention and mixture of experts, each around a residual stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sequence: Sequence,
+        *,
+        window: int | None,
+        cache: LayerCache | None = None,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array], dict[str, Array]]:
+        """Return the residual stream, the cache, the router's statistics and what was captured."""
+        c = self.config
+        B, T, D = x.shape
+        dtype = jnp.dtype(c.dtype)
+        attention_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="attention_norm")
+        moe_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="moe_norm")
+        attend = Attention(c, name="attention")
+        mask = (sequence.segment_ids != 0).reshape(-1)
+
+        def mix(h: Float[Array, "B T D"]):
+            rows = h.reshape(B * T, D)
+            with jax.named_scope("router"):
+                chosen, weights, logits, stats = Router(c, name="router")(rows, mask)
+            with jax.named_scope("experts"):
+                out = Experts(c, name="experts")(rows, chosen, weights, mask=mask)
+            return out.reshape(B, T, D), (logits, chosen, weights), stats
+
+        def add(x: Array, y: Array, norm: RMSNorm) -> Array:
+            x = x + y.astype(x.dtype)
+            return norm(x) if c.norm == "post" else x
+
+        def into(x: Array, norm: RMSNorm) -> Array:
+            return (norm(x) if c.norm == "pre" else x).astype(dtype)
+
+        with jax.named_scope("attention"):
+            h = into(x, attention_norm)
+            attended, cache = attend(h, sequence, window=window, cache=cache)
+            x = add(x, attended, attention_norm)
+        mixed, routing, stats = mix(into(x, moe_norm))
+        x = add(x, mixed, moe_norm)
+        per_token = [value.reshape(B, T, -1) for value in routing]
+        every = dict(zip(CAPTURES, (x, attended, mixed, *per_token), strict=True))
+        return x, cache, stats, {name: every[name] for name in capture}
+
+
+def _remat(block: Callable, how: str) -> Callable:
+    """Wrap a layer so that the backward pass recomputes what `how` says."""
+    if how == "none":
+        return block
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if how == "dots" else None
+    return jax.checkpoint(block, policy=policy)
+
+
+class Transformer(nn.Module):
+    """GPT-OSS. `apply({"params": params}, tokens)` gives logits; `forward` gives everything."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declare the parameters: `layers` stacked [L, ...], whatever a layer's kind."""
+        c = self.config
+        self.embedding = Table(c)
+        self.final_norm = RMSNorm(c.d_model, c.rms_eps, c.param_dtype)
+        self.unembedding = Table(c)
+        if not self.has_variable("params", "layers"):
+            self.param("layers", self._init_layers)
+
+    def _init_layers(self, key: Array) -> Params:
+        c = self.config
+        x, one = jnp.zeros((1, 1, c.d_model), jnp.dtype(c.dtype)), jnp.ones((1, 1), jnp.int32)
+        angle = jnp.zeros((1, 1, c.head_dim // 2))
+        sequence = Sequence(one, one, angle, angle)
+
+        def init(key: Array) -> Params:
+            return Block(c, parent=None).init(key, x, sequence, window=None)["params"]
+
+        return jax.vmap(init)(jax.random.split(key, c.num_layers))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Return the logits, float32."""
+        out = self.run(tokens, segment_ids=segment_ids, positions=positions)
+        return self.to_logits(out.hidden)
+
+    def to_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Unembed: logits in float32 from the dtype of `hidden`."""
+        weight = self.unembedding().astype(hidden.dtype)
+        return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+
+    def run(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        capture: Iterable[str] = (),
+    ) -> Output:
+        """Run all layers on bound parameters; see `forward`."""
+        c = self.config
+        capture = tuple(capture)
+        unknown = [name for name in capture if name not in CAPTURES]
+        if unknown:
+            raise ValueError(f"capture names {unknown[0]!r}; there are {', '.join(CAPTURES)}")
+        if cache is not None and positions is None:
+            raise ValueError("positions are needed with a cache: where do the tokens stand?")
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = restarting_positions(segment_ids)
+        sequence = Sequence(segment_ids, positions, *self._angles(positions))
+        residual = jnp.dtype("float32" if c.dtype == "float16" else c.dtype)
+        table = self.embedding()
+        self.unembedding()  # declared even where only hidden states are asked for
+        x = table[tokens].astype(residual)
+        layers = self.get_variable("params", "layers")
+        if cache is None and not isinstance(_a_stack(layers), tuple):
+            x, stats, captured = self._scan(layers, x, sequence, capture)
+        else:
+            x, cache, stats, captured = self._unroll(layers, x, sequence, capture, cache=cache)
+        hidden = self.final_norm(x).astype(jnp.dtype(c.dtype))
+        return Output(hidden, cache, RouterStats(**stats), captured)
+
+    def _angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        c = self.config
+        inverse, concentration = inverse_frequencies(
+            c.head_dim,
+            theta=c.rope_theta,
+            factor=c.yarn_factor,
+            initial_context=c.initial_context,
+            beta_fast=c.rope_beta_fast,
+            beta_slow=c.rope_beta_slow,
+        )
+        return cos_sin(positions, inverse, concentration)
+
+    def _block(self, window: int | None, capture: tuple[str, ...]) -> Callable:
+        """Return a function of (layer's parameters, x, sequence, cache) for one kind of layer."""
+
+        def block(params: Params, x: Array, sequence: Sequence, cache: LayerCache | None):
+            apply = partial(Block(self.config, parent=None).apply, {"params": params})
+            return apply(x, sequence, window=window, cache=cache, capture=capture)
+
+        return block
+
+    def _scan(self, layers: Params, x: Array, sequence: Sequence, capture: tuple[str, ...]):
+        """Scan groups of one period of layer kinds; unroll what is left over."""
+        c = self.config
+        groups, rest = divmod(c.num_layers, c.period)
+        blocks = [_remat(self._block(w, capture), c.remat) for w in c.layer_windows[: c.period]]
+
+        def group(x: Array, params: Params):
+            results = []
+            for i, block in enumerate(blocks):
+                x, _, stats, captured = block(take_layer(params, i), x, sequence, None)
+                results.append((stats, captured))
+            return x, jax.tree.map(lambda *a: jnp.stack(a), *results)
+
+        def grouped(stack: Array) -> Array:
+            whole = stack[: groups * c.period] if rest else stack
+            return whole.reshape(groups, c.period, *stack.shape[1:])
+
+        x, results = jax.lax.scan(group, x, jax.tree.map(grouped, layers))
+        results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
+        for i in range(c.num_layers - rest, c.num_layers):
+            block = blocks[i % c.period]
+            x, _, stats, captured = block(take_layer(layers, i), x, sequence, None)
+            results = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b[None]]), results, (stats, captured)
+            )
+        return x, *results
+
+    def _unroll(self, layers, x, sequence: Sequence, capture: tuple[str, ...], *, cache):
+        """Run layer after layer, each with its part of the cache: how decoding does it."""
+        c = self.config
+        parts, results = [], []
+        for i, window in enumerate(c.layer_windows):
+            part = None
+            if cache is not None:
+                slots = cache.keys[i], cache.values[i], cache.positions[i]
+                part = LayerCache(*slots, empty=cache.empty)
+            # With a cache there is no backward pass, so nothing to recompute.
+            block = _remat(self._block(window, capture), "none" if cache is not None else c.remat)
+            x, part, stats, captured = block(take_layer(layers, i), x, sequence, part)
+            parts.append(part)
+            results.append((stats, captured))
+        if cache is not None:
+            keys, values, positions, _ = zip(*parts, strict=True)
+            cache = KVCache(keys, values, positions, empty=False)
+        return x, cache, *jax.tree.map(lambda *a: jnp.stack(a), *results)
+
+    @nn.nowrap
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        capture: Iterable[str] = (),
+    ) -> Output:
+        """Return hidden states, cache, router statistics and captures: trainer and sampler both.
+
+        `segment_ids` are 0 for padding (all 1 if not given); `positions` default to restarting in
+        each segment. With a cache `positions` are absolute, padding is not written, and a query
+        sees what the cache holds and the tokens before it; an `empty` cache is filled by the very
+        pass that training runs. `capture` names intermediates, see `CAPTURES`.
+
+        Raises ValueError for an unknown capture, or a cache without positions.
+        """
+        return self.apply(
+            {"params": params},
+            tokens,
+            segment_ids=segment_ids,
+            positions=positions,
+            cache=cache,
+            capture=capture,
+            method="run",
+        )  # type: ignore[return-value]
+
+    @nn.nowrap
+    def unembed(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Return float32 logits of hidden states."""
+        return self.apply({"params": params}, hidden, method="to_logits")  # type: ignore[return-value]
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: str | None = None) -> KVCache:
+        """Return an empty cache for `length` positions: a ring of W slots in a banded layer."""
+        c = self.config
+        slots = [length if w is None else min(w, length) for w in c.layer_windows]
+
+        def zeros() -> tuple[Array, ...]:
+            shape = (c.num_kv_heads, c.head_dim)
+            return tuple(
+                jnp.zeros((batch_size, s, *shape), jnp.dtype(dtype or c.dtype)) for s in slots
+            )
+
+        positions = tuple(jnp.full((batch_size, s), -1, jnp.int32) for s in slots)
+        return KVCache(zeros(), zeros(), positions, empty=True)
+
+    @nn.nowrap
+    def abstract_params(self) -> Params:
+        """Return the shapes and dtypes of the parameters without making them."""
+        one = jnp.zeros((1, 1), jnp.int32)
+        return jax.eval_shape(self.init, jax.random.key(0), one)["params"]
+
+    @nn.nowrap
+    def num_parameters(self) -> tuple[int, int]:
+        """Return total parameters, and those active for a token.
+
+        Active leaves out the embedding and counts A of E experts, as the model card does.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(self.abstract_params(), is_leaf=is_weight)
+        total = active = 0
+        for path, leaf in leaves:
+            names = [step.key for step in path]
+            size = math.prod(leaf.shape)
+            total += size
+            if names[0] != "embedding":
+                share = self.config.active_experts / self.config.num_experts
+                active += round(size * share) if "experts" in names else size
+        return total, active
+
+
+def restarting_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Count from 0 in each contiguous segment."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    first = jnp.ones_like(segment_ids[:, :1], bool)
+    starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _a_stack(layers: Params):
+    return jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, tuple))[0]

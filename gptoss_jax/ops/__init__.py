@@ -1,0 +1,1 @@
+"""The maths, as plain functions of arrays: no Flax, no configuration."""
