@@ -68,5 +68,3 @@ def to_tree(tensors: dict[str, np.ndarray], config: ModelConfig = SIZES) -> dict
             },
         },
     }
-
-

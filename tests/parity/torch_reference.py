@@ -12,6 +12,7 @@ from mapping import SIZES
 
 from gptoss_jax.config import ModelConfig
 
+
 def transformers_model(config: ModelConfig = SIZES, seed: int = 0) -> GptOssForCausalLM:
     """Make a random float32 model, every tensor of it of a size that matters."""
     c = config
@@ -104,6 +105,8 @@ def openai_logits(model: GptOssForCausalLM, tokens: np.ndarray) -> np.ndarray:
             f"{ours}.mlp.mlp2_weight": hf[f"{layer}.mlp.experts.down_proj"].swapaxes(1, 2),
             f"{ours}.mlp.mlp2_bias": hf[f"{layer}.mlp.experts.down_proj_bias"],
         }
-    theirs.load_state_dict({k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in tensors.items()})
+    theirs.load_state_dict(
+        {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in tensors.items()}
+    )
     with torch.no_grad():
         return theirs(torch.as_tensor(tokens, dtype=torch.long)).numpy()

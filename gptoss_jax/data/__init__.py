@@ -1,0 +1,10 @@
+"""Data: files of chats and text to packed, sharded, resumable batches."""
+
+from gptoss_jax.data.loader import Question as Question
+from gptoss_jax.data.loader import TrainBatches as TrainBatches
+from gptoss_jax.data.loader import eval_batches as eval_batches
+from gptoss_jax.data.loader import eval_questions as eval_questions
+from gptoss_jax.data.loader import train_batches as train_batches
+from gptoss_jax.data.report import describe as describe
+from gptoss_jax.data.report import differences as differences
+from gptoss_jax.data.report import fingerprint as fingerprint

@@ -1,0 +1,172 @@
+"""Records to token segments with loss weights, and what the data holds in all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from gptoss_jax import harmony, tokenizer
+from gptoss_jax.config import Config, DataConfig
+from gptoss_jax.data.packing import Segment
+from gptoss_jax.data.sources import Record, Records, progress, resolve
+from gptoss_jax.errors import UserError
+
+BYTES_PER_TOKEN = 4  # English under o200k; a stretch of a .txt file then comes to about a row
+CACHE_TOKENS = 16 << 20  # tokenised records kept in memory: 128 MiB, 8 bytes a token
+SURVEY_BYTES = 8 << 20  # files up to this are tokenised whole before training starts
+SURVEY_RECORDS = 1_000  # of larger ones, these many, spread evenly
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What `records` records came to, counted after truncation."""
+
+    records: int
+    tokens: int
+    trained: int  # tokens with a weight above 0 as targets
+    cut: int  # records truncated
+    untrained: int  # records left out since no token of theirs is trained
+
+
+class Examples:
+    """The segments that each record gives: `examples[i]` is a list of `packing.Segment`.
+
+    A chat is one segment: Harmony's tokens, truncated to sequence_length or refused, as
+    `data.on_long` says. A {"text"} record is one too: its tokens, then <|endoftext|>, all trained.
+    A stretch of a .txt file is as many as it takes, of at most sequence_length tokens, each
+    starting with the last token of the one before, so that every token is a target once; only the
+    last stretch of the file ends in <|endoftext|>. A segment that trains nothing is left out.
+    Raises `UserError` naming file and line where a record can't be rendered or is too long.
+    """
+
+    def __init__(self, records: Records, config: DataConfig, *, vocab_size: int, field: str):
+        """Tokenise `records` on demand for a model of `vocab_size`; `field` names the data."""
+        self.records, self.config, self.field = records, config, field
+        self._encoding = tokenizer.get_tokenizer(vocab_size)
+        self._end = tokenizer.special_id(self._encoding, "<|endoftext|>")
+        self._cache: dict[int, list[Segment]] = {}
+        self._cached_tokens = 0
+        self._bad: set[int] = set()
+        self._truncated: set[int] = set()
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> list[Segment]:
+        """Return the segments of record `i`, none if it trains nothing or is bad and skipped."""
+        segments = self._cache.get(i)
+        if segments is None:
+            segments = self.cut(i, self.tokenise(i))
+            size = sum(len(s.tokens) for s in segments)
+            if self._cached_tokens + size <= CACHE_TOKENS:
+                self._cached_tokens += size
+                self._cache[i] = segments
+        return segments
+
+    def tokenise(self, i: int) -> Segment:
+        """Return all tokens of record `i` and their weights as targets: nothing if it is bad."""
+        record = self.records[i]
+        try:
+            tokens, weights = self._encode(record)
+        except UserError as error:  # what the renderer refuses and the index let pass
+            self._bad.add(i)
+            self.records.bad(record.where, str(error))
+            tokens, weights = [], []
+        return Segment(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+    def _encode(self, record: Record) -> tuple[list[int], list[float]]:
+        fields = record.fields
+        if "messages" in fields:
+            return harmony.render(
+                fields["messages"],
+                tools=fields.get("tools"),
+                reasoning=fields.get("reasoning") or self.config.reasoning,
+                train_on=self.config.train_on,
+                tokenizer=self._encoding,
+            )
+        tokens = self._encoding.encode_ordinary(fields["text"])
+        if record.ends:
+            tokens.append(self._end)
+        return tokens, [1.0] * len(tokens)
+
+    def cut(self, i: int, whole: Segment) -> list[Segment]:
+        """Cut the tokens of record `i` to segments of at most sequence_length that train."""
+        limit, (tokens, weights) = self.config.sequence_length, whole
+        starts = range(1)
+        if len(tokens) > limit:
+            if self.records.running(i):
+                starts = range(0, len(tokens) - 1, max(1, limit - 1))
+            elif self.config.on_long == "refuse":
+                raise UserError(
+                    f"{self.records.where(i)}: {len(tokens):,} tokens are longer than "
+                    f"data.sequence_length ({limit:,}); shorten it, raise that, or set "
+                    "data.on_long=truncate"
+                )
+            else:
+                self._truncated.add(i)
+        pieces = [Segment(tokens[s : s + limit], weights[s : s + limit]) for s in starts]
+        return [piece for piece in pieces if piece.weights[1:].any()]
+
+    @cached_property
+    def stats(self) -> Stats:
+        """Tokenise the data, or a sample of large data, and count.
+
+        All of it is passed over where `data.on_long` refuses, so that this happens before training
+        and not hours into it. Raises `UserError` if no token at all is trained.
+        """
+        n = len(self)
+        step = 1
+        if self.records.num_bytes > SURVEY_BYTES and self.config.on_long != "refuse":
+            step = max(1, n // SURVEY_RECORDS)
+        stats = self._count(range(0, n, step))
+        if step > 1 and not stats.trained:
+            stats = self._count(range(n))
+        if not stats.trained:
+            raise UserError(
+                f"{self.field}: no token of its {n:,} records is trained; data.train_on is "
+                f"{', '.join(self.config.train_on) or 'empty'}, and data.sequence_length "
+                f"{self.config.sequence_length}"
+            )
+        return stats
+
+    def _count(self, chosen: range) -> Stats:
+        tokens = trained = untrained = 0
+        size = self.records.num_bytes // len(self)
+        with progress("tokenising " + self.field, size * len(chosen)) as advance:
+            for i in chosen:
+                segments = self[i]
+                tokens += sum(len(s.tokens) for s in segments)
+                trained += sum(int(np.count_nonzero(s.weights[1:])) for s in segments)
+                untrained += not segments
+                advance(size)
+        cut = sum(i in self._truncated for i in chosen)
+        untrained -= sum(i in self._bad for i in chosen)
+        return Stats(len(chosen), tokens, trained, cut, untrained)
+
+
+def open_examples(config: Config, *, held_out: bool = False) -> Examples:
+    """Open the files of `data.train`, or of `data.held_out`; cheap while they stay as they are.
+
+    Raises `UserError` as `resolve`, `Records` and `get_tokenizer` do.
+    """
+    field = "data.held_out" if held_out else "data.train"
+    files = resolve(config.data.held_out if held_out else config.data.train, field=field)
+    stamps = tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return _open(stamps, config.data, config.model.vocab_size, field)
+
+
+@lru_cache(maxsize=2)  # the training data and the held-out
+def _open(
+    stamps: tuple[tuple[Path, int, int], ...], config: DataConfig, vocab_size: int, field: str
+) -> Examples:
+    records = Records(
+        [path for path, _, _ in stamps],
+        field=field,
+        stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
+        skip_bad=config.on_bad_record == "skip",
+    )
+    return Examples(records, config, vocab_size=vocab_size, field=field)

@@ -1,0 +1,217 @@
+"""Files, globs and folders to records, and the one line that each kind of bad input gets."""
+
+import json
+import random
+
+import pytest
+
+from gptoss_jax.data import sources
+from gptoss_jax.data.sources import Records, resolve
+from gptoss_jax.errors import UserError
+
+ADVICE = "; mend it, or leave such out: data.on_bad_record=skip"
+GOOD = b'{"text": "fine"}\n'
+
+
+def open_records(*files, **options):
+    return Records(files, field="data.train", stretch_bytes=options.pop("stretch", 64), **options)
+
+
+def message(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def chat(*messages, **fields):
+    return json.dumps({"messages": list(messages), **fields}).encode()
+
+
+USER = {"role": "user", "content": "hi"}
+
+BAD_LINES = {
+    b'{"text": "a"': "not JSON (Expecting ',' delimiter at column 13)",
+    b"hello": "not JSON (Expecting value at column 1)",
+    b'{"text": "\xff"}': "not UTF-8 text (byte 11 of the line)",
+    b"[" * 100_000: "not JSON that can be read (",
+    b'{"a": ' + b"1" * 5_000 + b"}": "not JSON that can be read (",
+    b"[1]": "a list, not an object with messages or text",
+    b"null": "null, not an object with messages or text",
+    b"3.5": "a number, not an object with messages or text",
+    b"{}": "lacks messages (a chat) or text",
+    b'{"message": []}': "lacks messages (a chat) or text",
+    b'{"text": 7}': "text is a number, not a string",
+    b'{"text": ["a"]}': "text is a list, not a string",
+    b'{"messages": []}': "messages is empty",
+    b'{"messages": "hi"}': "messages is a string, not a list",
+    chat("hi"): "messages[0] is a string, not an object",
+    chat(USER, {"content": "x"}): "messages[1] lacks role",
+    chat(USER, {"role": "bot", "content": "x"}): (
+        "messages[1].role is 'bot': it is one of system, developer, user, assistant, tool"
+    ),
+    chat(USER, {"role": ["user"], "content": "x"}): (
+        "messages[1].role is ['user']: it is one of system, developer, user, assistant, tool"
+    ),
+    chat(USER, {"role": "assistant"}): "messages[1] lacks content",
+    chat(USER, {"role": "assistant", "thinking": "x"}): "messages[1] lacks content",
+    chat(
+        USER, {"role": "assistant", "content": [1]}
+    ): "messages[1].content is a list, not a string",
+    chat(USER, {"role": "assistant", "content": "", "channel": "aside"}): (
+        "messages[1].channel is 'aside': it is one of analysis, commentary, final"
+    ),
+    chat(USER, {"role": "assistant", "content": "", "thinking": True}): (
+        "messages[1].thinking is a boolean, not a string"
+    ),
+    chat(USER, {"role": "assistant", "tool_calls": {}}): (
+        "messages[1].tool_calls is an object, not a list"
+    ),
+    chat(USER, {"role": "assistant", "tool_calls": [{}]}): "messages[1].tool_calls[0] lacks name",
+    chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}): (
+        "messages[1].tool_calls[0] lacks arguments (JSON text or an object)"
+    ),
+    chat(USER, tools={}): "tools is not a list of objects",
+    chat(USER, reasoning="hard"): "reasoning is 'hard': it is one of low, medium, high",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_named(tmp_path, line):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(UserError) as error:
+        open_records(file)
+    expected = f"{file}:3: {BAD_LINES[line]}"
+    if expected.endswith("("):  # the rest is Python's own wording
+        assert message(error).startswith(expected) and message(error).endswith(ADVICE)
+    else:
+        assert message(error) == expected + ADVICE
+
+    records = open_records(file, skip_bad=True)
+    assert [records.where(i) for i in range(len(records))] == [f"{file}:1", f"{file}:4"]
+    assert records.skipped == 1
+    assert records.skip_summary().startswith(f"1 bad record left out, the first {file}:3: ")
+
+
+def test_good_lines_are_read_at_random(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
+    rows = [
+        {"text": "naïve 日本 🙂", "note": None},
+        {"messages": [USER, {**USER, "role": "assistant", "channel": None}]},
+        {"messages": [USER, call, {"role": "tool", "content": "1"}], "tools": [{}]},
+        {"text": ""},
+        {"messages": [{"role": "system", "content": "x"}, USER], "reasoning": "low", "tools": None},
+    ]
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(r).encode() for r in rows[:3]))
+    b.write_text("\n\n" + "\n".join(json.dumps(r, ensure_ascii=False) for r in rows[3:]))
+    records = open_records(a, b)
+    assert len(records) == 5 and records.skipped == 0 and records.skip_summary() == ""
+    for i in random.Random(3).sample(range(5), 5):
+        assert records[i].fields == rows[i]
+    assert [records[i].where for i in (0, 2, 3, 4)] == [f"{a}:1", f"{a}:3", f"{b}:3", f"{b}:4"]
+    assert not any(records.running(i) for i in range(5)) and all(r.ends for r in records)
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD * 3)
+    records = open_records(file)
+    file.write_bytes(GOOD)
+    with pytest.raises(UserError) as error:
+        _ = records[2]
+    assert message(error).startswith(f"{file}:3: changed while it was in use (")
+
+
+def test_no_record_at_all(tmp_path):
+    empty, blank, bad = tmp_path / "a.jsonl", tmp_path / "b.txt", tmp_path / "c.jsonl"
+    empty.write_bytes(b"")
+    blank.write_bytes(b" \n\n")
+    bad.write_bytes(b"{}\n{}\n")
+    with pytest.raises(UserError) as error:
+        open_records(empty, blank)
+    assert message(error) == f"data.train holds no record: {empty}, {blank}"
+    with pytest.raises(UserError) as error:
+        open_records(bad, skip_bad=True)
+    assert message(error) == (
+        f"data.train holds no record: {bad} (2 bad records left out, the first {bad}:1: "
+        "lacks messages (a chat) or text)"
+    )
+
+
+TEXTS = {
+    "lines": "".join(f"line {i} of 日本 text\n" for i in range(60)),
+    "one line": "日" * 211 + "🙂" * 97 + "é" * 130,
+    "ascii": "x" * 1_000,
+    "short": "a\n",
+    "crlf": "one\r\n\r\ntwo\r\n" * 40,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_file_is_cut_into_stretches(tmp_path, name):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    for file in (a, b):
+        file.write_bytes(TEXTS[name].encode())
+    records = open_records(a, b, stretch=50)
+    pieces = [r.fields["text"] for r in records]
+    half = len(pieces) // 2
+    assert "".join(pieces[:half]) == "".join(pieces[half:]) == TEXTS[name]
+    assert max(len(p.encode()) for p in pieces) <= 100
+    assert all(records.running(i) for i in range(len(records)))
+    assert [i for i, r in enumerate(records) if r.ends] == [half - 1, 2 * half - 1]
+    line = 1 + TEXTS[name].count("\n", 0, len("".join(pieces[: half - 1])))
+    assert records.where(half - 1) == f"{a}:{line}"
+
+
+def test_a_text_file_that_is_no_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"fine\nalso\nb\xffd\n")
+    with pytest.raises(UserError) as error:
+        open_records(file)
+    assert message(error) == f"{file}:3: not UTF-8 text{ADVICE}"
+
+
+def test_files_globs_and_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "notes.md", "sub/c.txt", "sub/deep/d.jsonl", ".git/e.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(GOOD)
+
+    def names(*patterns):
+        return [str(p) for p in resolve(patterns)]
+
+    assert names("b.jsonl", "a.jsonl", "b.jsonl") == ["b.jsonl", "a.jsonl"]
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/deep/d.jsonl"]
+    assert names("sub") == ["sub/c.txt", "sub/deep/d.jsonl"]
+    assert names(".") == ["a.jsonl", "b.jsonl", "sub/c.txt", "sub/deep/d.jsonl"]
+    assert names("b.jsonl", "sub/*.txt") == ["b.jsonl", "sub/c.txt"]
+
+
+def test_what_names_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_bytes(b"")
+    for patterns, expected in {
+        (): "data.train names no file: set it to .jsonl or .txt files, globs or folders",
+        ("a.jsonl",): "data.train: there is no file or folder a.jsonl",
+        ("x/*.jsonl",): "data.train: no file matches x/*.jsonl",
+        ("empty",): "data.train: the folder empty holds no .jsonl or .txt file",
+        ("a.csv",): "data.train: a.csv is neither .jsonl nor .txt",
+        ("*.c?v",): "data.train: a.csv is neither .jsonl nor .txt",
+    }.items():
+        with pytest.raises(UserError) as error:
+            resolve(patterns)
+        assert message(error) == expected
+    with pytest.raises(UserError, match=r"^data\.held_out: there is no"):
+        resolve(("a.jsonl",), field="data.held_out")
+
+
+def test_large_files_show_progress(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "PROGRESS_FROM", 1)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD * 3)
+    assert len(open_records(file)) == 3
+    assert capsys.readouterr().out == ""

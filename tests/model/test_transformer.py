@@ -1,0 +1,274 @@
+"""The model's switches, its cache, its stacks, and what it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.model import Transformer
+from gptoss_jax.ops import mxfp4
+from gptoss_jax.types import MXFP4, split_layers
+
+TINY = ModelConfig(
+    vocab_size=53,
+    num_layers=3,
+    d_model=32,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=10,
+    num_experts=5,
+    active_experts=4,
+    d_expert=64,
+    window=8,
+    initial_context=64,
+    context=256,
+    dtype="float32",
+    param_dtype="float32",
+)
+
+
+def make(config: ModelConfig = TINY, seed: int = 0):
+    """Return a model and parameters in which nothing is zero or one."""
+    model = Transformer(config)
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+
+    def shake(leaf):
+        if leaf.dtype == jnp.uint8:
+            return leaf
+        return leaf + jnp.asarray(rng.normal(size=leaf.shape) * 0.2, leaf.dtype)
+
+    return model, jax.tree.map(shake, params)
+
+
+def tokens(batch: int, length: int, seed: int = 0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 53, (batch, length)), jnp.int32)
+
+
+def apply(model, params, *args):
+    return jax.jit(lambda params, *args: model.apply({"params": params}, *args))(params, *args)
+
+
+@pytest.mark.parametrize(
+    "config, total, active",
+    [
+        (ModelConfig(), 20.91e9, 3.61e9),
+        (ModelConfig(num_layers=36, num_experts=128), 116.83e9, 5.13e9),
+    ],
+    ids=["20b", "120b"],
+)
+def test_real_sizes(config, total, active):
+    counted = Transformer(config).num_parameters()
+    assert counted == pytest.approx((total, active), abs=0.005e9)
+    packed = dataclasses.replace(config, experts="mxfp4")
+    assert Transformer(packed).num_parameters() == counted
+    shapes = Transformer(packed).abstract_params()["layers"]["experts"]
+    assert shapes["gate_up_weight"].blocks.shape == (
+        config.num_layers, config.num_experts, 2, 2880, 90, 16,
+    )  # fmt: skip
+    assert shapes["down_weight"].scales.dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("pattern", ["1:1", "bff", "full", "banded"])
+def test_cached_decoding_equals_the_full_forward(pattern):
+    """At every position across the window's edge, from a ragged prefill, by ones and by a chunk."""
+    model, params = make(dataclasses.replace(TINY, layer_pattern=pattern))
+    ids = tokens(2, 40)
+    full = model.forward(params, ids).hidden
+    forward = jax.jit(lambda params, cache, *args: model.forward(
+        params, args[0], segment_ids=args[1], positions=args[2], cache=cache
+    ))  # fmt: skip
+    lengths = np.array([11, 6])
+    index = jnp.broadcast_to(jnp.arange(11), (2, 11))
+    out = forward(
+        params, model.init_cache(2, 48), ids[:, :11],
+        jnp.asarray(index < lengths[:, None], jnp.int32), index,
+    )  # fmt: skip
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(out.hidden[row, :n], full[row, :n], atol=2e-5)
+    cache, at = out.cache, jnp.asarray(lengths)[:, None]
+    for step in [1] * 7 + [9] + [1] * 3 + [12]:
+        positions = at + jnp.arange(step)
+        chunk = jnp.take_along_axis(ids, jnp.minimum(positions, 39), axis=1)
+        out = forward(params, cache, chunk, jnp.ones_like(positions), positions)
+        expected = jnp.take_along_axis(full, jnp.minimum(positions, 39)[..., None], axis=1)
+        known = positions < 40
+        np.testing.assert_allclose(out.hidden[known], expected[known], atol=2e-5)
+        cache, at = out.cache, at + step
+    assert int(at.max()) == 11 + 31 > 5 * TINY.window
+
+
+def test_cache_has_a_ring_in_banded_layers():
+    cache = Transformer(TINY).init_cache(2, 100)
+    assert [k.shape for k in cache.keys] == [(2, s, 2, 10) for s in (8, 100, 8)]
+    assert cache.empty
+
+
+def test_packed_rows_equal_rows_alone():
+    model, params = make()
+    ids = tokens(1, 30)
+    segments = jnp.asarray([[1] * 12 + [2] * 13 + [0] * 5])
+    packed = apply(model, params, ids, segments)
+    np.testing.assert_allclose(packed[:, :12], apply(model, params, ids[:, :12]), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 12:25], apply(model, params, ids[:, 12:25]), atol=2e-5)
+    assert jnp.isfinite(packed).all()
+
+
+def test_packed_experts_equal_decoded_ones():
+    model, params = make(dataclasses.replace(TINY, experts="mxfp4"))
+    experts = params["layers"]["experts"]
+    assert isinstance(experts["down_weight"], MXFP4)
+    dense = {
+        name: mxfp4.decode(value, jnp.float32) if isinstance(value, MXFP4) else value
+        for name, value in experts.items()
+    }
+    unpacked = {**params, "layers": {**params["layers"], "experts": dense}}
+    ids = tokens(2, 21)
+    np.testing.assert_allclose(
+        apply(model, params, ids), apply(Transformer(TINY), unpacked, ids), atol=1e-5
+    )
+
+
+def test_stacks_may_be_tuples():
+    for experts in ("dense", "mxfp4"):
+        model, params = make(dataclasses.replace(TINY, experts=experts))
+        split = {**params, "layers": split_layers(params["layers"], 3)}
+        ids = tokens(2, 20)
+        np.testing.assert_allclose(apply(model, split, ids), apply(model, params, ids), atol=1e-6)
+
+
+def test_remat_changes_nothing():
+    ids = tokens(2, 20)
+
+    def gradients(how):
+        model, params = make(dataclasses.replace(TINY, remat=how))
+        return jax.jit(jax.grad(lambda p: model.apply({"params": p}, ids).var()))(params)
+
+    plain = gradients("none")
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(plain))
+    for how in ("dots", "full"):
+        chex.assert_trees_all_close(gradients(how), plain, rtol=1e-4, atol=1e-7)
+
+
+SWITCHES = [
+    {"sinks": "zero"},
+    {"sinks": "off"},
+    {"norm": "post"},
+    {"qk_norm": True},
+    {"layer_pattern": "2:1"},
+    {"layer_pattern": "full"},
+    {"window": 5},
+    {"active_experts": 2},
+    {"swiglu_limit": 0.5},
+    {"rope_factor": 1.0},
+    {"rope_factor": "auto"},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_every_switch_changes_the_function(switch):
+    model, params = make()
+    other = Transformer(dataclasses.replace(TINY, **switch))
+    shapes = other.abstract_params()
+    # The same weights wherever the switch leaves a parameter in place.
+    layers = params["layers"]
+    attention = dict(layers["attention"])
+    if switch.get("sinks"):
+        del attention["sinks"]
+    if switch.get("qk_norm"):
+        attention |= {"q_norm": jnp.ones((3, 10)), "k_norm": jnp.ones((3, 10))}
+    changed = {**params, "layers": {**layers, "attention": attention}}
+    chex.assert_trees_all_equal_shapes_and_dtypes(changed, shapes)
+    ids = tokens(1, 30)
+    apart = jnp.abs(apply(other, changed, ids) - apply(model, params, ids)).max()
+    assert jnp.isfinite(apart) and apart > 1e-3
+
+
+def test_zero_sinks_are_learned_sinks_at_zero():
+    model, params = make()
+    attention = dict(params["layers"]["attention"])
+    attention["sinks"] = jnp.zeros_like(attention["sinks"])
+    learned = {**params, "layers": {**params["layers"], "attention": dict(attention)}}
+    del attention["sinks"]
+    fixed = {**params, "layers": {**params["layers"], "attention": attention}}
+    zero = Transformer(dataclasses.replace(TINY, sinks="zero"))
+    ids = tokens(1, 20)
+    np.testing.assert_array_equal(apply(zero, fixed, ids), apply(model, learned, ids))
+
+
+@pytest.mark.parametrize(
+    "pattern, layers, kinds",
+    [
+        ("1:1", 5, "bfbfb"),
+        ("5:1", 8, "bbbbbfbb"),
+        ("full", 3, "fff"),
+        ("banded", 2, "bb"),
+        ("bffb", 4, "bffb"),
+    ],
+)
+def test_layer_patterns(pattern, layers, kinds):
+    config = dataclasses.replace(TINY, layer_pattern=pattern, num_layers=layers)
+    assert config.layer_windows == tuple(8 if kind == "b" else None for kind in kinds)
+    if layers > 4:  # a remainder beside whole periods: scanned and unrolled agree
+        model, params = make(config)
+        split = {**params, "layers": split_layers(params["layers"], layers)}
+        ids = tokens(1, 12)
+        np.testing.assert_allclose(apply(model, params, ids), apply(model, split, ids), atol=1e-6)
+
+
+def test_what_a_layer_pattern_is_not():
+    with pytest.raises(UserError, match=r"model\.layer_pattern is '0:1'"):
+        dataclasses.replace(TINY, layer_pattern="0:1")
+
+
+def test_router_statistics_leave_padding_out():
+    model, params = make()
+    ids = tokens(2, 20)
+    segments = jnp.ones((2, 20), jnp.int32).at[:, 13:].set(0)
+    with_padding = model.forward(params, ids, segment_ids=segments).router
+    alone = model.forward(params, ids[:, :13]).router
+    chex.assert_trees_all_close(with_padding, alone, atol=1e-5)
+    np.testing.assert_allclose(alone.load.sum(axis=1), 1.0, rtol=1e-6)
+    assert alone.load.shape == (3, 5) and (alone.balance_loss > 0.9).all()
+
+
+def test_capture_returns_what_it_names():
+    model, params = make()
+    ids = tokens(2, 9)
+    out = model.forward(
+        params, ids, capture=("residual", "attention_out", "moe_out", "expert_ids", "router_logits")
+    )
+    seen = out.captured
+    assert {k: v.shape for k, v in seen.items()} == {
+        "residual": (3, 2, 9, 32), "attention_out": (3, 2, 9, 32), "moe_out": (3, 2, 9, 32),
+        "expert_ids": (3, 2, 9, 4), "router_logits": (3, 2, 9, 5),
+    }  # fmt: skip
+    np.testing.assert_allclose(
+        seen["residual"][1] - seen["residual"][0],
+        seen["attention_out"][1] + seen["moe_out"][1],
+        atol=1e-5,
+    )
+    with pytest.raises(ValueError, match="capture names 'nothing'"):
+        model.forward(params, ids, capture=("nothing",))
+
+
+@pytest.mark.parametrize("dtype, residual", [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_dtypes(dtype, residual):
+    model, params = make(dataclasses.replace(TINY, dtype=dtype))
+    out = model.forward(params, tokens(1, 9), capture=("residual",))
+    assert out.hidden.dtype == dtype and out.captured["residual"].dtype == residual
+    assert model.unembed(params, out.hidden).dtype == jnp.float32
+
+
+def test_wrong_shapes_are_refused():
+    model, params = make()
+    params["layers"]["router"]["bias"] = jnp.zeros((3, 6))
+    with pytest.raises(Exception, match="bias"):
+        model.forward(params, tokens(1, 4))

@@ -1,0 +1,180 @@
+"""Every form of attention against the reference: values and all gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.ops.attention import attention, xla
+
+# length, window, sinks, (N, K), H, segments: pairwise over what each axis has.
+CASES = [
+    (1, None, True, (6, 2), 8, "one"),
+    (5, 128, True, (3, 3), 12, "one"),
+    (40, 16, False, (4, 1), 10, "packed"),
+    (40, 16, True, (6, 2), 8, "padded"),
+    (33, 16, True, (8, 4), 6, "packed"),
+    (32, 16, True, (6, 2), 8, "one"),
+    (100, 7, True, (6, 2), 8, "packed"),
+    (61, 1, True, (2, 1), 8, "one"),
+    (50, None, True, (6, 2), 10, "packed"),
+    (50, None, False, (6, 3), 8, "padded"),
+    (127, 128, True, (4, 2), 8, "packed"),
+    (257, 128, True, (6, 2), 8, "packed"),
+    (300, 128, True, (4, 1), 12, "padded"),
+    (300, None, True, (4, 2), 8, "packed"),
+]
+
+
+def make(length: int, heads: tuple[int, int], H: int, segments: str):
+    """Return q, k, v, sinks, segment ids and positions of two rows."""
+    N, K = heads
+    rng = np.random.default_rng(length * 31 + H)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    q, k, v = (
+        normal(2, length, N, H) * 2,
+        normal(2, length, K, H),
+        normal(2, length, K, H),
+    )
+    ids = np.ones((2, length), np.int32)
+    if segments != "one" and length > 2:
+        ids[0, length // 3 :] = 2
+        ids[1, length // 2 :] = 3
+    if segments == "padded":
+        ids[:, -max(1, length // 5) :] = 0
+    starts = np.r_["1", np.ones((2, 1), bool), ids[:, 1:] != ids[:, :-1]]
+    index = np.broadcast_to(np.arange(length), ids.shape)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    return q, k, v, normal(N), jnp.asarray(ids), jnp.asarray(positions, jnp.int32)
+
+
+def results(args, window, sinks, implementation):
+    q, k, v, sink, segments, positions = args
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def loss(q, k, v, sink):
+        out = attention(
+            q, k, v, sinks=sink if sinks else None, window=window,
+            segment_ids=segments, positions=positions, implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(out * weight), out
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    gradients, out = grad(q, k, v, sink)
+    return dict(zip(("out", "dq", "dk", "dv", "dsink"), (out, *gradients), strict=True))
+
+
+def assert_equal(ours, theirs, tolerance=1e-5):
+    for name, expected in theirs.items():
+        largest = max(float(jnp.abs(expected).max()), 1e-3)
+        apart = float(jnp.abs(ours[name] - expected).max())
+        assert apart <= tolerance * largest, f"{name}: {apart / largest:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_reference(case):
+    length, window, sinks, heads, H, segments = case
+    args = make(length, heads, H, segments)
+    theirs = results(args, window, sinks, "reference")
+    if sinks:
+        assert float(jnp.abs(theirs["dsink"]).max()) > 0
+    assert_equal(results(args, window, sinks, None), theirs)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_blocks_of_queries_match_the_reference(monkeypatch, window):
+    """With room for few logits at once every blocked path runs, its last block a partial one."""
+    args = make(130, (6, 2), 8, "packed")
+    theirs = results(args, window, True, "reference")
+    monkeypatch.setattr(xla, "MAX_LOGITS", 2 * 6 * 130 * 7)
+    assert_equal(results(args, window, True, None), theirs)
+
+
+def test_the_reference_is_the_formula():
+    """Row by row in float64: softmax over visible logits and the sink, the sink dropped."""
+    q, k, v, sink, segments, positions = make(20, (4, 2), 6, "padded")
+    for window in (None, 4):
+        out = attention(
+            q, k, v, sinks=sink, window=window, segment_ids=segments, positions=positions,
+            implementation="reference",
+        )  # fmt: skip
+        for b, i, n in itertools.product(range(2), range(20), range(4)):
+            seen = [
+                j
+                for j in range(20)
+                if segments[b, i] == segments[b, j] != 0
+                and 0 <= positions[b, i] - positions[b, j] < (window or 99)
+            ]
+            logits = [float(q[b, i, n] @ k[b, j, n // 2]) / 6**0.5 for j in seen]
+            weights = np.exp(np.array([*logits, float(sink[n])], np.float64))
+            weights = weights[:-1] / weights.sum()
+            expected = sum(w * np.asarray(v[b, j, n // 2]) for w, j in zip(weights, seen))
+            np.testing.assert_allclose(out[b, i, n], expected, atol=2e-6)
+
+
+def test_keys_of_a_cache_may_stand_in_any_order():
+    q, k, v, sink, segments, positions = make(30, (6, 2), 8, "one")
+    order = np.random.default_rng(0).permutation(30)
+    for window in (None, 9):
+        straight = attention(
+            q, k, v, sinks=sink, window=window, segment_ids=segments, positions=positions
+        )
+        shuffled = attention(
+            q[:, -3:], k[:, order], v[:, order], sinks=sink, window=window,
+            segment_ids=segments[:, -3:], positions=positions[:, -3:],
+            kv_segment_ids=segments[:, order], kv_positions=positions[:, order],
+        )  # fmt: skip
+        np.testing.assert_allclose(shuffled, straight[:, -3:], atol=1e-6)
+
+
+def test_padding_gives_finite_zeros_and_no_gradient():
+    q, k, v, sink, segments, positions = make(40, (6, 2), 8, "padded")
+    pad = segments == 0
+    for window, sinks in itertools.product((None, 16), (sink, None)):
+        out = lambda v: attention(  # noqa: E731
+            q,
+            k,
+            v,
+            sinks=sinks,
+            window=window,
+            segment_ids=segments,
+            positions=positions,  # noqa: B023
+        )
+        assert jnp.all(jnp.where(pad[..., None, None], out(v), 0) == 0)
+        gradient = jax.grad(lambda v: jnp.sum(jnp.square(out(v))))(v)  # noqa: B023
+        assert jnp.isfinite(gradient).all()
+        assert jnp.all(jnp.where(pad[..., None, None], gradient, 0) == 0)
+
+
+def temporaries(length: int, window: int | None) -> int:
+    """Return the compiler's figure for one forward and backward pass, in bytes."""
+    shape = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(q, k, v, ids, positions):
+        return attention(
+            q, k, v, sinks=jnp.zeros(4), window=window, segment_ids=ids, positions=positions
+        ).sum()
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    compiled = grad.lower(shape, shape, shape, ids, ids).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_banded_layer_costs_its_window():
+    """FLOPs and memory rise with T and not with T squared."""
+    assert temporaries(8192, 64) < 2.5 * temporaries(4096, 64)
+    assert temporaries(8192, 64) * 4 < temporaries(8192, None)
+
+
+def test_one_of_two_cache_arguments_is_refused():
+    q, k, v, sink, segments, positions = make(5, (2, 1), 8, "one")
+    with pytest.raises(ValueError, match="together"):
+        attention(
+            q, k, v, sinks=sink, window=None, segment_ids=segments, positions=positions,
+            kv_positions=positions,
+        )  # fmt: skip
