@@ -6,6 +6,7 @@ Hardware: any; minutes on two cores.
 """
 
 from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptoss_jax.data.demo import FOLDER
 
 
 def get_config() -> Config:
@@ -28,7 +29,13 @@ def get_config() -> Config:
             dtype="float32",
             param_dtype="float32",
         ),
-        data=DataConfig(sequence_length=512, batch_size=8),
+        data=DataConfig(
+            train=(str(FOLDER / "train.jsonl"),),
+            held_out=(str(FOLDER / "held_out.jsonl"),),
+            sequence_length=512,
+            batch_size=8,
+            reasoning="low",
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
         train=TrainConfig(steps=400, eval_every=100, checkpoint_every=100),
     )

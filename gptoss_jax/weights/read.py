@@ -1,0 +1,369 @@
+"""Checkpoints in: a folder of either layout, or a workdir, to parameters on a device.
+
+Leaves are made on the device as zeros and filled by donated updates, in place, from pieces that
+are read as byte ranges. So the host of a CPU holds the parameters and one piece, and the host of
+an accelerator one piece, whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gptoss_jax.config import DType, ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.types import MXFP4, Params, split_layers
+from gptoss_jax.weights import config_io, safetensors_io
+from gptoss_jax.weights.names import (
+    PACKABLE,
+    Field,
+    Form,
+    Layout,
+    Part,
+    Tensor,
+    packed_shape,
+    shapes,
+    tensors,
+)
+from gptoss_jax.weights.safetensors_io import Entry
+from gptoss_jax.weights.sources import (
+    ParamsSource,
+    check_packable,
+    check_scales,
+    nest,
+    pieces,
+    progress,
+    read_as,
+)
+
+if TYPE_CHECKING:
+    from gptoss_jax.model import Transformer
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder of either layout whose headers are read and agree with its config.json."""
+
+    folder: Path
+    layout: Layout
+    config: ModelConfig  # dtype is the embedding's, experts the form that is stored
+    entries: dict[str, Entry]  # by tensor name
+    where: dict[tuple[str, int | None, Field], tuple[Part, Entry, int]]  # and the first row there
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each leaf, of one layer under `layers/`."""
+        return shapes(self.config)
+
+    def read(
+        self, path: str, layer: int | None, field: Field, *, start: int, stop: int
+    ) -> np.ndarray:
+        """See `sources.Source`."""
+        part, entry, first = self.where[path, layer, field]
+        rows = entry.read_rows(first + start * part.file_rows, first + stop * part.file_rows)
+        if field == "scales":
+            check_scales(rows, self.describe(path, layer, field))
+        return part.to_memory(rows)
+
+    def dtype(self, path: str, layer: int | None) -> np.dtype:
+        """See `sources.Source`."""
+        return self._entry(path, layer).dtype
+
+    def describe(self, path: str, layer: int | None, field: Field | None = None) -> str:
+        """See `sources.Source`."""
+        entry = self._entry(path, layer, field)
+        return f"{entry.file}: tensor {entry.name!r}"
+
+    def _entry(self, path: str, layer: int | None, field: Field | None = None) -> Entry:
+        packed = path in PACKABLE and self.config.experts == "mxfp4"
+        return self.where[path, layer, field or ("blocks" if packed else "value")][1]
+
+
+def find_folder(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint: itself, or fetched if it is a name on the hub.
+
+    Raises UserError if there is no such folder, and no such thing on the hub or no network.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+        raise UserError(f"{checkpoint}: there is no such folder")
+    import huggingface_hub
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja"]
+        other = ["original/*", "metal/*"]
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(checkpoint), allow_patterns=wanted, ignore_patterns=other
+            )
+        )
+    except Exception as error:  # the hub's own, and those of its HTTP client
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{checkpoint}: there is no such folder, and the hub did not give it: {why}"
+        ) from error
+
+
+def open_checkpoint(folder: Path) -> Stored:
+    """Read the headers of a checkpoint and hold them against its config.json.
+
+    Raises UserError, naming file and tensor, for what is missing, extra, of a wrong shape or dtype,
+    or cut short, and for a config.json that is not that of the tensors.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        inner = folder / "original" / "config.json"
+        hint = f"; give {inner.parent}" if inner.is_file() else ""
+        raise UserError(f"{folder}: no config.json in it{hint}")
+    raw = config_io.read_json(file)
+    layout = config_io.layout_of(file, raw)
+    config, claimed = config_io.from_json(file, raw)
+    entries = _read_headers(folder)
+    ends = {"hf": "_blocks", "openai": ".blocks"}[layout]
+    stored: Form = "mxfp4" if any(name.endswith(ends) for name in entries) else "dense"
+    if claimed is not None and claimed != stored:
+        said = "has no quantization_config" if claimed == "dense" else "says MXFP4"
+        raise UserError(f"{file}: {said}, but the experts' tensors are stored {stored}")
+    if stored == "mxfp4":
+        try:
+            check_packable(config)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+    table = tensors(config, layout, stored)
+    _check(folder, table, entries, config)
+    where = {}
+    for tensor in table:
+        row = 0
+        for part in tensor.parts:
+            where[part.key] = (part, entries[tensor.name], row)
+            row += part.file_shape[0]
+    name = cast(DType, entries[table[0].name].dtype.name)
+    config = dataclasses.replace(config, experts=stored, dtype=name, param_dtype=name)
+    return Stored(folder, layout, config, entries, where)
+
+
+def _read_headers(folder: Path) -> dict[str, Entry]:
+    """Return all tensors of a folder: of the files of its index, or else of all its files."""
+    index = folder / INDEX
+    weight_map: dict[str, str] | None = None
+    if index.is_file():
+        weight_map = config_io.read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: weight_map is missing")
+        files = sorted({folder / str(name) for name in weight_map.values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors file in it")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: is missing, and {index.name} names it")
+        for name, entry in safetensors_io.read_header(file).items():
+            if name in entries:
+                raise UserError(f"{file}: tensor {name!r} is in {entries[name].file.name} too")
+            entries[name] = entry
+    for name in weight_map or {}:
+        if name not in entries:
+            raise UserError(f"{index}: tensor {name!r} is in none of its files")
+    return entries
+
+
+def _check(
+    folder: Path, table: list[Tensor], entries: dict[str, Entry], config: ModelConfig
+) -> None:
+    """Hold the tensors that are there against those that config.json asks for."""
+    says = f"config.json says {config.num_layers} layers"
+
+    def more(names: list[str]) -> str:
+        return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+    missing = [tensor.name for tensor in table if tensor.name not in entries]
+    if missing:
+        raise UserError(f"{folder}: tensor {missing[0]!r} is missing{more(missing)}; {says}")
+    names = {tensor.name for tensor in table}
+    extra = [name for name in entries if name not in names]
+    if extra:
+        file = entries[extra[0]].file
+        raise UserError(f"{file}: tensor {extra[0]!r} is extra{more(extra)}; {says}")
+    for tensor in table:
+        entry = entries[tensor.name]
+        if entry.shape != tensor.shape:
+            raise UserError(
+                f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, and "
+                f"config.json makes it {list(tensor.shape)}"
+            )
+        if tensor.packed != (entry.dtype == np.uint8):
+            wanted = "U8" if tensor.packed else "a float dtype"
+            raise UserError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}, not {wanted}")
+
+
+def load(
+    checkpoint: str | Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.bfloat16,
+    experts: Form | None = None,
+    *,
+    step: int | None = None,
+    split: bool = False,
+) -> tuple[Transformer, Params]:
+    """Read a checkpoint and return (model, params).
+
+    `checkpoint` is a Hugging Face folder, an OpenAI `original/` folder, a name on the hub, or a
+    workdir (its latest step, or `step`). `dtype` (float32, bfloat16, float16) is that of float
+    parameters and of compute. `experts`: None as stored, "mxfp4" (encoded by the OCP rule if stored
+    dense), "dense" (decoded). `split` gives stacks as tuples of L arrays. With a mesh every leaf is
+    replicated over it; without one it goes to the default device.
+
+    Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
+    finite checkpoint of this model.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {name}: it is float32, bfloat16 or float16")
+    if experts not in (None, "dense", "mxfp4"):
+        raise UserError(f"experts is {experts!r}: it is None, 'dense' or 'mxfp4'")
+    from gptoss_jax.model import Transformer
+
+    sharding = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+    folder = find_folder(checkpoint)
+    if (folder / "checkpoints").is_dir():
+        source = open_workdir(folder, step)
+    elif step is not None:
+        raise UserError(f"{folder}: step={step} is for workdirs, and this is none (no checkpoints)")
+    else:
+        source = open_checkpoint(folder)
+    config = dataclasses.replace(
+        source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
+    )
+    with progress(f"loading {folder.name}", _num_bytes(source, config)) as advance:
+        params = _assemble(source, config, sharding=sharding, split=split, advance=advance)
+    return Transformer(config), params
+
+
+def open_workdir(folder: Path, step: int | None) -> ParamsSource:
+    """Restore the parameters of a run, as they were trained, to be read from memory."""
+    from gptoss_jax import checkpoint as training
+
+    config, params = training.load_params(folder, step=step)
+    return ParamsSource(config, params)
+
+
+def _assemble(
+    source: Stored | ParamsSource,
+    config: ModelConfig,
+    *,
+    sharding: jax.NamedSharding | None,
+    split: bool,
+    advance: Callable[[int], None],
+) -> Params:
+    """Build the tree of `config` leaf by leaf, in place.
+
+    What is already as wanted in memory (a workdir's) is taken as it is.
+    """
+    if isinstance(source, ParamsSource) and source.config == config and sharding is None:
+        params = nest(source.leaves)
+        if split:
+            params["layers"] = split_layers(params["layers"], config.num_layers)
+        return params
+    leaves: dict[str, Any] = {}
+    one = partial(_fill, source=source, config=config, sharding=sharding, advance=advance)
+    for path, shape in source.shapes.items():
+        empty = partial(_zeros, config, path, sharding=sharding)
+        if not path.startswith("layers/"):
+            leaves[path] = one(empty(shape), path, None)
+        elif split:
+            stack = [one(empty(shape), path, n) for n in range(config.num_layers)]
+            leaves[path] = tuple(stack)
+        else:
+            stack = empty((config.num_layers, *shape))
+            for n in range(config.num_layers):
+                stack = one(stack, path, n)
+            leaves[path] = stack
+    return nest(leaves)
+
+
+def _num_bytes(source: Stored | ParamsSource, config: ModelConfig) -> int:
+    """Return the size of all parameters of `config`."""
+    total = 0
+    for path, shape in source.shapes.items():
+        layers = config.num_layers if path.startswith("layers/") else 1
+        if path in PACKABLE and config.experts == "mxfp4":
+            size = math.prod(packed_shape(shape, "blocks")) + math.prod(
+                packed_shape(shape, "scales")
+            )
+        else:
+            size = math.prod(shape) * jnp.dtype(config.param_dtype).itemsize
+        total += layers * size
+    return total
+
+
+def _zeros(
+    config: ModelConfig, path: str, shape: tuple[int, ...], *, sharding: jax.NamedSharding | None
+) -> Any:
+    make = partial(jnp.zeros, device=sharding)
+    if path in PACKABLE and config.experts == "mxfp4":
+        blocks, scales = (packed_shape(shape, field) for field in ("blocks", "scales"))
+        return MXFP4(make(blocks, jnp.uint8), make(scales, jnp.uint8))
+    return make(shape, jnp.dtype(config.param_dtype))
+
+
+def _fill(
+    leaf: Any,
+    path: str,
+    layer: int | None,
+    *,
+    source: Stored | ParamsSource,
+    config: ModelConfig,
+    sharding: jax.NamedSharding | None,
+    advance: Callable[[int], None],
+) -> Any:
+    """Write one layer of a leaf into its stack, or into an array of its own."""
+    shape = source.shapes[path]
+    in_stack = len(leaf.shape) > len(shape)
+    for rows in pieces(path, source.config, config.experts, shape):
+        piece = read_as(
+            source, path, layer, form=config.experts, rows=rows, dtype=config.param_dtype
+        )
+        if sharding is not None:
+            piece = jax.device_put(piece, sharding)
+        lead = (layer,) if in_stack else ()
+        leaf, finite = _write(leaf, piece, (*lead, rows.start))
+        if not finite:  # waits for the write too, so that pieces do not pile up
+            name = source.describe(path, layer)
+            raise UserError(f"{name} has NaN or infinity as {config.param_dtype}")
+        parts = zip(jax.tree.leaves(piece), jax.tree.leaves(leaf), strict=True)
+        advance(sum(part.size * whole.dtype.itemsize for part, whole in parts))
+    return leaf
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(leaf: Any, piece: Any, at: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    """Put a piece where its leading indices say, in place; say whether all of it is finite."""
+    finite = jnp.array(True)
+
+    def put(whole: jax.Array, rows: jax.Array) -> jax.Array:
+        nonlocal finite
+        rows = rows.astype(whole.dtype)
+        if jnp.issubdtype(rows.dtype, jnp.floating):
+            finite &= jnp.isfinite(rows).all()
+        rows = rows.reshape((1,) * (whole.ndim - rows.ndim) + rows.shape)
+        start = (*at, *(0,) * (whole.ndim - len(at)))
+        return lax.dynamic_update_slice(whole, rows, start)
+
+    return jax.tree.map(put, leaf, piece), finite

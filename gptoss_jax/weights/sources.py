@@ -1,0 +1,244 @@
+"""Where weights come from, piece by piece: a folder of files, or parameters in memory.
+
+A piece is a run of rows (first axis) of one leaf of one layer, in memory's order, small enough
+that reordering, casting and re-coding it costs little beside the leaf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.ops import mxfp4
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params
+from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
+
+_PIECE = 1 << 24  # bytes of a piece, in float32 where its values are floats
+_PROGRESS_FROM = 1 << 30  # bytes: below, no bar
+
+
+class Source(Protocol):
+    """Weights that can be read piece by piece."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model; `config.experts` is the form in which the experts are kept here."""
+        ...
+
+    def read(
+        self, path: str, layer: int | None, field: Field, *, start: int, stop: int
+    ) -> np.ndarray:
+        """Return rows [start, stop) of a leaf. UserError for a scale byte that is no number."""
+        ...
+
+    def dtype(self, path: str, layer: int | None) -> np.dtype:
+        """Return the dtype in which a leaf is kept."""
+        ...
+
+    def describe(self, path: str, layer: int | None) -> str:
+        """Name a leaf to a person."""
+        ...
+
+
+def pieces(path: str, config: ModelConfig, form: Form, shape: tuple[int, ...]) -> list[range]:
+    """Cut the rows of a leaf of `config`'s model, wanted in `form`, into pieces."""
+    stays_packed = path in PACKABLE and config.experts == form == "mxfp4"
+    values = _PIECE * 2 if stays_packed else _PIECE // 4
+    rows = max(1, values // math.prod(shape[1:]))
+    return [range(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
+
+
+def read_as(
+    source: Source, path: str, layer: int | None, *, form: Form, rows: range, dtype: Any
+) -> Any:
+    """Return rows of a leaf with the experts in `form`: an array or an MXFP4 of arrays.
+
+    What was stored packed and is wanted dense is decoded as `dtype`; otherwise dtypes are the
+    source's.
+    """
+    read = partial(source.read, path, layer, start=rows.start, stop=rows.stop)
+    if path not in PACKABLE:
+        return read("value")
+    if source.config.experts == "mxfp4":
+        value = MXFP4(read("blocks"), read("scales"))  # pyright: ignore[reportArgumentType]
+        return value if form == "mxfp4" else _decode(value, jnp.dtype(dtype).name)
+    array = read("value")
+    if form == "dense":
+        return array
+    if not is_finite(array):  # which the bytes would no longer show
+        raise UserError(f"{source.describe(path, layer)} has NaN or infinity")
+    return _encode(array)
+
+
+@partial(jax.jit, static_argnums=1)
+def _decode(packed: MXFP4, dtype: str) -> Any:
+    return mxfp4.decode(packed, jnp.dtype(dtype))
+
+
+@jax.jit
+def _encode(array: Any) -> MXFP4:
+    return mxfp4.encode(array, scale_rule="ocp")
+
+
+def check_packable(config: ModelConfig) -> None:
+    """Refuse sizes that MXFP4 can't hold."""
+    for name in ("d_model", "d_expert"):
+        size = getattr(config, name)
+        if size % MXFP4_BLOCK:
+            raise UserError(f"model.{name} is {size}: experts=mxfp4 needs a multiple of 32")
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Say whether floats have no NaN and no infinity, at the cost of one pass over their bits."""
+    if array.dtype == np.float32:
+        bits, exponent = array.view(np.uint32), 0x7F800000
+    else:
+        bits = array.view(np.uint16)
+        exponent = 0x7C00 if array.dtype == np.float16 else 0x7F80
+    return not bool(np.any((bits & bits.dtype.type(exponent)) == exponent))
+
+
+class ParamsSource:
+    """Parameters in memory, stacks [L, ...] or tuples of L arrays, on any device."""
+
+    def __init__(self, config: ModelConfig, params: Params) -> None:
+        """Take the parameters of a model. UserError if they are not those of `config`."""
+        self.config = config
+        self.leaves = flatten(params)
+        check_params(config, self.leaves)
+
+    def read(
+        self, path: str, layer: int | None, field: Field, *, start: int, stop: int
+    ) -> np.ndarray:
+        """See `Source`."""
+        if path == "layers/attention/sinks" and self.config.sinks == "zero":
+            return np.zeros(stop - start, self.dtype(path, layer))
+        leaf = self.leaves[path]
+        if isinstance(leaf, tuple):
+            leaf, layer = leaf[layer or 0], None
+        array = leaf if field == "value" else getattr(leaf, field)
+        piece = _rows(array, layer, start=start, size=stop - start)
+        if field == "scales":
+            check_scales(piece, self.describe(path, layer))
+        return piece
+
+    def dtype(self, path: str, layer: int | None) -> np.dtype:
+        """See `Source`."""
+        leaf = self.leaves.get(path, self.leaves["embedding/weight"])
+        leaf = leaf[0] if isinstance(leaf, tuple) else leaf
+        return np.dtype(np.uint8 if isinstance(leaf, MXFP4) else leaf.dtype)
+
+    def describe(self, path: str, layer: int | None) -> str:
+        """See `Source`."""
+        return f"params: {path}" + ("" if layer is None else f", layer {layer}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each leaf, of one layer under `layers/`."""
+        found = {}
+        for path, leaf in self.leaves.items():
+            one = leaf[0] if isinstance(leaf, tuple) else leaf
+            stacked = path.startswith("layers/") and not isinstance(leaf, tuple)
+            found[path] = tuple(one.shape[1:] if stacked else one.shape)
+        return found
+
+
+def _rows(array: Any, layer: int | None, *, start: int, size: int) -> np.ndarray:
+    """Copy rows to the host, and no more than the rows."""
+    on_host = isinstance(array, np.ndarray) or (
+        array.is_fully_addressable
+        and {d.platform for d in array.devices()} == {"cpu"}
+        and len(array.devices()) == 1
+    )
+    if on_host:  # a view without a copy
+        whole = np.asarray(array)
+        return (whole if layer is None else whole[layer])[start : start + size]
+    lead = () if layer is None else (layer,)
+    return np.asarray(_slice(array, lead, start, size))
+
+
+@partial(jax.jit, static_argnums=3)
+def _slice(array: Any, lead: tuple[int, ...], start: int, size: int) -> Any:
+    depth = len(lead)
+    zeros = (0,) * (array.ndim - depth - 1)
+    sizes = (*((1,) * depth), size, *array.shape[depth + 1 :])
+    rows = lax.dynamic_slice(array, (*lead, start, *zeros), sizes)
+    return rows.reshape(sizes[depth:])
+
+
+def check_scales(piece: np.ndarray, name: str) -> None:
+    """Refuse MXFP4 scales that are no numbers."""
+    if piece.size and piece.max() == 255:
+        raise UserError(f"{name} has scale byte 255, which is no number in MXFP4")
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+    """Return path -> leaf, where a leaf is an array, an MXFP4 value or a tuple of L of these."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> Params:
+    """Return the tree of what `flatten` returns."""
+    params: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return params
+
+
+def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
+    """Raise UserError, naming the leaf, unless the leaves are those that files can hold."""
+    expected = shapes(config)
+    if config.sinks != "learned":
+        expected.pop("layers/attention/sinks")
+    if config.qk_norm:  # no file can hold them, but a workdir can
+        norms = ("layers/attention/q_norm", "layers/attention/k_norm")
+        expected |= dict.fromkeys(norms, (config.head_dim,))
+    for path in [*expected, *leaves]:
+        if path not in leaves or path not in expected:
+            what = "lacks" if path not in leaves else "has the unknown leaf"
+            raise UserError(f"params: the tree {what} {path}: it is not that of model.config")
+        leaf, shape = leaves[path], expected[path]
+        in_layers = path.startswith("layers/")
+        copies = leaf if isinstance(leaf, tuple) else (leaf,)
+        packed = path in PACKABLE and config.experts == "mxfp4"
+        if isinstance(leaf, tuple):
+            wrong = len(leaf) != config.num_layers or not in_layers
+        else:
+            wrong, shape = False, ((config.num_layers, *shape) if in_layers else shape)
+        for one in copies:
+            wrong |= tuple(one.shape) != shape or isinstance(one, MXFP4) != packed
+            if packed and not wrong:
+                wrong |= tuple(one.blocks.shape) != packed_shape(shape, "blocks")
+        if wrong:
+            raise UserError(f"params: {path} has not the shape or form that model.config gives it")
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """Show a bar on stderr for work of over 1 GiB; yields advance(bytes)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    quiet = total < _PROGRESS_FROM
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
