@@ -1,7 +1,7 @@
 """This project against transformers on a CPU: forward, train step and greedy decode, side by side.
 
     pip install -e '.[parity]'
-    python benchmarks/cpu_vs_transformers.py          # writes benchmarks/results/cpu_vs_transformers.json
+    python benchmarks/cpu_vs_transformers.py    # writes benchmarks/results/*.json
 
 Both in one process on the same threads, float32, the same random weights' shapes, turn and turn
 about, medians. transformers runs eagerly, as its users run it, with each of its expert forms; the
@@ -28,8 +28,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch  # noqa: E402  # pyright: ignore[reportMissingImports]
+import transformers  # noqa: E402  # pyright: ignore[reportMissingImports]
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -41,16 +41,17 @@ from gptoss_jax.optimizer import make_optimizer  # noqa: E402
 from gptoss_jax.train_step import init_state  # noqa: E402
 from gptoss_jax.types import Batch  # noqa: E402
 
-F32 = {"dtype": "float32", "param_dtype": "float32"}
 MODELS = {
     # configs/tiny.py's sizes
     "tiny": ModelConfig(
         vocab_size=1024, num_layers=4, d_model=128, num_heads=8, num_kv_heads=2, head_dim=16,
-        num_experts=8, active_experts=2, d_expert=96, window=32, **F32,
+        num_experts=8, active_experts=2, d_expert=96, window=32,
+        dtype="float32", param_dtype="float32",
     ),
     "small": ModelConfig(
         vocab_size=16_384, num_layers=6, d_model=256, num_heads=8, num_kv_heads=2, head_dim=64,
-        num_experts=32, active_experts=4, d_expert=384, window=128, **F32,
+        num_experts=32, active_experts=4, d_expert=384, window=128,
+        dtype="float32", param_dtype="float32",
     ),
 }  # fmt: skip
 SHAPES = {"tiny": (8, 256), "small": (2, 512)}  # rows, tokens
@@ -154,7 +155,7 @@ def measure(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="gptoss_jax against transformers on a CPU")
     parser.add_argument("--seconds", type=float, default=20, help="of timing, a model and task")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--out", default="benchmarks/results/cpu_vs_transformers.json")
@@ -174,7 +175,8 @@ def main() -> None:
             best = min(took[form] for form in forms)
             ratio = best / took["ours"]
             rows.append(
-                {"model": name, "task": task, "times as fast": ratio, "to reach": TARGETS[name][task]}
+                {"model": name, "task": task}
+                | {"times as fast": ratio, "to reach": TARGETS[name][task]}
                 | {f"{k} ms": v for k, v in took.items()}
             )  # fmt: skip
             table.add_row(

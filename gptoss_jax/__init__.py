@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptoss_jax import harmony as harmony
+    from gptoss_jax import tokenizer as tokenizer
     from gptoss_jax.config import Config as Config
     from gptoss_jax.config import ModelConfig as ModelConfig
     from gptoss_jax.errors import UserError as UserError
@@ -32,12 +33,13 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = [*_HOME, "harmony"]
+_MODULES = ("harmony", "tokenizer")
+__all__ = [*_HOME, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "harmony":
-        return importlib.import_module("gptoss_jax.harmony")
+    if name in _MODULES:
+        return importlib.import_module(f"gptoss_jax.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"gptoss_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module 'gptoss_jax' has no attribute {name!r}")

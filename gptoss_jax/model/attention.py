@@ -46,7 +46,7 @@ class Attention(nn.Module):
         window: int | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Return the layer's output and, if there was a cache, the cache with these tokens in it."""
+        """Return the layer's output, and the cache, if there was one, with these tokens in it."""
         c = self.config
         q = self._project("q", x, c.num_heads)
         k = self._project("k", x, c.num_kv_heads)

@@ -21,7 +21,7 @@ from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
 from gptoss_jax.types import KVCache, Output, Params, RouterStats, is_weight, take_layer
 
 # What `capture` may name, each [L, B, T, ...] in the result.
-CAPTURES = (
+CAPTURES: tuple[str, ...] = (
     "residual",  # the residual stream after the layer [D]
     "attention_out",  # what attention adds [D]
     "moe_out",  # what the experts add [D]
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         sequence = Sequence(one, one, angle, angle)
 
         def init(key: Array) -> Params:
-            return Block(c, parent=None).init(key, x, sequence, window=None)["params"]
+            return dict(Block(c, parent=None).init(key, x, sequence, window=None)["params"])
 
         return jax.vmap(init)(jax.random.split(key, c.num_layers))
 

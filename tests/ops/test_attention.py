@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -112,7 +113,9 @@ def test_the_reference_is_the_formula():
             logits = [float(q[b, i, n] @ k[b, j, n // 2]) / 6**0.5 for j in seen]
             weights = np.exp(np.array([*logits, float(sink[n])], np.float64))
             weights = weights[:-1] / weights.sum()
-            expected = sum(w * np.asarray(v[b, j, n // 2]) for w, j in zip(weights, seen))
+            expected = sum(
+                w * np.asarray(v[b, j, n // 2]) for w, j in zip(weights, seen, strict=True)
+            )
             np.testing.assert_allclose(out[b, i, n], expected, atol=2e-6)
 
 
@@ -135,17 +138,11 @@ def test_padding_gives_finite_zeros_and_no_gradient():
     q, k, v, sink, segments, positions = make(40, (6, 2), 8, "padded")
     pad = segments == 0
     for window, sinks in itertools.product((None, 16), (sink, None)):
-        out = lambda v: attention(  # noqa: E731
-            q,
-            k,
-            v,
-            sinks=sinks,
-            window=window,
-            segment_ids=segments,
-            positions=positions,  # noqa: B023
+        attend = functools.partial(
+            attention, q, k, sinks=sinks, window=window, segment_ids=segments, positions=positions
         )
-        assert jnp.all(jnp.where(pad[..., None, None], out(v), 0) == 0)
-        gradient = jax.grad(lambda v: jnp.sum(jnp.square(out(v))))(v)  # noqa: B023
+        assert jnp.all(jnp.where(pad[..., None, None], attend(v), 0) == 0)
+        gradient = jax.grad(lambda v, attend=attend: jnp.sum(jnp.square(attend(v))))(v)
         assert jnp.isfinite(gradient).all()
         assert jnp.all(jnp.where(pad[..., None, None], gradient, 0) == 0)
 

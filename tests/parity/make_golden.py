@@ -89,7 +89,7 @@ def write_openai_mxfp4(model, folder: Path) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     stored = Checkpoint(str(folder), torch.device("cpu"))
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
     for i in range(c.num_layers):
         experts = model.model.layers[i].mlp.experts

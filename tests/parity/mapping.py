@@ -24,7 +24,7 @@ SIZES = ModelConfig(
 
 
 def to_tree(tensors: dict[str, np.ndarray], config: ModelConfig = SIZES) -> dict:
-    """Map Hugging Face tensors (values or gradients) to our tree: by hand, not by the name table."""
+    """Map Hugging Face tensors (values or gradients) to our tree, by hand: no name table."""
     c = config
     D, F, E, H = c.d_model, c.d_expert, c.num_experts, c.head_dim
 

@@ -1,4 +1,4 @@
-"""Values and gradients against torch itself, where it is installed: `pip install -e '.[parity]'`."""
+"""Values and gradients against torch, where it is installed: `pip install -e '.[parity]'`."""
 
 from __future__ import annotations
 

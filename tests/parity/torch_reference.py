@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from gpt_oss.torch.model import ModelConfig as OpenAIConfig
 from gpt_oss.torch.model import Transformer as OpenAITransformer
-from transformers import GptOssConfig, GptOssForCausalLM
-
 from mapping import SIZES
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from gptoss_jax.config import ModelConfig
 

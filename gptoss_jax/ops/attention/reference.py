@@ -34,18 +34,18 @@ def attend(
     A row that sees nothing gives zeros. Source: gpt_oss/torch/model.py, sdpa.
     """
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
+    K = k.shape[2]
     grouped = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, T, K, N // K, H)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
     mask = mask[:, None, None]
     logits = jnp.where(mask, logits, MASKED)
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    if sink is not None:
         largest = jnp.maximum(largest, sink)
     weights = jnp.where(mask, jnp.exp(logits - largest), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    total = total + jnp.exp(sink - largest) if sinks is not None else jnp.maximum(total, 1e-30)
+    total = jnp.maximum(total, 1e-30) if sink is None else total + jnp.exp(sink - largest)
     out = jnp.einsum(
         "BKGTS,BSKH->BTKGH",
         (weights / total).astype(v.dtype),

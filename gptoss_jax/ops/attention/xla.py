@@ -1,4 +1,4 @@
-"""Attention in plain XLA, in blocks of queries: banded layers cost O(T W), memory is linear in T."""
+"""Attention in plain XLA, by blocks of queries: O(T W) in banded layers, memory linear in T."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ def self_attention(
 ) -> Float[Array, "B T N H"]:
     """Attend over rows whose index order is their causal order; see `attention`."""
     T = q.shape[1]
-    if window is not None and T > 2 * window:
-        return _banded(
-            q, k, v, sinks, window=window, segment_ids=segment_ids, positions=positions
-        )
+    if window is not None and 2 * window < T:
+        return _banded(q, k, v, sinks, window=window, segment_ids=segment_ids, positions=positions)
     return _full(q, k, v, sinks, window=window, segment_ids=segment_ids, positions=positions)
 
 
