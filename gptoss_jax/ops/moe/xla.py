@@ -1,0 +1,349 @@
+"""The experts over rows sorted by expert: the cost follows the routed rows, not the experts.
+
+The M*A routed (row, slot) pairs are sorted by expert, without padding. A loop takes the experts
+that have rows, fetches (and decodes) one expert's weights, and an inner loop takes its rows R at
+a time. Trip counts are dynamic, so nothing is dropped whatever the routing. The last block of an
+expert reaches into the next one's rows: forward, what it writes there is written again by the
+next, since blocks go in order; backward, such rows have weight zero.
+
+The gradient is a rule of its own, by the same loops: an expert's weight gradients gather in one
+float32 buffer and are written once, in the weight's dtype. Scatters, and copies of whole stacks in
+the loops, are what XLA would make of autodiff here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from gptoss_jax.ops.moe.reference import clamped_swiglu
+from gptoss_jax.ops.mxfp4.xla import (
+    decode_halves,
+    decode_nibbles,
+    decode_scales,
+    from_halves,
+    to_halves,
+)
+from gptoss_jax.types import MXFP4
+
+FEW = 32  # up to so many routed pairs go one by one: a matrix product would not pay for itself
+TILE = 256  # output rows of a matrix-vector product at a time, so that they stay in the cache
+
+
+class Weights(NamedTuple):
+    """One layer's expert weights, as `experts` takes them."""
+
+    gate_up_weight: Float[Array, "E 2 F D"] | MXFP4
+    gate_up_bias: Float[Array, "E 2 F"]
+    down_weight: Float[Array, "E D F"] | MXFP4
+    down_bias: Float[Array, "E D"]
+
+
+class Expert(NamedTuple):
+    """One expert's weights as the loops take them; or their gradients, None for packed ones."""
+
+    gate_up_weight: Any
+    gate_up_bias: Any
+    down_weight: Any
+    down_bias: Any
+
+
+class Routes(NamedTuple):
+    """The routed pairs in the order of their experts; P = M*A."""
+
+    rows: Int[Array, " P+R"]  # which row of x a sorted pair is
+    weights: Float[Array, " P+R"]
+    slots: Int[Array, "M A"]  # where each pair went
+    bounds: Int[Array, " E+1"]  # expert e has the sorted pairs bounds[e] to bounds[e+1]
+    used: Int[Array, " E"]  # the experts that have rows, then the others
+    num_used: Int[Array, ""]
+
+
+def experts(
+    x: Float[Array, "M D"],
+    expert_ids: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+    *,
+    gate_up_weight: Float[Array, "E 2 F D"] | MXFP4,
+    gate_up_bias: Float[Array, "E 2 F"],
+    down_weight: Float[Array, "E D F"] | MXFP4,
+    down_bias: Float[Array, "E D"],
+    limit: float,
+    mask: Bool[Array, " M"] | None,
+) -> Float[Array, "M D"]:
+    """Sort, loop over the experts in use, and sum each row's A outputs."""
+    if mask is not None:
+        x = jnp.where(mask[:, None], x, 0)
+        expert_ids = jnp.where(mask[:, None], expert_ids, gate_up_bias.shape[0])
+        expert_weights = jnp.where(mask[:, None], expert_weights, 0)
+    weights = Weights(gate_up_weight, gate_up_bias, down_weight, down_bias)
+    out: Any = _experts(limit, x, expert_ids, expert_weights.astype(jnp.float32), weights)
+    return out if mask is None else jnp.where(mask[:, None], out, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(limit: float, x: Array, ids: Array, shares: Array, weights: Weights) -> Array:
+    if ids.size <= FEW:
+        return _few(x, ids, shares, weights, limit=limit)
+    return _forward(x, ids, shares, weights, limit=limit, keep=False)[0]
+
+
+def _experts_fwd(
+    limit: float, x: Array, ids: Array, shares: Array, weights: Weights
+) -> tuple[Array, Any]:
+    out, routes, hidden = _forward(x, ids, shares, weights, limit=limit, keep=True)
+    return out, (x, ids, weights, routes, hidden)
+
+
+def _block_rows(pairs: int, num_experts: int) -> int:
+    """Choose R: half of the mean rows an expert, a power of two from 16 to 256 (measured)."""
+    mean = max(pairs // num_experts, 1)
+    return min(max(2 ** (mean.bit_length() - 2) if mean > 1 else 1, 16), 256)
+
+
+def _compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """On a CPU multiply in float32: narrow operands would be widened again in every block."""
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
+
+
+def _dot(a: Array, b: Array, dims: tuple[int, int]) -> Array:
+    """Contract axis dims[0] of `a` with dims[1] of `b`, accumulating in float32."""
+    axes = (((dims[0],), (dims[1],)), ((), ()))
+    return lax.dot_general(a, b.astype(a.dtype), axes, preferred_element_type=jnp.float32)
+
+
+def _inward(rows: Array, weight: Array | MXFP4) -> Array:
+    """Order `rows` as the decoded `weight` orders its last axis; on rows it is cheap."""
+    return to_halves(rows) if isinstance(weight, MXFP4) else rows
+
+
+def _outward(rows: Array, weight: Array | MXFP4) -> Array:
+    """Undo `_inward`."""
+    return from_halves(rows) if isinstance(weight, MXFP4) else rows
+
+
+def _take_expert(weights: Weights, e: Array, dtype: jnp.dtype) -> Expert:
+    """Fetch expert `e`: matrices [2F, D] and [D, F] in `dtype`, biases in float32.
+
+    A packed matrix comes with its last axis in halves, even then odd (see `_inward`).
+    """
+
+    def take(weight: Array | MXFP4) -> Array:
+        one = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), weight)
+        return decode_halves(one, dtype) if isinstance(one, MXFP4) else one.astype(dtype)
+
+    return Expert(
+        take(weights.gate_up_weight).reshape(-1, weights.gate_up_weight.shape[-1]),
+        weights.gate_up_bias[e].astype(jnp.float32).reshape(-1),
+        take(weights.down_weight),
+        weights.down_bias[e].astype(jnp.float32),
+    )
+
+
+def _route(ids: Array, shares: Array, *, num_experts: int, block: int) -> Routes:
+    """Sort the pairs by expert; ids of E and above (masked rows) come last and belong to none."""
+    pairs, active = ids.size, ids.shape[1]
+    iota = jnp.arange(pairs, dtype=jnp.int32)
+    sorted_ids, order = lax.sort((ids.reshape(-1), iota), num_keys=1, is_stable=True)
+    edges = jnp.arange(num_experts + 1, dtype=sorted_ids.dtype)
+    bounds = jnp.searchsorted(sorted_ids, edges, method="compare_all").astype(jnp.int32)
+    empty = bounds[1:] == bounds[:-1]
+    return Routes(
+        rows=jnp.pad(order // active, (0, block)),
+        weights=jnp.pad(shares.reshape(-1)[order], (0, block)),
+        slots=jnp.zeros_like(iota).at[order].set(iota, unique_indices=True).reshape(ids.shape),
+        bounds=bounds,
+        used=jnp.argsort(empty, stable=True).astype(jnp.int32),
+        num_used=jnp.sum(~empty, dtype=jnp.int32),
+    )
+
+
+def _collect(sorted_rows: Array, slots: Array, scale: Array) -> Array:
+    """Sum over a of scale[:, a] * sorted_rows[slots[:, a]]; rows of scale 0 may hold anything."""
+    total = jnp.zeros((slots.shape[0], sorted_rows.shape[1]), jnp.float32)
+    for a in range(slots.shape[1]):
+        weight = scale[:, a, None]
+        total += jnp.where(weight == 0, 0, sorted_rows[slots[:, a]].astype(jnp.float32) * weight)
+    return total
+
+
+def _few(x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float) -> Array:
+    """Take the pairs one by one, as matrix-vector products that read the chosen experts only."""
+    num_experts, _, width = weights.gate_up_bias.shape
+    active = ids.shape[1]
+
+    def pair(p: Array, out: Array) -> Array:
+        m, a = p // active, p % active
+        routed = ids[m, a] < num_experts
+        e = jnp.where(routed, ids[m, a], 0)
+        h = _matvec(weights.gate_up_weight, e, x[m].astype(jnp.float32), routed)
+        h += weights.gate_up_bias[e].astype(jnp.float32).reshape(-1)
+        act = clamped_swiglu(h[:width], h[width:], limit=limit)
+        y = _matvec(weights.down_weight, e, act, routed) + weights.down_bias[e].astype(jnp.float32)
+        return out.at[m].add(jnp.where(routed, shares[m, a] * y, 0))
+
+    out = lax.fori_loop(0, ids.size, pair, jnp.zeros(x.shape, jnp.float32))
+    return out.astype(x.dtype)
+
+
+def _matvec(weight: Array | MXFP4, e: Array, vector: Array, routed: Array) -> Array:
+    """Return expert `e`'s matrix times `vector` in float32; nothing is read unless `routed`.
+
+    A tile of rows at a time: a whole expert decoded, or copied, for one product costs ten times as
+    much on a CPU, in page faults. XLA for an accelerator fuses the whole: one tile.
+    """
+    columns = weight.shape[-1]
+    flat = jax.tree.map(lambda w: w.reshape(w.shape[0], -1, *w.shape[weight.ndim - 1 :]), weight)
+    rows = flat.shape[1]
+    tile = min(TILE, rows) if jax.default_backend() == "cpu" else rows
+
+    def product(part: Array | MXFP4) -> Array:
+        if not isinstance(part, MXFP4):
+            return part.astype(jnp.float32) @ vector
+        even, odd = vector.reshape(columns // 32, 16, 2).transpose(2, 0, 1)
+        terms = decode_nibbles(part.blocks & 15) * even + decode_nibbles(part.blocks >> 4) * odd
+        # sums of 16 as a product with ones: XLA:CPU does not vectorise the reduction
+        sums = (terms.reshape(-1, 16) @ jnp.ones(16)).reshape(part.scales.shape)
+        return jnp.sum(sums * decode_scales(part.scales), axis=-1)
+
+    def step(i: Array, out: Array) -> Array:
+        at = jnp.minimum(i * tile, rows - tile)  # the last tile overlaps the one before
+
+        def cut(w: Array) -> Array:
+            start = (e, at, *[0] * (w.ndim - 2))
+            return lax.dynamic_slice(w, start, (1, tile, *w.shape[2:]))[0]
+
+        return lax.dynamic_update_slice(out, product(jax.tree.map(cut, flat)), (at,))
+
+    trips = jnp.where(routed, -(-rows // tile), 0)
+    return lax.fori_loop(0, trips, step, jnp.zeros(rows, jnp.float32))
+
+
+def _forward(
+    x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float, keep: bool
+) -> tuple[Array, Routes, Array | None]:
+    """Return the output, the routes, and if `keep` the sorted pairs' pre-activations [P+R, 2F]."""
+    num_experts, _, width = weights.gate_up_bias.shape
+    block = _block_rows(ids.size, num_experts)
+    dtype = _compute_dtype(x.dtype)
+    routes = _route(ids, shares, num_experts=num_experts, block=block)
+
+    def expert(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        e = routes.used[i]
+        one = _take_expert(weights, e, dtype)
+        start, stop = routes.bounds[e], routes.bounds[e + 1]
+
+        def rows(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            at = start + j * block
+            row = x[lax.dynamic_slice(routes.rows, (at,), (block,))].astype(dtype)
+            h = (
+                _dot(_inward(row, weights.gate_up_weight), one.gate_up_weight, (1, 1))
+                + one.gate_up_bias
+            )
+            act = clamped_swiglu(h[:, :width], h[:, width:], limit=limit).astype(dtype)
+            y = _dot(_inward(act, weights.down_weight), one.down_weight, (1, 1)) + one.down_bias
+            new = (y, h)[: len(carry)]
+            put = lax.dynamic_update_slice
+            return tuple(
+                put(old, part.astype(old.dtype), (at, 0))
+                for old, part in zip(carry, new, strict=True)
+            )
+
+        return lax.fori_loop(0, (stop - start + block - 1) // block, rows, carry)
+
+    length = ids.size + block
+    init = (jnp.zeros((length, x.shape[1]), jnp.float32),)
+    if keep:
+        init = (*init, jnp.zeros((length, 2 * width), dtype))
+    y, *hidden = lax.fori_loop(0, routes.num_used, expert, init)
+    routed = jnp.where(routes.slots < routes.bounds[-1], shares, 0)
+    out = _collect(y, routes.slots, routed).astype(x.dtype)
+    return out, routes, hidden[0] if keep else None
+
+
+def _experts_bwd(limit: float, saved: Any, d_out: Array) -> tuple[Array, None, Array, Weights]:
+    x, ids, weights, routes, hidden = saved
+    dense = [not isinstance(w, MXFP4) for w in (weights.gate_up_weight, weights.down_weight)]
+    dtype = _compute_dtype(x.dtype)
+    length, double_width = hidden.shape
+    block = length - ids.size
+
+    def activate(h: Array) -> Array:
+        return clamped_swiglu(h[:, : double_width // 2], h[:, double_width // 2 :], limit=limit)
+
+    def rows(at: Array, stop: Array, one: Expert) -> tuple[Array, Array, Expert]:
+        """Differentiate one block: of x, of the weights of the sum, and of the expert's four."""
+        row = lax.dynamic_slice(routes.rows, (at,), (block,))
+        inside = at + jnp.arange(block, dtype=jnp.int32) < stop
+        share = jnp.where(inside, lax.dynamic_slice(routes.weights, (at,), (block,)), 0)[:, None]
+        dy = d_out[row].astype(dtype)
+        h = lax.dynamic_slice(hidden, (at, 0), (block, double_width)).astype(jnp.float32)
+        act, pull = jax.vjp(activate, h)
+        d_act = _outward(_dot(dy, one.down_weight, (1, 0)), weights.down_weight)
+        d_share = jnp.sum(act * d_act, 1) + jnp.sum(dy * one.down_bias, 1)
+        (dh,) = pull(d_act * share)
+        dh, dy = dh.astype(dtype), (dy * share).astype(dtype)
+        d_weights = Expert(
+            _dot(dh, x[row].astype(dtype), (0, 0)) if dense[0] else None,
+            jnp.sum(dh, 0, dtype=jnp.float32),
+            _dot(dy, act.astype(dtype), (0, 0)) if dense[1] else None,
+            jnp.sum(dy, 0, dtype=jnp.float32),
+        )
+        dx = _outward(_dot(dh, one.gate_up_weight, (1, 0)), weights.gate_up_weight)
+        return dx, d_share, d_weights
+
+    return _backward_loops(x, weights, routes, rows, block=block)
+
+
+def _backward_loops(x: Array, weights: Weights, routes: Routes, rows: Any, *, block: int) -> Any:
+    """Run `rows` over every block, gather each expert's gradients, and undo the sorting."""
+    like = Expert(*(None if isinstance(w, MXFP4) else w for w in weights))
+    # The gate and the up rows are one axis of 2F in the loops.
+    like = like._replace(gate_up_bias=like.gate_up_bias.reshape(like.gate_up_bias.shape[0], -1))
+    if like.gate_up_weight is not None:
+        matrices = like.gate_up_weight.reshape(*like.gate_up_bias.shape, x.shape[1])
+        like = like._replace(gate_up_weight=matrices)
+
+    def expert(i: Array, carry: Any) -> Any:
+        dx, d_share, stacks = carry
+        e = routes.used[i]
+        one = _take_expert(weights, e, _compute_dtype(x.dtype))
+        start, stop = routes.bounds[e], routes.bounds[e + 1]
+
+        def step(j: Array, carry: Any) -> Any:
+            dx, d_share, sums = carry
+            at = start + j * block
+            new_dx, new_share, new = rows(at, stop, one)
+            dx = lax.dynamic_update_slice(dx, new_dx.astype(dx.dtype), (at, 0))
+            d_share = lax.dynamic_update_slice(d_share, new_share, (at,))
+            return dx, d_share, jax.tree.map(jnp.add, sums, new)
+
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape[1:], jnp.float32), like)
+        dx, d_share, sums = lax.fori_loop(
+            0, (stop - start + block - 1) // block, step, (dx, d_share, zeros)
+        )
+        put = lax.dynamic_update_index_in_dim
+        stacks = jax.tree.map(lambda s, new: put(s, new.astype(s.dtype), e, 0), stacks, sums)
+        return dx, d_share, stacks
+
+    init = (
+        jnp.zeros((routes.rows.shape[0], x.shape[1]), jnp.float32),
+        jnp.zeros(routes.rows.shape, jnp.float32),
+        jax.tree.map(jnp.zeros_like, like),
+    )
+    dx, d_share, stacks = lax.fori_loop(0, routes.num_used, expert, init)
+    routed = (routes.slots < routes.bounds[-1]).astype(jnp.float32)
+    dx = _collect(dx, routes.slots, routed).astype(x.dtype)
+    d_share = jnp.where(routed > 0, d_share[routes.slots], 0)
+    grads: list[Any] = [
+        None if d is None else d.reshape(w.shape) for d, w in zip(stacks, weights, strict=True)
+    ]
+    return dx, None, d_share, Weights(*grads)
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)

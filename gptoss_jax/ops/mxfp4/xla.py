@@ -1,0 +1,130 @@
+"""MXFP4 by arithmetic on bits, which vectorises where a table of 16 does not, and the encoder."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK
+
+HALF = 0x3F000000  # the bits of 0.5 in float32
+SLICE_VALUES = 1 << 24  # of a host array, encoded at a time
+
+
+def decode_nibbles(nibbles: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    """Return the e2m1 values of codes 0 to 15, in float32.
+
+    The three low bits in place of an exponent's last two and a mantissa's first give the value
+    but for codes 0 and 1: there e2m1 is subnormal, and a float32 subnormal would be flushed.
+    """
+    code = nibbles.astype(jnp.uint32)
+    magnitude = code & 7
+    normal = (magnitude << 22) + np.uint32(126 << 23)
+    bits = jnp.where(magnitude < 2, magnitude * np.uint32(HALF), normal)
+    return lax.bitcast_convert_type(bits | ((code & 8) << 28), jnp.float32)
+
+
+def decode_scales(scales: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    """Return 2**(scale - 127) in float32 from its bits; 0 gives zero and 255 infinity."""
+    return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
+
+
+def decode(packed: MXFP4, dtype: jnp.dtype) -> Float[Array, "... C"]:
+    """Decode in the order of the array."""
+    blocks, scales = jnp.asarray(packed.blocks), jnp.asarray(packed.scales)
+    nibbles = jnp.stack([blocks & 15, blocks >> 4], axis=-1)
+    values = decode_nibbles(nibbles) * decode_scales(scales)[..., None, None]
+    return values.reshape(packed.shape).astype(dtype)
+
+
+def decode_halves(packed: MXFP4, dtype: jnp.dtype) -> Float[Array, "... C"]:
+    """Decode with the even elements first, then the odd ones: ten times as fast on a CPU."""
+    scale = decode_scales(packed.scales)[..., None]
+
+    def half(nibbles: Array) -> Array:
+        values = decode_nibbles(nibbles) * scale
+        return values.astype(dtype).reshape(*packed.shape[:-1], packed.shape[-1] // 2)
+
+    return jnp.concatenate([half(packed.blocks & 15), half(packed.blocks >> 4)], axis=-1)
+
+
+def to_halves(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    """Reorder the last axis as `decode_halves` does."""
+    return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def from_halves(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    """Undo `to_halves`."""
+    return x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
+
+
+def encode(x: Float[Array, "... C"] | np.ndarray, *, search: bool) -> MXFP4:
+    """Encode on the device; a numpy array slice by slice, into numpy arrays."""
+    if not isinstance(x, np.ndarray):
+        return _encode_blocks(x.reshape(*x.shape[:-1], -1, MXFP4_BLOCK), search=search)
+    flat = x.reshape(-1, MXFP4_BLOCK)
+    blocks: Any = np.empty((*flat.shape[:1], MXFP4_BLOCK // 2), np.uint8)
+    scales: Any = np.empty(flat.shape[:1], np.uint8)
+    step = SLICE_VALUES // MXFP4_BLOCK
+    for start in range(0, flat.shape[0], step):
+        part = _encode_blocks(jnp.asarray(flat[start : start + step]), search=search)
+        blocks[start : start + step] = part.blocks
+        scales[start : start + step] = part.scales
+    shape = (*x.shape[:-1], x.shape[-1] // MXFP4_BLOCK)
+    return MXFP4(blocks.reshape(*shape, MXFP4_BLOCK // 2), scales.reshape(shape))
+
+
+@functools.partial(jax.jit, static_argnames="search")
+def _encode_blocks(x: Float[Array, "... 32"], *, search: bool) -> MXFP4:
+    x = x.astype(jnp.float32)
+    amax = jnp.max(jnp.abs(x), axis=-1)
+    exponent = (lax.bitcast_convert_type(amax, jnp.uint32) >> 23).astype(jnp.int32)
+    # Byte 1 at least: a block of the smallest normal numbers then keeps its values, which byte 0,
+    # itself a subnormal, would not; and zeros decode to zeros under any byte.
+    # 252 at most: rounding up to the next scale would overflow at the top of float32.
+    base = jnp.clip(exponent - 2, 1, 252)
+    if not search:
+        return MXFP4(_pack(_round(_rescale(x, base))), base.astype(jnp.uint8))
+    best_error = jnp.full(base.shape, jnp.inf)
+    best_code, best = jnp.zeros(x.shape, jnp.uint8), base
+    # In units of the OCP scale nothing overflows. The first of equals stays: the OCP scale.
+    unit = _rescale(x, base)
+    for step in (0, 1, -1):
+        scale = jnp.clip(base + step, 1, 252)
+        factor = decode_scales((127 + scale - base).astype(jnp.uint8))[..., None]
+        code = _round(unit / factor)
+        error = jnp.sum((decode_nibbles(code) * factor - unit) ** 2, axis=-1)
+        better = error < best_error
+        best_error = jnp.where(better, error, best_error)
+        best_code = jnp.where(better[..., None], code, best_code)
+        best = jnp.where(better, scale, best)
+    return MXFP4(_pack(best_code), best.astype(jnp.uint8))
+
+
+def _rescale(x: Array, scale: Array) -> Array:
+    """Return x * 2**(127 - scale) by two factors: one alone may be subnormal and be flushed."""
+    first = (127 - scale) // 2
+    second = 127 - scale - first
+    for part in (first, second):
+        x = x * decode_scales((127 + part).astype(jnp.uint8))[..., None]
+    return x
+
+
+def _round(x: Array) -> Array:
+    """Return codes of the nearest e2m1 values, ties to the even code, saturating at 6."""
+    a = jnp.abs(x)
+    code = (a > 0.25).astype(jnp.uint8)
+    for passed in (a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5):
+        code += passed.astype(jnp.uint8)
+    return code | jnp.where(jnp.signbit(x), jnp.uint8(8), jnp.uint8(0))
+
+
+def _pack(codes: UInt8[Array, "... 32"]) -> UInt8[Array, "... 16"]:
+    pairs = codes.reshape(*codes.shape[:-1], MXFP4_BLOCK // 2, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)

@@ -1,0 +1,229 @@
+"""Experts over sorted rows against every expert on every row: values and every gradient."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.ops import mxfp4
+from gptoss_jax.ops.moe import experts
+
+D, F, LIMIT = 64, 96, 1.5  # a limit that many activations meet
+NAMES = ("gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
+
+
+def inputs(rows: int, num_experts: int, active: int, *, routing: str = "even") -> tuple:
+    """Return (x, ids, shares, weights) in float32; `routing` is even, skewed or single."""
+    keys = jax.random.split(jax.random.key(rows), 7)
+    logits = jax.random.normal(keys[0], (rows, num_experts))
+    if routing == "skewed":  # most rows to expert 1, none to the last two
+        logits += jnp.arange(num_experts) == 1
+        logits = logits.at[:, 1].add(6).at[:, -2:].set(-jnp.inf)
+    shares, ids = jax.lax.top_k(logits, active)
+    if routing == "single":
+        ids = jnp.full_like(ids, num_experts - 1)
+    shapes = ((num_experts, 2, F, D), (num_experts, 2, F), (num_experts, D, F), (num_experts, D))
+    weights = {
+        name: jax.random.normal(key, shape) * 0.2
+        for name, key, shape in zip(NAMES, keys[1:5], shapes, strict=True)
+    }
+    x = jax.random.normal(keys[5], (rows, D))
+    return x, ids.astype(jnp.int32), jax.nn.softmax(shares), weights
+
+
+def cast(args: tuple, dtype: jnp.dtype) -> tuple:
+    x, ids, shares, weights = args
+    return x.astype(dtype), ids, shares, {k: w.astype(dtype) for k, w in weights.items()}
+
+
+def pack(args: tuple) -> tuple[tuple, dict]:
+    """Split off the packed matrices: they are not to be differentiated."""
+    x, ids, shares, weights = args
+    packed = {k: mxfp4.encode(weights[k]) for k in ("gate_up_weight", "down_weight")}
+    return (x, ids, shares, {k: weights[k] for k in weights if k not in packed}), packed
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def everything(args: tuple, packed: dict, mask=None, *, implementation: str | None = None) -> dict:
+    """Return the output and the gradients of a weighted sum of it, by name."""
+    x, ids, shares, weights = args
+
+    def run(x, shares, weights):
+        all_weights = {**weights, **packed}
+        out = experts(
+            x, ids, shares, **all_weights, limit=LIMIT, mask=mask, implementation=implementation
+        )
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+    (_, out), (dx, d_shares, d_weights) = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(
+        x, shares, weights
+    )
+    return {"out": out, "x": dx, "shares": d_shares, **d_weights}
+
+
+def check(got: dict, want: dict, tolerance: float = 1e-5) -> None:
+    assert got.keys() == want.keys()
+    for name, a in got.items():
+        b = want[name]
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        np.testing.assert_allclose(
+            a, b, atol=tolerance * max(np.abs(b).max(), 1e-3), rtol=0, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "active", "routing"),
+    [
+        (1, 5, 2, "even"),
+        (37, 5, 2, "skewed"),
+        (300, 5, 3, "single"),
+        (300, 32, 4, "even"),
+        (129, 32, 4, "skewed"),
+    ],
+)
+def test_values_and_gradients(rows: int, num_experts: int, active: int, routing: str) -> None:
+    args = inputs(rows, num_experts, active, routing=routing)
+    check(everything(args, {}), everything(args, {}, implementation="reference"))
+
+
+def test_packed_weights_give_what_they_decode_to() -> None:
+    args, packed = pack(inputs(70, 5, 2))
+    got = everything(args, packed)
+    check(got, everything(args, packed, implementation="reference"))
+    dense = {k: mxfp4.decode(w) for k, w in packed.items()}
+    check(got, everything(args, dense))
+
+
+def forward(args: tuple, packed: dict, mask=None, **options) -> jax.Array:
+    x, ids, shares, weights = args
+    run = jax.jit(lambda x: experts(x, ids, shares, **weights, **packed, limit=LIMIT, **options))
+    return (
+        run(x)
+        if mask is None
+        else jax.jit(
+            lambda x, mask: experts(x, ids, shares, **weights, **packed, limit=LIMIT, mask=mask)
+        )(x, mask)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 17])  # 16 * 2 pairs is the last that go one by one
+def test_few_rows_without_gradients(rows: int) -> None:
+    args = inputs(rows, 5, 2)
+    want = forward(args, {}, implementation="reference")
+    np.testing.assert_allclose(forward(args, {}), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    args, packed = pack(args)
+    want = forward(args, packed, implementation="reference")
+    np.testing.assert_allclose(forward(args, packed), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_tiles_that_do_not_divide_the_rows_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss_jax.ops.moe.xla.TILE", 40)
+    args, packed = pack(inputs(3, 5, 2))
+    want = forward(args, packed, implementation="reference")
+    np.testing.assert_allclose(forward(args, packed), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_masked_rows_may_hold_anything() -> None:
+    rows = 75
+    args = inputs(rows, 5, 2)
+    x, ids, shares, weights = args
+    mask = jnp.arange(rows) % 3 != 1
+    poisoned = (
+        jnp.where(mask[:, None], x, jnp.nan),
+        jnp.where(mask[:, None], ids, 4),
+        jnp.where(mask[:, None], shares, jnp.nan),
+        weights,
+    )
+    got = everything(poisoned, {}, mask)
+    check(got, everything(args, {}, mask, implementation="reference"))
+    for name in ("out", "x", "shares"):
+        np.testing.assert_array_equal(got[name][~mask], 0, err_msg=name)
+    kept = tuple(a[mask] for a in args[:3])
+    alone = everything((*kept, weights), {}, implementation="reference")
+    np.testing.assert_allclose(got["out"][mask], alone["out"], atol=1e-5 * np.abs(x).max())
+    few = forward((*(a[:6] for a in poisoned[:3]), weights), {}, mask[:6])
+    np.testing.assert_allclose(few, got["out"][:6], atol=1e-5 * np.abs(few).max())
+
+
+def test_all_rows_masked_give_zeros_everywhere() -> None:
+    args = inputs(20, 5, 2)
+    got = everything((args[0] * jnp.nan, *args[1:]), {}, jnp.zeros(20, bool))
+    for name, a in got.items():
+        np.testing.assert_array_equal(a, 0, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_dtypes(dtype: jnp.dtype) -> None:
+    args = cast(inputs(70, 5, 2), dtype)
+    got = everything(args, {})
+    want = everything(args, {}, implementation="reference")
+    for name, a in got.items():
+        assert a.dtype == want[name].dtype, name
+        a, b = np.asarray(a, np.float64), np.asarray(want[name], np.float64)
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b), name
+
+
+def test_inside_scan_and_checkpoint() -> None:
+    x, ids, shares, weights = inputs(40, 5, 2)
+    stack = jax.tree.map(lambda w: jnp.stack([w, w * 0.5, -w]), weights)
+
+    def loss(stack, x, implementation):
+        @jax.checkpoint
+        def layer(x, weights):
+            y = experts(x, ids, shares, **weights, limit=LIMIT, implementation=implementation)
+            return x + y, None
+
+        return jnp.sum(jax.lax.scan(layer, x, stack)[0] ** 2)
+
+    grads = [jax.jit(jax.grad(loss), static_argnums=2)(stack, x, i) for i in ("xla", "reference")]
+    check(*grads)
+
+
+def test_the_loops_copy_no_stack() -> None:
+    args = inputs(300, 32, 4)
+    text = everything.lower(args, {}).compile().as_text()
+    assert f"f32[32,{2 * F},{D}]" in text  # how the stacks appear, so that the next line can fail
+    for stack in (f"f32[32,{2 * F},{D}]", f"f32[32,2,{F},{D}]", f"f32[32,{D},{F}]"):
+        copies = [line for line in text.splitlines() if f"= {stack}" in line and " copy(" in line]
+        assert not copies, copies
+
+
+def test_memory_does_not_follow_the_experts() -> None:
+    def temporary_bytes(num_experts: int, implementation: str) -> int:
+        args = jax.eval_shape(lambda: inputs(256, num_experts, 2))
+
+        def run(x, ids, shares, weights):
+            options = {"limit": LIMIT, "implementation": implementation}
+            return experts(x, ids, shares, **weights, **options)
+
+        return jax.jit(run).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(64, "xla") < 1.5 * temporary_bytes(8, "xla")
+    assert temporary_bytes(64, "reference") > 4 * temporary_bytes(8, "reference")
+
+
+@pytest.mark.slow
+def test_time_does_not_follow_the_experts() -> None:
+    def seconds(num_experts: int) -> float:
+        args = inputs(1024, num_experts, 2, routing="even")
+        x, ids, shares, weights = args
+        args = (x, ids % 8, shares, weights)  # the same rows for the same eight
+        run = jax.jit(lambda args: experts(*args[:3], **args[3], limit=LIMIT))
+        times = []
+        for _ in range(12):
+            start = time.process_time()
+            jax.block_until_ready(run(args))
+            times.append(time.process_time() - start)
+        return min(times[2:])
+
+    few, many = seconds(8), seconds(64)
+    assert many < 3 * few, (few, many)
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    x, ids, shares, weights = inputs(2, 5, 2)
+    with pytest.raises(ValueError, match="implementation='pallas'"):
+        experts(x, ids, shares, **weights, limit=LIMIT, implementation="pallas")
