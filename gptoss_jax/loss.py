@@ -1,0 +1,157 @@
+"""From a model and a batch to the sums that a loss is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.ops.cross_entropy import cross_entropy
+from gptoss_jax.types import Batch, Params, RouterStats
+
+# The unembedding runs over chunks of an eighth of the rows, or of this many where that is less.
+_CHUNKS = 8
+_MIN_ROWS = 128
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over a batch, float32: to be added over microbatches, hosts and shards, then divided.
+
+    The loss is `nll / weight`; what is minimised is `nll / weight + penalty / tokens`, each sum
+    over the whole step, so that accumulation and one big batch are the same.
+    """
+
+    nll: Float[Array, ""]  # sum of weight * negative log-likelihood, in nats
+    weight: Float[Array, ""]  # sum of the targets' weights
+    penalty: Float[Array, ""]  # the router losses times their coefficients and `tokens`; 0 if off
+    tokens: Float[Array, ""]  # tokens that are not padding
+    router: RouterStats
+
+
+def loss_fn(
+    model: Any,
+    params: Params,
+    batch: Batch,
+    *,
+    balance_loss: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """Run the model on a batch and sum its loss over the trained tokens.
+
+    Only positions with weight > 0 are unembedded, in chunks, so that logits [tokens, V] never exist
+    and the cost follows the trained tokens, in steps of an eighth of the batch. The router losses
+    are averaged over layers; with coefficients of 0 they are no part of the gradient. `model` has
+    the `forward` of `model.Transformer`.
+    """
+    out = model.forward(
+        params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
+    )
+    with jax.named_scope("loss"):
+        hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
+        targets = jnp.asarray(batch.targets).reshape(-1)
+        weights = jnp.asarray(batch.weights, jnp.float32).reshape(-1)
+        rows, targets, row_weights = _trained_first(hidden, targets, weights)
+        nll = _nll_sum(rows, params["unembedding"]["weight"], targets, row_weights)
+    tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
+    penalty = jnp.float32(0)
+    if balance_loss:
+        penalty += balance_loss * jnp.mean(out.router.balance_loss)
+    if z_loss:
+        penalty += z_loss * jnp.mean(out.router.z_loss)
+    return LossSums(nll, jnp.sum(weights), penalty * tokens, tokens, out.router)
+
+
+def _trained_first(
+    hidden: Float[Array, "M D"], targets: Int[Array, " M"], weights: Float[Array, " M"]
+) -> tuple[Float[Array, "M D"], Int[Array, " M"], Float[Array, " M"]]:
+    """Move the rows with weight > 0 to the front, in their order."""
+    trained = weights > 0
+    # Where each row goes, by counting: no sort.
+    after = jnp.sum(trained) + jnp.cumsum(~trained) - 1
+    goes_to = jnp.where(trained, jnp.cumsum(trained) - 1, after)
+    rows = jnp.arange(weights.shape[0])
+    order = jnp.zeros_like(goes_to).at[goes_to].set(rows, unique_indices=True)
+    return _permute(hidden, order, goes_to), targets[order], weights[order]
+
+
+@jax.custom_vjp
+def _permute(
+    x: Float[Array, "M D"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M D"]:
+    """Reorder rows. Its gradient is a gather too, where autodiff would scatter row by row."""
+    return x[order]
+
+
+def _permute_fwd(x, order, inverse):
+    return x[order], inverse
+
+
+def _permute_bwd(inverse, g):
+    return g[inverse], None, None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+@jax.custom_vjp
+def _nll_sum(
+    hidden: Float[Array, "M D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, " M"],
+    weights: Float[Array, " M"],
+) -> Float[Array, ""]:
+    """Sum weights * nll over the rows up to the last with weight > 0; all of those come first.
+
+    The number of chunks is known only when it runs, and such a loop has no autodiff: hence a rule
+    of its own, by which the gradients are formed in the loop that forms the loss.
+    """
+    return _over_chunks(hidden, weight, targets, weights, grads=False)[0]
+
+
+def _over_chunks(
+    hidden: Array, weight: Array, targets: Array, weights: Array, *, grads: bool
+) -> tuple[Array, Array, Array]:
+    M = hidden.shape[0]
+    rows = min(M, max(-(-M // _CHUNKS), _MIN_ROWS))
+    # Chunks have one size: the last may reach over the end, into rows of weight 0.
+    spare = -M % rows
+    parts = [jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, targets, weights)]
+
+    def total(h: Array, weight: Array, t: Array, w: Array) -> Array:
+        return cross_entropy(h, weight, t, w)[0]
+
+    def chunk(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        nll, d_hidden, d_weight = sums
+        h, t, w = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in parts)
+        if not grads:
+            return nll + total(h, weight, t, w), d_hidden, d_weight
+        more, (dh, dw) = jax.value_and_grad(total, argnums=(0, 1))(h, weight, t, w)
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * rows, 0)
+        return nll + more, d_hidden, d_weight + dw.astype(jnp.float32)
+
+    used = -(-jnp.sum(weights > 0) // rows)
+    start = (
+        jnp.float32(0),
+        jnp.zeros_like(parts[0]) if grads else jnp.zeros(()),
+        jnp.zeros(weight.shape, jnp.float32) if grads else jnp.zeros(()),
+    )
+    nll, d_hidden, d_weight = jax.lax.fori_loop(0, used, chunk, start)
+    return nll, d_hidden[:M] if grads else d_hidden, d_weight.astype(weight.dtype)
+
+
+def _nll_sum_fwd(hidden, weight, targets, weights):
+    nll, d_hidden, d_weight = _over_chunks(hidden, weight, targets, weights, grads=True)
+    return nll, (d_hidden, d_weight)
+
+
+def _nll_sum_bwd(saved, g):
+    d_hidden, d_weight = saved
+    # The weights of targets are data: they get no gradient.
+    return (d_hidden * g).astype(d_hidden.dtype), (d_weight * g).astype(d_weight.dtype), None, None
+
+
+_nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)

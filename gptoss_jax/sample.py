@@ -1,0 +1,207 @@
+"""Answer one prompt: `python -m gptoss_jax.sample --checkpoint DIR --prompt TEXT`.
+
+The answer is streamed to stdout with its channels apart; what is about the run goes to stderr.
+`--json` prints one object instead, when all is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import json
+import time
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import jax
+import tiktoken
+from rich.console import Console
+
+from gptoss_jax import harmony, tokenizer, weights
+from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.harmony_parser import MessageEnd, MessageStart, StreamParser, TextDelta, to_messages
+from gptoss_jax.sampler import Rules, Sampled, Sampler
+
+_DEFAULT_MAX_TOKENS = 1_024
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser("gptoss_jax.sample", description="Answer one prompt.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="Hugging Face, OpenAI, or workdir")
+    add("--step", type=int, help="of a workdir; default: its latest")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what the user says")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="ids, continued as they are")
+    add("--raw", action="store_true", help="continue the text of --prompt itself, without Harmony")
+    add("--reasoning", choices=harmony.EFFORTS, default="medium", help="default: medium")
+    add("--developer", "--system", metavar="TEXT", help="instructions to the model")
+    add(
+        "--max-tokens",
+        type=int,
+        help=f"default: what the context leaves, up to {_DEFAULT_MAX_TOKENS}",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0, the default, takes the likeliest token; OpenAI advises 1 for its models",
+    )
+    add("--top-k", type=int, help="draw from the k likeliest tokens")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest of this probability")
+    add("--min-p", type=float, default=0.0, help="leave out what is less likely, times the top")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU")
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command. Raises UserError for whatever is wrong with what was given."""
+    args = _parser().parse_args(argv)
+    rules = Rules(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+    plain = args.raw or args.prompt_ids is not None
+    if plain and args.developer is not None:
+        raise UserError("--developer is for a Harmony prompt: leave --raw and --prompt-ids out")
+    if args.raw and args.prompt is None:
+        raise UserError("--raw is for the text of --prompt; --prompt-ids are taken as they are")
+    given = None if args.prompt_ids is None else _read_ids(args.prompt_ids)
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    model, params = weights.load(args.checkpoint, dtype=dtype, step=args.step, split=on_cpu)
+    encoding = tokenizer.get_tokenizer(model.config.vocab_size)
+    ids = _prompt(args, encoding) if given is None else given
+    room = model.config.context - len(ids)
+    options: dict[str, Any] = {
+        "max_tokens": max(1, min(room, _DEFAULT_MAX_TOKENS))
+        if args.max_tokens is None
+        else args.max_tokens,
+        "temperature": rules.temperature,
+        "top_k": rules.top_k,
+        "top_p": rules.top_p,
+        "min_p": rules.min_p,
+        "seed": args.seed,
+    }
+    sampler = Sampler(model, params)
+    if args.json:
+        print(json.dumps(_answer(sampler, ids, options, encoding=encoding, plain=plain)))
+        return
+    stream = _Clocked(sampler.stream(ids, **options))
+    console = Console(highlight=False, markup=False, emoji=False)
+    (print_text if plain else print_channels)(console, stream, encoding=encoding)
+    Console(stderr=True, highlight=False).print(stream.summary(), style="dim")
+
+
+def print_channels(
+    console: Console, stream: Iterable[Sampled], *, encoding: tiktoken.Encoding
+) -> StreamParser:
+    """Print Harmony messages as they are sampled, all but the final channel dim and named.
+
+    Returns the parser, with the messages in it.
+    """
+    parser = StreamParser(encoding)
+
+    def show(events: Iterable[Any]) -> None:
+        nonlocal style
+        for event in events:
+            if isinstance(event, MessageStart):
+                header = event.header
+                final = header.channel == "final"
+                style = None if final else "dim"
+                if not final:
+                    to = f" to {header.recipient}" if header.recipient else ""
+                    console.print(f"[{header.channel or header.role}{to}]", style="dim bold")
+            elif isinstance(event, TextDelta):
+                console.print(event.text, style=style, end="", soft_wrap=True)
+            elif isinstance(event, MessageEnd):
+                console.print()
+
+    style = None
+    for item in stream:
+        show(parser.process(item.token))
+    show(parser.finish())
+    return parser
+
+
+def print_text(console: Console, stream: Iterable[Sampled], *, encoding: tiktoken.Encoding) -> None:
+    """Print the text of ids as they are sampled, special tokens by name."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    for item in stream:
+        text = utf8.decode(tokenizer.token_bytes(encoding, item.token))
+        console.print(text, end="", soft_wrap=True)
+    console.print(utf8.decode(b"", final=True))
+
+
+class _Clocked:
+    """A stream that counts and times what passes."""
+
+    def __init__(self, stream: Iterable[Sampled]) -> None:
+        self._stream = stream
+        self._times: list[float] = []
+
+    def __iter__(self):
+        for item in self._stream:
+            self._times.append(time.perf_counter())
+            yield item
+
+    def summary(self) -> str:
+        """Return one line; the first token, with the prompt and compiling, is not in the speed."""
+        count = len(self._times)
+        if count < 2:
+            return f"{count} token"
+        speed = (count - 1) / (self._times[-1] - self._times[0])
+        return f"{count} tokens, {speed:.1f} tokens/s"
+
+
+def _answer(
+    sampler: Sampler,
+    ids: list[int],
+    options: dict[str, Any],
+    *,
+    encoding: tiktoken.Encoding,
+    plain: bool,
+) -> dict[str, Any]:
+    """Return what `--json` prints; `messages` only where the prompt was Harmony's."""
+    out = sampler.generate([ids], **options)
+    answer: dict[str, Any] = {
+        "prompt_ids": ids,
+        "ids": out.tokens[0],
+        "text": tokenizer.decode(encoding, out.tokens[0]),
+        "logprobs": out.logprobs[0],
+        "tokens_per_second": out.tokens_per_second,
+    }
+    if not plain:
+        parser = StreamParser(encoding)
+        for token in out.tokens[0]:
+            parser.process(token)
+        parser.finish()
+        answer["messages"] = to_messages(parser.messages)
+    return answer
+
+
+def _prompt(args: argparse.Namespace, encoding: tiktoken.Encoding) -> list[int]:
+    if args.raw:
+        return tokenizer.encode(encoding, args.prompt)
+    messages = [{"role": "user", "content": args.prompt}]
+    if args.developer is not None:
+        messages.insert(0, {"role": "developer", "content": args.developer})
+    return harmony.render_prompt(messages, reasoning=args.reasoning, tokenizer=encoding)
+
+
+def _read_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--prompt-ids is {text!r}: it is whole numbers with commas between, such as 1,2,3"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_entry(main)

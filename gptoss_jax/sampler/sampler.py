@@ -1,0 +1,252 @@
+"""The host's side of sampling: checks, padding to few shapes, and lists of ids out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax import tokenizer
+from gptoss_jax.errors import UserError
+from gptoss_jax.model import Transformer
+from gptoss_jax.sampler.decode import Options, State, decode, prefill
+from gptoss_jax.sampler.rules import Rules
+from gptoss_jax.types import KVCache, Params, is_weight, split_layers
+
+_CHUNK_SECONDS = 0.05  # streaming: decode on the device for about as long before showing tokens
+_MAX_CHUNK = 64
+
+_split_layers = jax.jit(split_layers, static_argnums=1)  # one program instead of one a slice
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was sampled, a list a prompt: the prompt left out, the stop token kept."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]  # log_softmax of the model's logits, whatever the rules
+    prefill_seconds: float  # to the first token of all prompts, compiling included if there was any
+    decode_seconds: float  # for the tokens after the first of each prompt, without compiling
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens decoded a second over all prompts, without the first of each; 0 if none were."""
+        decoded = sum(len(row) - 1 for row in self.tokens)
+        return decoded / self.decode_seconds if decoded else 0.0
+
+
+class Sampled(NamedTuple):
+    """One token of a stream."""
+
+    token: int
+    logprob: float
+
+
+@dataclass
+class _Run:
+    """A batch on its way: what `decode` takes."""
+
+    cache: KVCache
+    state: State
+    options: Options
+    rules: Rules
+
+
+class Sampler:
+    """Samples from a model.
+
+    Compiled code is shared by all samplers of equal models. On a CPU stacked layers are copied into
+    one array a layer, unless they are so already (`weights.load(..., split=True)`): decoding from a
+    stack would copy it at every token.
+    """
+
+    def __init__(self, model: Transformer, params: Params) -> None:
+        """Take a model and its parameters, which stay where they are otherwise."""
+        layers = params["layers"]
+        stacks = jax.tree.leaves(layers, is_leaf=is_weight)
+        if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
+            params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
+        self.model = model
+        self.params = params
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Generation:
+        """Continue each prompt until it samples a stop token or has `max_tokens` new ones.
+
+        The rules are those of `Rules`; by default the likeliest token is taken. With one `seed`,
+        prompt i draws by (seed, i); with a seed a prompt, as it would alone with that seed. A
+        prompt's tokens depend on nothing else in the batch. `stop_ids` are by default those of
+        `<|return|>` and `<|call|>`; an empty list stops at nothing.
+
+        Raises UserError for a prompt without ids, ids outside the vocabulary, prompts that with
+        `max_tokens` are longer than `model.config.context`, and rules that are none.
+        """
+        rules = Rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        if not len(prompts):
+            return Generation([], [], 0.0, 0.0)
+        start = time.perf_counter()
+        run = self._start(prompts, max_tokens=max_tokens, rules=rules, seed=seed, stops=stop_ids)
+        jax.block_until_ready(run.state)
+        prefilled = time.perf_counter()
+        self._decode(run, 1)  # no step: compiles what the clock should not see
+        compiled = time.perf_counter()
+        self._decode(run, max_tokens)
+        state = jax.device_get(run.state)
+        return Generation(
+            tokens=[row[:n].tolist() for row, n in zip(state.tokens, state.counts, strict=True)],
+            logprobs=[
+                row[:n].tolist() for row, n in zip(state.logprobs, state.counts, strict=True)
+            ],
+            prefill_seconds=prefilled - start,
+            decode_seconds=time.perf_counter() - compiled,
+        )
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Iterator[Sampled]:
+        """Yield what `generate` returns for one prompt, as it comes: the stop token is the last.
+
+        Arguments are checked before this returns. The device runs ahead by a few tokens at a time,
+        as many as it makes in about 0.05 s.
+        """
+        rules = Rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        run = self._start([prompt], max_tokens=max_tokens, rules=rules, seed=seed, stops=stop_ids)
+        return self._stream(run, max_tokens)
+
+    def _stream(self, run: _Run, max_tokens: int) -> Iterator[Sampled]:
+        self._decode(run, 1)  # compiles before the first token: no pause after it
+        shown, chunk = 0, 1
+        while True:
+            tokens, logprobs, done = jax.device_get(
+                (run.state.tokens[0], run.state.logprobs[0], run.state.done[0])
+            )
+            count = int(run.state.counts[0])
+            for i in range(shown, count):
+                yield Sampled(int(tokens[i]), float(logprobs[i]))
+            if done or count >= max_tokens:
+                return
+            start = time.perf_counter()
+            self._decode(run, min(count + chunk, max_tokens))
+            jax.block_until_ready(run.state)
+            fast = time.perf_counter() - start < _CHUNK_SECONDS / 2
+            chunk = min(2 * chunk, _MAX_CHUNK) if fast else max(chunk // 2, 1)
+            shown = count
+
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        rules: Rules,
+        seed: int | Sequence[int],
+        stops: Sequence[int] | None,
+    ) -> _Run:
+        """Check everything, read the prompts and sample their first tokens."""
+        config = self.model.config
+        rows = _check_prompts(prompts, config.vocab_size)
+        longest = max(map(len, rows))
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}: it is at least 1")
+        if longest + max_tokens > config.context:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_tokens ({max_tokens}) are longer than "
+                f"model.context ({config.context}): shorten one of them"
+            )
+        if stops is None:
+            stops = tokenizer.stop_ids(tokenizer.get_tokenizer(config.vocab_size))
+        stops = [*stops, *[-1] * (8 - len(stops) % 8)]  # lengths that recur: nothing compiles anew
+        padded = np.zeros((len(rows), min(_bucket(longest), config.context)), np.int32)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        options = Options(
+            rules=rules.values(config.vocab_size),
+            seeds=jnp.asarray(_row_seeds(seed, len(rows))),
+            stop_ids=jnp.asarray(stops, jnp.int32),
+            lengths=jnp.asarray([len(row) for row in rows], jnp.int32),
+        )
+        cache, state = prefill(
+            self.model,
+            self.params,
+            jnp.asarray(padded),
+            options=options,
+            cache_length=min(_bucket(longest + max_tokens), config.context),
+            out_length=_bucket(max_tokens),
+            mode=rules.mode,
+        )
+        return _Run(cache, state, options, rules)
+
+    def _decode(self, run: _Run, until: int) -> None:
+        run.cache, run.state = decode(
+            self.model,
+            self.params,
+            run.cache,
+            state=run.state,
+            options=run.options,
+            until=jnp.int32(until),
+            mode=run.rules.mode,
+        )
+
+
+def _bucket(n: int) -> int:
+    """Return the next of 32, 48, 64, 96, 128, ...: few shapes, at most half as much again."""
+    size = 32
+    while size < n:
+        size *= 2
+    return size * 3 // 4 if size > 32 and n <= size * 3 // 4 else size
+
+
+def _on_cpu(params: Params) -> bool:
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.Array):
+        return all(device.platform == "cpu" for device in leaf.devices())
+    return jax.default_backend() == "cpu"
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if np.ndim(prompt) != 1:
+            raise UserError(f"prompt {i} is no list of ids: give a list of prompts, each a list")
+        if not len(prompt):
+            raise UserError(f"prompt {i} is empty: it needs at least one id")
+        try:
+            tokenizer.check_ids(prompt, vocab_size)
+        except UserError as error:
+            raise UserError(f"prompt {i}: {error}") from None
+        rows.append([int(token) for token in prompt])
+    return rows
+
+
+def _row_seeds(seed: int | Sequence[int], rows: int) -> np.ndarray:
+    """Return uint32 [rows, 2]: a row's seed, and its index among the rows that share the seed."""
+    pairs = [(seed, i) for i in range(rows)] if isinstance(seed, int) else [(s, 0) for s in seed]
+    if len(pairs) != rows:
+        raise UserError(f"seed has {len(pairs)} entries for {rows} prompts: one each, or one int")
+    for value, _ in pairs:
+        if not 0 <= value < 2**32:
+            raise UserError(f"seed is {value}: it must be in 0 to 2**32 - 1")
+    return np.asarray(pairs, np.uint32)
