@@ -60,7 +60,8 @@ class Attention(nn.Module):
         init = nn.initializers.normal(c.init_std)
         weight = self.param("o_weight", init, (c.d_model, c.num_heads, c.head_dim), dtype)
         bias = self.param("o_bias", nn.initializers.zeros, (c.d_model,), dtype)
-        out = jnp.einsum("BTNH,DNH->BTD", out, weight.astype(x.dtype))
+        flat = weight.reshape(c.d_model, -1).astype(x.dtype)
+        out = jnp.einsum("BTC,DC->BTD", out.reshape(*out.shape[:2], -1), flat)
         return out + bias.astype(x.dtype), cache
 
     def _project(self, name: str, x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T N H"]:
@@ -69,7 +70,10 @@ class Attention(nn.Module):
         init = nn.initializers.normal(c.init_std)
         weight = self.param(f"{name}_weight", init, (heads, c.head_dim, c.d_model), dtype)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim), dtype)
-        return jnp.einsum("BTD,NHD->BTNH", x, weight.astype(x.dtype)) + bias.astype(x.dtype)
+        # As a matrix: a product with [N, H, D] has XLA transpose the weight at every call.
+        flat = weight.reshape(-1, c.d_model).astype(x.dtype)
+        out = jnp.einsum("BTD,CD->BTC", x, flat).reshape(*x.shape[:2], heads, c.head_dim)
+        return out + bias.astype(x.dtype)
 
     def _norm(self, name: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         c = self.config

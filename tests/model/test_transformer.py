@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -34,26 +35,33 @@ TINY = ModelConfig(
 )
 
 
-def make(config: ModelConfig = TINY, seed: int = 0):
-    """Return a model and parameters in which nothing is zero or one."""
+def make(config: ModelConfig = TINY):
+    """Return a model and random parameters, none of them zero or one."""
     model = Transformer(config)
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
-    def shake(leaf):
+    def draw(path, leaf):
         if leaf.dtype == jnp.uint8:
-            return leaf
-        return leaf + jnp.asarray(rng.normal(size=leaf.shape) * 0.2, leaf.dtype)
+            low, high = (0, 256) if leaf.shape[-1] == 16 else (121, 126)
+            return jnp.asarray(rng.integers(low, high, leaf.shape), jnp.uint8)
+        noise = rng.normal(size=leaf.shape) * 0.2
+        return jnp.asarray(noise + ("norm" in jax.tree_util.keystr(path)), leaf.dtype)
 
-    return model, jax.tree.map(shake, params)
+    return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
 
 def tokens(batch: int, length: int, seed: int = 0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 53, (batch, length)), jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(model, params, *args):
-    return jax.jit(lambda params, *args: model.apply({"params": params}, *args))(params, *args)
+    return model.apply({"params": params}, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capture")
+def forward(model, params, ids, **options):
+    return model.forward(params, ids, **options)
 
 
 @pytest.mark.parametrize(
@@ -76,33 +84,37 @@ def test_real_sizes(config, total, active):
     assert shapes["down_weight"].scales.dtype == jnp.uint8
 
 
-@pytest.mark.parametrize("pattern", ["1:1", "bff", "full", "banded"])
+@pytest.mark.parametrize("pattern", ["1:1", "fbb"])
 def test_cached_decoding_equals_the_full_forward(pattern):
     """At every position across the window's edge, from a ragged prefill, by ones and by a chunk."""
     model, params = make(dataclasses.replace(TINY, layer_pattern=pattern))
     ids = tokens(2, 40)
-    full = model.forward(params, ids).hidden
-    forward = jax.jit(lambda params, cache, *args: model.forward(
-        params, args[0], segment_ids=args[1], positions=args[2], cache=cache
-    ))  # fmt: skip
+    full = forward(model, params, ids).hidden
     lengths = np.array([11, 6])
     index = jnp.broadcast_to(jnp.arange(11), (2, 11))
     out = forward(
-        params, model.init_cache(2, 48), ids[:, :11],
-        jnp.asarray(index < lengths[:, None], jnp.int32), index,
-    )  # fmt: skip
+        model,
+        params,
+        ids[:, :11],
+        segment_ids=jnp.asarray(index < lengths[:, None], jnp.int32),
+        positions=index,
+        cache=model.init_cache(2, 48),
+    )
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(out.hidden[row, :n], full[row, :n], atol=2e-5)
     cache, at = out.cache, jnp.asarray(lengths)[:, None]
-    for step in [1] * 7 + [9] + [1] * 3 + [12]:
+    for step in [1] * 7 + [11] + [1] * 3 + [11]:
         positions = at + jnp.arange(step)
         chunk = jnp.take_along_axis(ids, jnp.minimum(positions, 39), axis=1)
-        out = forward(params, cache, chunk, jnp.ones_like(positions), positions)
+        out = forward(
+            model, params, chunk, segment_ids=jnp.ones_like(positions), positions=positions,
+            cache=cache,
+        )  # fmt: skip
         expected = jnp.take_along_axis(full, jnp.minimum(positions, 39)[..., None], axis=1)
         known = positions < 40
         np.testing.assert_allclose(out.hidden[known], expected[known], atol=2e-5)
         cache, at = out.cache, at + step
-    assert int(at.max()) == 11 + 31 > 5 * TINY.window
+    assert int(at.max()) == 11 + 32 > 5 * TINY.window
 
 
 def test_cache_has_a_ring_in_banded_layers():
@@ -232,8 +244,8 @@ def test_router_statistics_leave_padding_out():
     model, params = make()
     ids = tokens(2, 20)
     segments = jnp.ones((2, 20), jnp.int32).at[:, 13:].set(0)
-    with_padding = model.forward(params, ids, segment_ids=segments).router
-    alone = model.forward(params, ids[:, :13]).router
+    with_padding = forward(model, params, ids, segment_ids=segments).router
+    alone = forward(model, params, ids[:, :13]).router
     chex.assert_trees_all_close(with_padding, alone, atol=1e-5)
     np.testing.assert_allclose(alone.load.sum(axis=1), 1.0, rtol=1e-6)
     assert alone.load.shape == (3, 5) and (alone.balance_loss > 0.9).all()
@@ -242,8 +254,11 @@ def test_router_statistics_leave_padding_out():
 def test_capture_returns_what_it_names():
     model, params = make()
     ids = tokens(2, 9)
-    out = model.forward(
-        params, ids, capture=("residual", "attention_out", "moe_out", "expert_ids", "router_logits")
+    out = forward(
+        model,
+        params,
+        ids,
+        capture=("residual", "attention_out", "moe_out", "expert_ids", "router_logits"),
     )
     seen = out.captured
     assert {k: v.shape for k, v in seen.items()} == {
@@ -262,7 +277,7 @@ def test_capture_returns_what_it_names():
 @pytest.mark.parametrize("dtype, residual", [("float16", "float32"), ("bfloat16", "bfloat16")])
 def test_dtypes(dtype, residual):
     model, params = make(dataclasses.replace(TINY, dtype=dtype))
-    out = model.forward(params, tokens(1, 9), capture=("residual",))
+    out = forward(model, params, tokens(1, 9), capture=("residual",))
     assert out.hidden.dtype == dtype and out.captured["residual"].dtype == residual
     assert model.unembed(params, out.hidden).dtype == jnp.float32
 
