@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops.attention.reference import attend, visible
+from gptoss_jax.ops.attention.reference import MASKED, visible
 
 # Logits of one block of queries that may exist at once, in float32 elements (128 MiB).
 MAX_LOGITS = 1 << 25
@@ -49,12 +52,11 @@ def _banded(q, k, v, sinks, *, window, segment_ids, positions):
         return x.reshape(B * C, *x.shape[2:])
 
     segments, places = chunks(segment_ids), chunks(positions)
-    mask = visible(
-        flat(segments), flat(with_previous(segments)), flat(places), flat(with_previous(places)),
-        window,
-    )  # fmt: skip
+    where = Places(
+        flat(segments), flat(with_previous(segments)), flat(places), flat(with_previous(places))
+    )
     keys, values = flat(with_previous(chunks(k))), flat(with_previous(chunks(v)))
-    out = attend(flat(chunks(q)), keys, values, sinks, mask)
+    out = _attend(window, flat(chunks(q)), keys, values, sinks, where)
     return out.reshape(B, C * window, N, H)[:, :T]
 
 
@@ -101,8 +103,8 @@ def _in_blocks(q, k, v, sinks, *, window, segments, positions):
     block = max(1, MAX_LOGITS // (B * N * S))
 
     def one(q, segment, position):
-        mask = visible(segment, segments[1], position, positions[1], window)
-        return attend(q, k, v, sinks, mask)
+        where = Places(segment, segments[1], position, positions[1])
+        return _attend(window, q, k, v, sinks, where)
 
     if block >= T:
         return one(q, segments[0], positions[0])
@@ -112,7 +114,103 @@ def _in_blocks(q, k, v, sinks, *, window, segments, positions):
         x = jnp.pad(x, [(0, 0), (0, C * block - T)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, C, block, *x.shape[2:]), 1, 0)
 
-    # The backward pass recomputes a block's logits: saved, they would be quadratic in memory.
-    rows = chunks(q), chunks(segments[0]), chunks(positions[0])
-    out = jax.lax.map(jax.checkpoint(lambda row: one(*row)), rows)
+    out = jax.lax.map(lambda row: one(*row), (chunks(q), chunks(segments[0]), chunks(positions[0])))
     return jnp.moveaxis(out, 0, 1).reshape(B, C * block, N, H)[:, :T]
+
+
+class Places(NamedTuple):
+    """What decides which key a query sees; see `reference.visible`."""
+
+    q_segments: Int[Array, "B T"]
+    k_segments: Int[Array, "B S"]
+    q_positions: Int[Array, "B T"]
+    k_positions: Int[Array, "B S"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Array:
+    """Attend with every logit in memory at once; the backward pass makes them again.
+
+    All big products contract the last axis of one operand with the first of the other, the form
+    that XLA takes on a CPU without transposing [G T, S] arrays first; see `_attend_bwd`.
+    """
+    return _attend_fwd(window, q, k, v, sinks, where)[0]
+
+
+def _grouped(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G*T H"]:
+    """Put the queries of one kv head below each other."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+
+
+def _ungrouped(x: Float[Array, "B K G*T H"], T: int) -> Float[Array, "B T N H"]:
+    """Undo `_grouped`."""
+    B, K, GT, H = x.shape
+    return x.reshape(B, K, GT // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
+
+
+def _dot(a: Float[Array, "B K X Y"], b: Float[Array, "B K Y Z"]) -> Float[Array, "B K X Z"]:
+    return jnp.einsum("BKXY,BKYZ->BKXZ", a, b, preferred_element_type=jnp.float32)
+
+
+def _masked_logits(window: int | None, q: Array, k: Array, where: Places) -> tuple[Array, Array]:
+    """Return logits [B, K, G*T, S] of scaled, grouped queries, and which of them are visible."""
+    B, K, GT, _ = q.shape
+    T, S = where.q_positions.shape[1], k.shape[1]
+    mask = visible(*where, window)[:, None, None]
+    mask = jnp.broadcast_to(mask, (B, K, GT // T, T, S)).reshape(B, K, GT, S)
+    return jnp.where(mask, _dot(q, k.transpose(0, 2, 3, 1)), MASKED), mask
+
+
+def _scaled(q: Array, K: int) -> Array:
+    return _grouped(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), K)
+
+
+def _a_row(sinks: Array, K: int, T: int) -> Array:
+    """Lay the sinks out as the grouped queries lie: [1, K, G*T, 1], float32."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(K, -1), T, axis=1)[None, :, :, None]
+
+
+def _attend_fwd(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Any:
+    T, K = q.shape[1], k.shape[2]
+    logits, mask = _masked_logits(window, _scaled(q, K), k, where)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = jnp.maximum(largest, _a_row(sinks, K, T))
+    weights = jnp.where(mask, jnp.exp(logits - largest), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(_a_row(sinks, K, T) - largest)
+    total = jnp.maximum(total, 1e-30)  # a row that sees nothing gives zeros
+    out = _dot(weights.astype(v.dtype), v.transpose(0, 2, 1, 3)) / total
+    out = _ungrouped(out, T).astype(q.dtype)
+    return out, (q, k, v, sinks, where, out, largest + jnp.log(total))
+
+
+def _attend_bwd(window: int | None, saved: Any, d_out: Array) -> tuple[Any, ...]:
+    """Differentiate; with p the softmax, dlogits = p * (do v^T - rowsum(do * o)).
+
+    A sink has dlogit = -p_sink * rowsum(do * o), summed over its head's rows in float32. The
+    gradients of k and v are formed transposed, so that the [G T, S] arrays are never.
+    """
+    q, k, v, sinks, where, out, logsumexp = saved
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    scaled = _scaled(q, K)
+    logits, mask = _masked_logits(window, scaled, k, where)
+    p = jnp.where(mask, jnp.exp(logits - logsumexp), 0.0)
+    do = _grouped(d_out, K)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    delta = _grouped(delta, K)
+    ds = (p * (_dot(do, v.transpose(0, 2, 3, 1)) - delta)).astype(q.dtype)
+    dq = _ungrouped(_dot(ds, k.transpose(0, 2, 1, 3)) * H**-0.5, T)
+    dk = _dot(scaled.transpose(0, 1, 3, 2), ds).transpose(0, 3, 1, 2)
+    dv = _dot(do.transpose(0, 1, 3, 2), p.astype(do.dtype)).transpose(0, 3, 1, 2)
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.exp(_a_row(sinks, K, T) - logsumexp) * delta
+        d_sinks = -jnp.sum(share.reshape(B, N, T), axis=(0, 2)).astype(sinks.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
