@@ -153,13 +153,16 @@ def _dot(a: Float[Array, "B K X Y"], b: Float[Array, "B K Y Z"]) -> Float[Array,
     return jnp.einsum("BKXY,BKYZ->BKXZ", a, b, preferred_element_type=jnp.float32)
 
 
-def _masked_logits(window: int | None, q: Array, k: Array, where: Places) -> tuple[Array, Array]:
-    """Return logits [B, K, G*T, S] of scaled, grouped queries, and which of them are visible."""
+def _masked_logits(window: int | None, q: Array, k: Array, where: Places) -> Array:
+    """Return logits [B, K, G*T, S] of scaled, grouped queries, `MASKED` where they see nothing.
+
+    The mask is added, not selected by: XLA would lay out both branches of a select in full.
+    """
     B, K, GT, _ = q.shape
     T, S = where.q_positions.shape[1], k.shape[1]
-    mask = visible(*where, window)[:, None, None]
-    mask = jnp.broadcast_to(mask, (B, K, GT // T, T, S)).reshape(B, K, GT, S)
-    return jnp.where(mask, _dot(q, k.transpose(0, 2, 3, 1)), MASKED), mask
+    mask = jnp.where(visible(*where, window), 0.0, MASKED)[:, None, None]
+    logits = _dot(q, k.transpose(0, 2, 3, 1)).reshape(B, K, GT // T, T, S)
+    return (logits + mask).reshape(B, K, GT, S)
 
 
 def _scaled(q: Array, K: int) -> Array:
@@ -173,15 +176,16 @@ def _a_row(sinks: Array, K: int, T: int) -> Array:
 
 def _attend_fwd(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Any:
     T, K = q.shape[1], k.shape[2]
-    logits, mask = _masked_logits(window, _scaled(q, K), k, where)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
+    logits = _masked_logits(window, _scaled(q, K), k, where)
+    # Above MASKED, so that a row which sees nothing has weights of zero.
+    largest = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), MASKED / 10)
     if sinks is not None:
         largest = jnp.maximum(largest, _a_row(sinks, K, T))
-    weights = jnp.where(mask, jnp.exp(logits - largest), 0.0)
+    weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(_a_row(sinks, K, T) - largest)
-    total = jnp.maximum(total, 1e-30)  # a row that sees nothing gives zeros
+    total = jnp.maximum(total, 1e-30)
     out = _dot(weights.astype(v.dtype), v.transpose(0, 2, 1, 3)) / total
     out = _ungrouped(out, T).astype(q.dtype)
     return out, (q, k, v, sinks, where, out, largest + jnp.log(total))
@@ -197,8 +201,7 @@ def _attend_bwd(window: int | None, saved: Any, d_out: Array) -> tuple[Any, ...]
     B, T, N, H = q.shape
     K = k.shape[2]
     scaled = _scaled(q, K)
-    logits, mask = _masked_logits(window, scaled, k, where)
-    p = jnp.where(mask, jnp.exp(logits - logsumexp), 0.0)
+    p = jnp.exp(_masked_logits(window, scaled, k, where) - logsumexp)
     do = _grouped(d_out, K)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     delta = _grouped(delta, K)
