@@ -12,6 +12,7 @@ from gptoss_jax.data.demo import FOLDER
 def get_config() -> Config:
     return Config(
         name="tiny",
+        init="random",
         model=ModelConfig(
             vocab_size=1024,
             num_layers=4,
@@ -37,5 +38,5 @@ def get_config() -> Config:
             reasoning="low",
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-        train=TrainConfig(steps=400, eval_every=100, checkpoint_every=100),
+        train=TrainConfig(steps=600, eval_every=100, checkpoint_every=100, eval_questions=128),
     )

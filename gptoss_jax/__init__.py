@@ -34,7 +34,18 @@ _HOME = {
 
 __version__ = "0.1.0"
 _MODULES = ("harmony", "tokenizer")
-__all__ = [*_HOME, *_MODULES]
+__all__ = [
+    "Config",
+    "ModelConfig",
+    "Sampler",
+    "Transformer",
+    "UserError",
+    "harmony",
+    "load",
+    "make_train_step",
+    "save",
+    "tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -211,7 +211,8 @@ class Config:
     """A run: what `configs/*.py` return and the command line overrides."""
 
     name: str = "20b"
-    init: str | None = None  # a checkpoint folder to start from; None is random weights
+    # A checkpoint folder to start from, or "random"; None: it has to be given.
+    init: str | None = None
     workdir: str | None = None  # None is runs/<name>
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -8,12 +8,10 @@ config.json as it is; a file that the safetensors library wrote whole comes out 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
-from typing import NoReturn
 
-from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.errors import Parser, UserError, run_entry
 from gptoss_jax.weights import config_io
 from gptoss_jax.weights.names import Form, Layout
 from gptoss_jax.weights.read import Stored, find_folder, open_checkpoint, open_workdir
@@ -84,14 +82,9 @@ def _copy_side_files(folder: Path, new: Path, *, weights: Stored, form: Form) ->
         write_json(new / "config.json", config_io.with_form(raw, form))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def main(argv: list[str]) -> None:
     """Run the command."""
-    parser = _Parser("gptoss_jax.convert", description="Convert a checkpoint to another layout.")
+    parser = Parser("gptoss_jax.convert", description="Convert a checkpoint to another layout.")
     parser.add_argument("source", metavar="SRC", help="checkpoint folder of any layout, or workdir")
     parser.add_argument("destination", metavar="DST", help="new folder")
     parser.add_argument("--to", choices=("hf", "openai"), required=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -9,6 +10,14 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Something the user gave is wrong; the message says what, where, and what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Command-line options whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong, in place of the usage that argparse prints."""
+        raise UserError(f"{message} (see --help)")
 
 
 def run_entry(main: Callable[[list[str]], None]) -> NoReturn:

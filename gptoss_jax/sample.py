@@ -11,27 +11,22 @@ import codecs
 import json
 import time
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import tiktoken
 from rich.console import Console
 
 from gptoss_jax import harmony, tokenizer, weights
-from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.errors import Parser, UserError, run_entry
 from gptoss_jax.harmony_parser import MessageEnd, MessageStart, StreamParser, TextDelta, to_messages
 from gptoss_jax.sampler import Rules, Sampled, Sampler
 
 _DEFAULT_MAX_TOKENS = 1_024
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser("gptoss_jax.sample", description="Answer one prompt.", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser("gptoss_jax.sample", description="Answer one prompt.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="Hugging Face, OpenAI, or workdir")
     add("--step", type=int, help="of a workdir; default: its latest")

@@ -75,7 +75,11 @@ def main(argv: list[str]) -> None:
             _print_summary(console, workdir, seconds=None)
             return
     params = None
-    if record is None and config.init is not None:
+    if record is None and config.init is None:
+        raise UserError(
+            "no weights to start from: give --init DIR (a checkpoint), or --init random"
+        )
+    if record is None and config.init != "random":
         params = _load_init(config)
 
     # --- Optimizer and step -----------------------------------------------------------------
@@ -96,7 +100,7 @@ def main(argv: list[str]) -> None:
     else:
         # Placed as restored arrays are, so that a run and its continuation are one program.
         state = jax.device_put(begin(params), jax.devices()[0])
-        source = config.init or f"random, seed {config.train.seed}"
+        source = f"random, seed {config.train.seed}" if config.init == "random" else config.init
     del params  # the state's, and given up to the first step
     total, active = model.num_parameters()
     kind = jax.devices()[0].device_kind

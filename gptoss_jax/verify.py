@@ -7,18 +7,16 @@ Exit code 0 if all agree, 1 if not.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.errors import Parser, UserError, run_entry
 from gptoss_jax.weights.read import find_folder, load, open_checkpoint
 
 PROMPT = "Roses are red, violets"
@@ -84,14 +82,9 @@ def verify(checkpoint: str | Path) -> bool:
     return all(right)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def main(argv: list[str]) -> None:
     """Run the command."""
-    parser = _Parser("gptoss_jax.verify", description="Hold weights against golden numbers.")
+    parser = Parser("gptoss_jax.verify", description="Hold weights against golden numbers.")
     parser.add_argument("--checkpoint", required=True, help="folder of gpt-oss-20b or -120b")
     if not verify(parser.parse_args(argv).checkpoint):
         sys.exit(1)

@@ -279,3 +279,22 @@ def test_sigterm_from_outside_exits_cleanly(files, tmp_path):
     step = losses(tmp_path)[-1][0]
     assert f"stopped by SIGTERM: saved at step {step} of 5000" in out
     assert checkpoint.steps(tmp_path)[-1] == step
+
+
+def test_no_weights_to_start_from_is_one_line(files, tmp_path):
+    args = ["--config", "configs/20b.py", files[0], files[1], "--workdir", str(tmp_path / "w")]
+    with pytest.raises(UserError, match="--init DIR"):
+        train.main(args)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_learns(tmp_path):
+    """From about nothing to nine held-out answers of ten, as `make demo` runs it."""
+    command = [sys.executable, "-m", "gptoss_jax.train", "--config", "configs/tiny.py"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    subprocess.run([*command, "--workdir", str(tmp_path / "demo")], check=True, env=environment)
+    scores = [r["exact_match"] for r in metrics.read(tmp_path / "demo") if "exact_match" in r]
+    assert scores[0] < 0.05 and scores[-1] >= 0.9, scores

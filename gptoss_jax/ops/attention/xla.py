@@ -34,7 +34,7 @@ def self_attention(
     return _full(q, k, v, sinks, window=window, segment_ids=segment_ids, positions=positions)
 
 
-def _banded(q, k, v, sinks, *, window, segment_ids, positions):
+def _banded(q, k, v, sinks, *, window, segment_ids, positions) -> Any:
     """Cut the row into chunks of `window`; a chunk's queries see it and the chunk before."""
     B, T, N, H = q.shape
     C = -(-T // window)
@@ -56,11 +56,11 @@ def _banded(q, k, v, sinks, *, window, segment_ids, positions):
         flat(segments), flat(with_previous(segments)), flat(places), flat(with_previous(places))
     )
     keys, values = flat(with_previous(chunks(k))), flat(with_previous(chunks(v)))
-    out = _attend(window, flat(chunks(q)), keys, values, sinks, where)
+    out: Any = _attend(window, flat(chunks(q)), keys, values, sinks, where)
     return out.reshape(B, C * window, N, H)[:, :T]
 
 
-def _full(q, k, v, sinks, *, window, segment_ids, positions):
+def _full(q, k, v, sinks, *, window, segment_ids, positions) -> Any:
     """Cut the queries into blocks, each of which sees the keys up to its own end."""
     B, T, N, _ = q.shape
     block = T if B * N * T * T <= MAX_LOGITS // 8 else -(-T // PREFIXES)
@@ -96,7 +96,7 @@ def cached_attention(
     return _in_blocks(q, k, v, sinks, window=window, segments=segments, positions=positions)
 
 
-def _in_blocks(q, k, v, sinks, *, window, segments, positions):
+def _in_blocks(q, k, v, sinks, *, window, segments, positions) -> Any:
     """Attend in blocks of queries so small that their logits fit into `MAX_LOGITS`."""
     B, T, N, H = q.shape
     S = k.shape[1]
@@ -128,7 +128,7 @@ class Places(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Array:
+def _attend(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Any:
     """Attend with every logit in memory at once; the backward pass makes them again.
 
     All big products contract the last axis of one operand with the first of the other, the form
