@@ -121,6 +121,7 @@ def peak_flops(peak_tflops: float = 0.0, *, devices: int = 1) -> float | None:
 def plot(workdir: str | Path) -> Path:
     """Draw a run's curves from its records into `curves.png`, and return that path."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     records = read(workdir)
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -145,6 +146,7 @@ def plot(workdir: str | Path) -> Path:
     loads = [r["expert_load"] for r in records if "expert_load" in r]
     if loads:
         image = axes[1, 1].imshow(loads[-1], aspect="auto", vmin=0, cmap="viridis")
+        axes[1, 1].yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes[1, 1])
     axes[1, 1].set(title="share of tokens, last step", xlabel="expert", ylabel="layer")
     for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
