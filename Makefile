@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	@echo "Ask it yourself:  $(RUN) -m gptoss_jax.sample --checkpoint $(DEMO) --prompt 'sort 3 1 2' --reasoning low"
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow and not exhaustive"
+	$(RUN) -m pytest -n 2 -m "not slow and not exhaustive"
 
 slow: $(VENV)/installed
 	$(RUN) -m pytest -m slow
