@@ -54,6 +54,9 @@ class ModelConfig:
     param_dtype: DType = "bfloat16"
     # What the backward pass recomputes: nothing, all but matmul outputs, or every layer.
     remat: Literal["none", "dots", "full"] = "none"
+    # In training, rows an expert takes at most, as a multiple of the mean; the rest are dropped.
+    # 0: none are. Evaluation and sampling never drop.
+    capacity_factor: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model has."""
@@ -79,6 +82,10 @@ class ModelConfig:
                     size % 32 == 0,
                     f"model.{name} is {size}: model.experts=mxfp4 needs a multiple of 32",
                 )
+        _check(
+            self.capacity_factor >= 0,
+            f"model.capacity_factor is {self.capacity_factor}: it is 0 (off) or positive",
+        )
         if self.rope_factor != "auto":
             _check(
                 self.rope_factor >= 1, f"model.rope_factor is {self.rope_factor}: it is at least 1"
@@ -121,6 +128,7 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what function the model is; the rest say how it computes."""
         compute = {"experts", "dtype", "param_dtype", "remat", "init_std", "context"}
+        compute.add("capacity_factor")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values = {k: v for k, v in values.items() if k not in compute}
         values["rope_factor"] = self.yarn_factor
@@ -132,9 +140,12 @@ class ModelConfig:
 class DataConfig:
     """What is read, and how it becomes batches."""
 
-    # Files, globs or folders: .jsonl (chats if its records have "messages", else {"text": ...}) or
-    # .txt. Empty: none given.
+    # Files, globs or folders of .jsonl and .parquet (chats if their records have "messages", else
+    # {"text": ...}) or .txt; hf:OWNER/NAME is a data set of the hub. NAME=PATH names a source.
     train: tuple[str, ...] = ()
+    # Shares of the tokens that the entries of `train` get, each repeated as it runs out; empty: all
+    # records alike, shuffled together.
+    weights: tuple[float, ...] = ()
     held_out: tuple[str, ...] = ()  # what held-out loss and exact match are computed on
     sequence_length: int = 4_096  # T, tokens in a packed row
     batch_size: int = 8  # rows a step, over all hosts and microbatches
@@ -150,6 +161,15 @@ class DataConfig:
         for name in ("sequence_length", "batch_size", "pack_window"):
             value = getattr(self, name)
             _check(value > 0, f"data.{name} is {value}: it must be positive")
+        _check(
+            all(0 < w < float("inf") for w in self.weights),
+            f"data.weights is {', '.join(map(str, self.weights))}: each must be positive",
+        )
+        _check(
+            not self.weights or len(self.weights) == len(self.train),
+            f"data.weights has {len(self.weights)} numbers for the {len(self.train)} entries of "
+            "data.train: give one for each",
+        )
         roles = {"system", "developer", "user", "assistant", "tool"}
         for item in self.train_on:
             _check(
@@ -160,25 +180,45 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer, its schedule, and what it trains.
 
+    `freeze`, `only` and `learning_rates` name parameters by patterns of their paths, in which
+    layers and experts may be chosen by index: see `gptoss_jax/patterns.py`.
+    """
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-5
     warmup_steps: int = 20
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_learning_rate: float = 0.1  # where cosine ends, as a share of learning_rate
-    b1: float = 0.9
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    final_learning_rate: float = 0.1  # where cosine and wsd end, as a share of learning_rate
+    decay_share: float = 0.2  # of the steps, at the end, in which wsd falls linearly
+    b1: float = 0.9  # Muon's momentum too
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; never on norms, biases and sinks
     clip_norm: float = 1.0  # of the global gradient; 0 is off
     accumulate: int = 1  # microbatches a step
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    # Of parameters kept in less than float32: "float32", a copy that is what is updated, or
+    # "stochastic", no copy: updates are rounded up or down by chance, right on average.
+    masters: Literal["float32", "stochastic"] = "float32"
+    ema: float = 0.0  # decay a step of the averaged parameters, which are evaluated; 0 is off
+    freeze: tuple[str, ...] = ()  # what stays as it is
+    only: tuple[str, ...] = ()  # what alone is trained; empty: everything that is not frozen
+    learning_rates: tuple[str, ...] = ()  # PATTERN=FACTOR on the learning rate; the last one counts
 
     def __post_init__(self) -> None:
         """Refuse values that can't train."""
         _check(self.accumulate > 0, f"optimizer.accumulate is {self.accumulate}: at least 1")
-        _check(
-            self.learning_rate >= 0, f"optimizer.learning_rate is {self.learning_rate}: negative"
-        )
+        for name in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps", "eps"):
+            value = getattr(self, name)
+            _check(0 <= value < float("inf"), f"optimizer.{name} is {value}: not negative")
+        for name in ("b1", "b2", "ema"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optimizer.{name} is {value}: at least 0, less than 1")
+        for name in ("final_learning_rate", "decay_share"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"optimizer.{name} is {value}: a share, from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -189,21 +229,38 @@ class TrainConfig:
     seed: int = 0
     balance_loss: float = 0.0  # coefficient of the routers' load-balancing loss
     z_loss: float = 0.0  # coefficient of the routers' z-loss
+    balance_bias: float = 0.0  # what a step adds to the router bias of an expert with too few rows
     on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite
+    # A loss that is not finite, or above spike_factor times the median of the last spike_window:
+    # "rewind" goes back to the last checkpoint and leaves that batch out, up to max_rewinds times.
+    on_spike: Literal["ignore", "rewind"] = "ignore"
+    spike_factor: float = 2.0
+    spike_window: int = 50
+    max_rewinds: int = 3
     log_every: int = 1
     eval_every: int = 100
     eval_batches: int = 16  # held-out rows are data.batch_size a batch; 0 is all of them
     eval_questions: int = 64  # held-out chats answered greedily for exact match; 0 is off
     eval_max_tokens: int = 64  # tokens of an answer
+    eval_samples: int = 4  # of the questions, answers kept in samples.jsonl
+    load_batches: int = 16  # batches that a pattern's [top4] counts the experts' load over
     checkpoint_every: int = 100
     keep: int = 3  # newest checkpoints kept, beside the best by held-out loss
     peak_tflops: float = 0.0  # of a device, for MFU; 0 looks the device up
+    profile_start: int = 0  # the step that a profile begins with, into <workdir>/profile; 0 is off
+    profile_steps: int = 3
 
     def __post_init__(self) -> None:
         """Refuse intervals that never come."""
-        for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep"):
-            value = getattr(self, name)
-            _check(value > 0, f"train.{name} is {value}: it must be positive")
+        positive = {"steps", "log_every", "eval_every", "checkpoint_every", "keep"}
+        positive |= {"spike_window", "profile_steps", "load_batches"}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in positive:
+                _check(value > 0, f"train.{f.name} is {value}: it must be positive")
+            elif f.type in ("int", "float") and f.name != "seed":
+                _check(0 <= value < float("inf"), f"train.{f.name} is {value}: not negative")
+        _check(self.spike_factor > 1, f"train.spike_factor is {self.spike_factor}: more than 1")
 
 
 @dataclass(frozen=True)
@@ -214,6 +271,7 @@ class Config:
     # A checkpoint folder to start from, or "random"; None: it has to be given.
     init: str | None = None
     workdir: str | None = None  # None is runs/<name>
+    dry_run: bool = False  # print config, parameters, memory and FLOPs of a step, and stop
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

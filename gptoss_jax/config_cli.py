@@ -116,7 +116,7 @@ def print_config(config: Config, console: Console) -> None:
     for section, part in (("run", top), *_sections(config)):
         text = Text()
         for name, value in part.items():
-            shown = ",".join(value) or "none" if isinstance(value, tuple) else str(value)
+            shown = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
             text.append(f"{name}=", style="dim").append(f"{shown}  ")
         table.add_row(Text(section, style="bold"), text)
     console.print(table)
@@ -201,6 +201,9 @@ def _check_values(name: str, hint: Any, values: list[str]) -> None:
             raise UserError(f"{name} takes no value: write {name} or {off}, not {values[0]!r}")
         return
     if typing.get_origin(hint) is tuple:
+        bad = [v for v in values if not _fits(typing.get_args(hint)[0], v)]
+        if bad:
+            raise UserError(f"{name} expects {_expects(hint)}, not {bad[0]!r}")
         return
     if not values:
         raise UserError(f"{name} expects a value: {_expects(hint)}")
@@ -223,7 +226,8 @@ def _expects(hint: Any) -> str:
         if typing.get_origin(one) is Literal:
             said.append("one of " * (len(typing.get_args(one)) > 1) + _listed(one))
         elif typing.get_origin(one) is tuple:
-            said.append("a list of texts")
+            numbers = typing.get_args(one)[0] is float
+            said.append("a list of numbers" if numbers else "a list of texts")
         else:
             said.append(words[one])
     return " or ".join(said)
@@ -253,7 +257,7 @@ def _is(hint: Any, value: Any) -> bool:
         if typing.get_origin(one) is Literal:
             ok = value in typing.get_args(one)
         elif typing.get_origin(one) is tuple:
-            ok = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            ok = isinstance(value, list) and all(_is(typing.get_args(one)[0], v) for v in value)
         elif one is float:
             ok = isinstance(value, int | float) and not isinstance(value, bool)
         else:
