@@ -18,6 +18,15 @@ _MIN_ROWS = 128
 
 
 @struct.dataclass
+class SourceSums:
+    """Sums over the rows of each source of a mixture, float32."""
+
+    nll: Float[Array, " sources"]
+    weight: Float[Array, " sources"]
+    tokens: Float[Array, " sources"]
+
+
+@struct.dataclass
 class LossSums:
     """Sums over a batch, float32: to be added over microbatches, hosts and shards, then divided.
 
@@ -30,6 +39,7 @@ class LossSums:
     penalty: Float[Array, ""]  # the router losses times their coefficients and `tokens`; 0 if off
     tokens: Float[Array, ""]  # tokens that are not padding
     router: RouterStats
+    by_source: SourceSums | None = None
 
 
 def loss_fn(
@@ -39,13 +49,14 @@ def loss_fn(
     *,
     balance_loss: float = 0.0,
     z_loss: float = 0.0,
+    num_sources: int = 0,
 ) -> LossSums:
     """Run the model on a batch and sum its loss over the trained tokens.
 
     Only positions with weight > 0 are unembedded, in chunks, so that logits [tokens, V] never exist
     and the cost follows the trained tokens, in steps of an eighth of the batch. The router losses
     are averaged over layers; with coefficients of 0 they are no part of the gradient. `model` has
-    the `forward` of `model.Transformer`.
+    the `forward` of `model.Transformer`. With `num_sources` the sums come for each source, too.
     """
     out = model.forward(
         params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
@@ -54,28 +65,43 @@ def loss_fn(
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         targets = jnp.asarray(batch.targets).reshape(-1)
         weights = jnp.asarray(batch.weights, jnp.float32).reshape(-1)
-        rows, targets, row_weights = _trained_first(hidden, targets, weights)
-        nll = _nll_sum(rows, params["unembedding"]["weight"], targets, row_weights)
+        rows, targets, row_weights, goes_to = _trained_first(hidden, targets, weights)
+        nll, each = _nll_sum(rows, params["unembedding"]["weight"], targets, row_weights)
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     penalty = jnp.float32(0)
     if balance_loss:
         penalty += balance_loss * jnp.mean(out.router.balance_loss)
     if z_loss:
         penalty += z_loss * jnp.mean(out.router.z_loss)
-    return LossSums(nll, jnp.sum(weights), penalty * tokens, tokens, out.router)
+    by_source = None
+    if num_sources:
+        by_source = _by_source(batch, each[goes_to] * weights, num_sources=num_sources)
+    return LossSums(nll, jnp.sum(weights), penalty * tokens, tokens, out.router, by_source)
+
+
+def _by_source(batch: Batch, nll: Float[Array, " M"], *, num_sources: int) -> SourceSums:
+    if batch.sources is None:
+        raise ValueError("num_sources is given, and the batch has no sources")
+    sources = batch.sources
+
+    def total(per_token: Array) -> Array:
+        rows = jnp.sum(per_token.reshape(batch.tokens.shape), axis=1, dtype=jnp.float32)
+        return jax.ops.segment_sum(rows, sources, num_sources)
+
+    return SourceSums(total(nll), total(batch.weights), total(batch.segment_ids != 0))
 
 
 def _trained_first(
     hidden: Float[Array, "M D"], targets: Int[Array, " M"], weights: Float[Array, " M"]
-) -> tuple[Float[Array, "M D"], Int[Array, " M"], Float[Array, " M"]]:
-    """Move the rows with weight > 0 to the front, in their order."""
+) -> tuple[Float[Array, "M D"], Int[Array, " M"], Float[Array, " M"], Int[Array, " M"]]:
+    """Move the rows with weight > 0 to the front, in their order; say last where each went."""
     trained = weights > 0
     # Where each row goes, by counting: no sort.
     after = jnp.sum(trained) + jnp.cumsum(~trained) - 1
     goes_to = jnp.where(trained, jnp.cumsum(trained) - 1, after)
     rows = jnp.arange(weights.shape[0])
     order = jnp.zeros_like(goes_to).at[goes_to].set(rows, unique_indices=True)
-    return _permute(hidden, order, goes_to), targets[order], weights[order]
+    return _permute(hidden, order, goes_to), targets[order], weights[order], goes_to
 
 
 @jax.custom_vjp
@@ -103,8 +129,10 @@ def _nll_sum(
     weight: Float[Array, "V D"],
     targets: Int[Array, " M"],
     weights: Float[Array, " M"],
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, " M"]]:
     """Sum weights * nll over the rows up to the last with weight > 0; all of those come first.
+
+    The second result is the nll of each row, for reports: no gradient flows through it.
 
     The number of chunks is known only when it runs, and such a loop has no autodiff: hence a rule
     of its own, by which the gradients are formed in the loop that forms the loss.
@@ -114,42 +142,47 @@ def _nll_sum(
 
 def _over_chunks(
     hidden: Array, weight: Array, targets: Array, weights: Array, *, grads: bool
-) -> tuple[Array, Array, Array]:
+) -> tuple[tuple[Array, Array], Array, Array]:
+    """Return (sum of weights * nll, nll of each row), and the gradients in hidden and weight."""
     M = hidden.shape[0]
     rows = min(M, max(-(-M // _CHUNKS), _MIN_ROWS))
     # Chunks have one size: the last may reach over the end, into rows of weight 0.
     spare = -M % rows
     parts = [jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, targets, weights)]
+    put = jax.lax.dynamic_update_slice_in_dim
 
-    def total(h: Array, weight: Array, t: Array, w: Array) -> Array:
-        return cross_entropy(h, weight, t, w)[0]
-
-    def chunk(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        nll, d_hidden, d_weight = sums
+    def chunk(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        nll, each, d_hidden, d_weight = sums
         h, t, w = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in parts)
         if not grads:
-            return nll + total(h, weight, t, w), d_hidden, d_weight
-        more, (dh, dw) = jax.value_and_grad(total, argnums=(0, 1))(h, weight, t, w)
-        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dh, i * rows, 0)
-        return nll + more, d_hidden, d_weight + dw.astype(jnp.float32)
+            more, new = cross_entropy(h, weight, t, w)
+            return nll + more, put(each, new, i * rows, 0), d_hidden, d_weight
+        one = jax.value_and_grad(cross_entropy, argnums=(0, 1), has_aux=True)
+        (more, new), (dh, dw) = one(h, weight, t, w)
+        d_hidden = put(d_hidden, dh, i * rows, 0)
+        return (
+            nll + more, put(each, new, i * rows, 0), d_hidden, d_weight + dw.astype(jnp.float32),
+        )  # fmt: skip
 
     used = -(-jnp.sum(weights > 0) // rows)
     start = (
         jnp.float32(0),
+        jnp.zeros(M + spare, jnp.float32),
         jnp.zeros_like(parts[0]) if grads else jnp.zeros(()),
         jnp.zeros(weight.shape, jnp.float32) if grads else jnp.zeros(()),
     )
-    nll, d_hidden, d_weight = jax.lax.fori_loop(0, used, chunk, start)
-    return nll, d_hidden[:M] if grads else d_hidden, d_weight.astype(weight.dtype)
+    nll, each, d_hidden, d_weight = jax.lax.fori_loop(0, used, chunk, start)
+    d_hidden = d_hidden[:M] if grads else d_hidden
+    return (nll, each[:M]), d_hidden, d_weight.astype(weight.dtype)
 
 
 def _nll_sum_fwd(hidden, weight, targets, weights):
-    nll, d_hidden, d_weight = _over_chunks(hidden, weight, targets, weights, grads=True)
-    return nll, (d_hidden, d_weight)
+    sums, d_hidden, d_weight = _over_chunks(hidden, weight, targets, weights, grads=True)
+    return sums, (d_hidden, d_weight)
 
 
-def _nll_sum_bwd(saved, g):
-    d_hidden, d_weight = saved
+def _nll_sum_bwd(saved, gs):
+    (d_hidden, d_weight), (g, _) = saved, gs
     # The weights of targets are data: they get no gradient.
     return (d_hidden * g).astype(d_hidden.dtype), (d_weight * g).astype(d_weight.dtype), None, None
 

@@ -5,9 +5,8 @@ Started again on the same workdir it goes on where it was. SIGTERM and ctrl-C sa
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,19 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gptoss_jax import checkpoint, config_cli, data, harmony_parser, metrics, tokenizer, weights
+from gptoss_jax import checkpoint, config_cli, data, held_out, metrics, weights
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loss import loss_fn
 from gptoss_jax.model import Transformer
 from gptoss_jax.optimizer import make_optimizer
-from gptoss_jax.sampler import Sampler
+from gptoss_jax.progress import RunProgress, fail, print_summary
 from gptoss_jax.train_step import StepMetrics, init_state, make_train_step
-from gptoss_jax.types import Batch, Params
-
-_QUESTIONS_AT_ONCE = 64
+from gptoss_jax.types import Params
 
 
 def main(argv: list[str]) -> None:
@@ -52,9 +48,9 @@ def main(argv: list[str]) -> None:
         raise UserError("there is no training data: give --data.train FILE (.jsonl or .txt)")
     batches = data.train_batches(config)
     console.print(f"\n{data.describe(config)}", soft_wrap=True)
-    held_out = data.eval_batches(config)
+    eval_batches = data.eval_batches(config)
     questions = data.eval_questions(config, config.train.eval_questions)
-    if held_out:
+    if eval_batches:
         console.print(data.describe(config, held_out=True), soft_wrap=True)
     else:
         console.print("data.held_out: none, so neither held-out loss nor exact match")
@@ -66,13 +62,15 @@ def main(argv: list[str]) -> None:
     #   2. the folder of --init: parameters alone;
     #   3. the seed.
     model = Transformer(config.model)
+    # Capacity is for training: what is evaluated drops nothing.
+    eval_model = Transformer(dataclasses.replace(config.model, capacity_factor=0.0))
     record = checkpoint.read_record(workdir) if checkpoint.steps(workdir) else None
     if record is not None:
         changes = data.differences(record.fingerprint, fingerprint)
         checkpoint.check_same_run(record, config, data_changes=changes, workdir=workdir)
         if record.step >= steps:
             console.print(f"\n{workdir} is complete: step {record.step} of {steps}")
-            _print_summary(console, workdir, seconds=None)
+            print_summary(console, workdir, seconds=None)
             return
     params = None
     if record is None and config.init is None:
@@ -119,12 +117,14 @@ def main(argv: list[str]) -> None:
     log = metrics.MetricsLog(workdir, step=start)
     manager = checkpoint.open_manager(workdir, keep=config.train.keep)
     peak = metrics.peak_flops(config.train.peak_tflops)
-    progress = _Progress(console, start=start, steps=steps)
+    progress = RunProgress(console, start=start, steps=steps)
 
     def evaluate(step: int) -> float | None:
-        if not held_out:
+        if not eval_batches:
             return None
-        scores = _evaluate(model, state.params, held_out, questions=questions, config=config)
+        scores = held_out.evaluate(
+            eval_model, state.params, eval_batches, questions=questions, config=config
+        )
         log.write(step, scores)
         progress.say(step, scores)
         return scores["held_out_loss"]
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
             if bad and config.train.on_nan == "stop":
                 progress.stop()
                 manager.wait_until_finished()
-                _fail(bad[0], done[bad[0] - step - 1], workdir)
+                fail(bad[0], done[bad[0] - step - 1], workdir)
             compiled = step - len(done) == start  # its time says nothing about the rest
             values = _describe_step(config, done, seconds=None if compiled else seconds, peak=peak)
             log.write(step, values)
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
         name = signal.Signals(stopped[0]).name
         console.print(f"\nstopped by {name}: saved at step {int(state.step)} of {steps}")
         console.print("the same command goes on from there")
-    _print_summary(console, workdir, seconds=time.perf_counter() - began)
+    print_summary(console, workdir, seconds=time.perf_counter() - began)
 
 
 def _load_init(config: Config) -> Params:
@@ -200,53 +200,6 @@ def _load_init(config: Config) -> Params:
             f"--init {config.init} is another model than the config's: {', '.join(changes)}"
         )
     return params
-
-
-def _evaluate(
-    model: Transformer,
-    params: Params,
-    batches: list[Batch],
-    *,
-    questions: list[data.Question],
-    config: Config,
-) -> dict[str, Any]:
-    """Return held-out loss and perplexity, and the share of questions answered exactly."""
-    sums = jax.device_get([_held_out(model, params, batch) for batch in batches])
-    nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
-    loss = nll / weight if weight else math.nan
-    scores: dict[str, Any] = {
-        "held_out_loss": loss,
-        "held_out_perplexity": math.exp(min(loss, 700.0)),
-    }
-    if questions:
-        sampler = Sampler(model, params)
-        encoding = tokenizer.get_tokenizer(config.model.vocab_size)
-        right = 0
-        for at in range(0, len(questions), _QUESTIONS_AT_ONCE):
-            some = questions[at : at + _QUESTIONS_AT_ONCE]
-            out = sampler.generate(
-                [q.prompt for q in some], max_tokens=config.train.eval_max_tokens, temperature=0.0
-            )
-            said = [_final_text(ids, encoding) for ids in out.tokens]
-            right += sum(text == q.answer.strip() for text, q in zip(said, some, strict=True))
-        scores["exact_match"] = right / len(questions)
-    return scores
-
-
-@partial(jax.jit, static_argnums=0)
-def _held_out(model: Transformer, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    sums = loss_fn(model, params, batch)
-    return sums.nll, sums.weight
-
-
-def _final_text(ids: list[int], encoding: Any) -> str | None:
-    """Return what sampled ids say in the final channel, None if they never come to it."""
-    parser = harmony_parser.StreamParser(encoding)
-    for token in ids:
-        parser.process(token)
-    parser.finish()
-    final = [m.content for m in parser.messages if m.header.channel == "final"]
-    return final[-1].strip() if final else None
 
 
 def _describe_step(
@@ -284,64 +237,6 @@ def _describe_step(
     return values
 
 
-class _Progress:
-    """A bar on a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, console: Console, *, start: int, steps: int) -> None:
-        self._console, self._steps = console, steps
-        self._every = max(1, steps // 20)
-        self._start, self._said, self._began = start, start, time.perf_counter()
-        self._bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("train", total=steps, completed=start, text="compiling")
-        self._bar.start()
-
-    def step(self, step: int, values: dict[str, Any]) -> None:
-        """Show a step's record."""
-        text = f"loss {values['loss']:.4f}"
-        if "tokens_per_second" in values:
-            text += f"  {values['tokens_per_second']:,.0f} tokens/s"
-        if values.get("mfu"):
-            text += f"  MFU {values['mfu']:.1%}"
-        if values.get("skipped_steps"):
-            text += f"  skipped {values['skipped_steps']} (not finite)"
-        self._bar.update(self._task, completed=step, text=text)
-        due = step - self._said >= self._every or step == self._steps or step == self._start + 1
-        if not self._console.is_terminal and due:
-            self._said = step
-            pace = (time.perf_counter() - self._began) / (step - self._start)
-            left = _duration(pace * (self._steps - step))
-            self._line(f"step {step}/{self._steps}  {text}  left {left}")
-
-    def say(self, step: int, scores: dict[str, Any]) -> None:
-        """Print an evaluation, which stays on the screen."""
-        text = f"step {step}/{self._steps}  held-out loss {scores['held_out_loss']:.4f}"
-        text += f"  perplexity {scores['held_out_perplexity']:,.2f}"
-        if "exact_match" in scores:
-            text += f"  exact match {scores['exact_match']:.3f}"
-        self._line(text, style="bold")
-
-    def stop(self) -> None:
-        """Leave the terminal as it was."""
-        self._bar.stop()
-
-    def _line(self, text: str, style: str | None = None) -> None:
-        self._bar.console.print(text, style=style, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
 def _once(stopped: list[int]) -> Any:
     """Return a signal handler that asks the loop to stop; a second ctrl-C interrupts at once."""
 
@@ -350,40 +245,6 @@ def _once(stopped: list[int]) -> Any:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     return handler
-
-
-def _fail(step: int, m: StepMetrics, workdir: Path) -> None:
-    """Say which step was not finite, and exit with 1."""
-    what = "loss" if not math.isfinite(m.loss) else "gradient"
-    kept = checkpoint.steps(workdir)
-    since = f"the newest checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
-    print(
-        f"error: the {what} is not finite at step {step} (loss {float(m.loss)}, gradient norm "
-        f"{float(m.grad_norm)}); {since}; --train.on_nan skip leaves such steps out",
-        file=sys.stderr,
-    )
-    sys.exit(1)
-
-
-def _print_summary(console: Console, workdir: Path, *, seconds: float | None) -> None:
-    """Draw the curves, and say where everything lies."""
-    curves = metrics.plot(workdir)
-    kept, best = checkpoint.steps(workdir), checkpoint.best_step(workdir)
-    lines = {
-        "curves": curves,
-        "metrics": workdir / metrics.FILE,
-        "tensorboard": workdir / "tensorboard",
-        "checkpoints": f"{workdir / checkpoint.FOLDER}, steps {', '.join(map(str, kept))}",
-        "sample": f"python -m gptoss_jax.sample --checkpoint {workdir} --prompt TEXT",
-    }
-    lines["go on"] = "the same command, with a larger --train.steps once it is complete"
-    if best:
-        lines["best"] = f"step {best[0]}, held-out loss {best[1]:.4f}"
-    if seconds is not None:
-        lines["time"] = _duration(seconds)
-    console.print()
-    for name, text in lines.items():
-        console.print(f"{name:<12}{text}", soft_wrap=True)  # paths are not to be broken
 
 
 if __name__ == "__main__":

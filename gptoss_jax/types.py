@@ -77,6 +77,8 @@ class Batch:
     weights: Float[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
+    # Which source of a mixture each row is from; None where there is no mixture.
+    sources: Int[Array, " B"] | None = None
 
 
 @struct.dataclass
@@ -101,6 +103,7 @@ class RouterStats:
     load: Float[Array, "L E"]  # share of the routed (token, expert) pairs; a row sums to 1
     balance_loss: Float[Array, " L"]  # E * sum_e load_e * mean_prob_e: 1 when balanced
     z_loss: Float[Array, " L"]  # mean of logsumexp(router logits)**2
+    dropped: Float[Array, " L"]  # share of the routed pairs dropped for want of capacity
 
 
 @struct.dataclass
@@ -121,3 +124,4 @@ class TrainState:
     params: Params
     opt_state: Any
     rng: PRNGKeyArray
+    ema: Params | None = None  # float32 average of the trained parameters, where asked for

@@ -40,7 +40,7 @@ class Toy(nn.Module):
         count = jnp.maximum(real.sum(), 1)
         load = prob.sum((1, 2)) / count
         z = (jax.nn.logsumexp(logits, -1) ** 2 * real).sum((1, 2)) / count
-        return Output(x, None, RouterStats(load, E * jnp.sum(load**2, -1), z), {})
+        return Output(x, None, RouterStats(load, E * jnp.sum(load**2, -1), z, 0 * z), {})
 
 
 class _Weight(nn.Module):

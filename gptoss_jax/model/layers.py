@@ -52,6 +52,10 @@ class Router(nn.Module):
 
         The linear layer accumulates in float32; the weights are a softmax over the chosen logits
         alone. Source: gpt_oss/torch/model.py, MLPBlock.forward.
+
+        With `capacity_factor` a pair beyond its expert's capacity has E for an expert: see
+        `ops.moe.drop_beyond_capacity`. The other weights of its row stay as they are, and load and
+        losses are of what was asked for, not of what was taken.
         """
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
@@ -66,13 +70,18 @@ class Router(nn.Module):
         # Reading by one-hot rather than by index keeps the gradient a product and not a scatter.
         one_hot = jax.nn.one_hot(chosen, c.num_experts, dtype=jnp.float32)
         weights = jax.nn.softmax(jnp.einsum("MAE,ME->MA", one_hot, logits), axis=-1)
-        return chosen, weights, logits, _statistics(logits, one_hot, mask)
+        stats = _statistics(logits, one_hot, mask)
+        if c.capacity_factor:
+            chosen, stats["dropped"] = moe.drop_beyond_capacity(
+                chosen, mask, num_experts=c.num_experts, factor=c.capacity_factor
+            )
+        return chosen, weights, logits, stats
 
 
 def _statistics(
     logits: Float[Array, "M E"], one_hot: Float[Array, "M A E"], mask: Bool[Array, " M"]
 ) -> dict[str, Array]:
-    """Return load [E], balancing loss and z-loss of one layer, over the unmasked rows.
+    """Return load [E], balancing loss and z-loss of one layer, over the unmasked rows; no drops.
 
     Balancing: E * sum_e load_e * mean_prob_e (Fedus et al. 2021, arXiv:2101.03961, equation 4, with
     load over all active slots). z-loss: Zoph et al. 2022, arXiv:2202.08906, equation 5.
@@ -83,7 +92,7 @@ def _statistics(
     load = jnp.einsum("MAE,M->E", one_hot, real) / (count * A)
     prob = jnp.einsum("ME,M->E", jax.nn.softmax(logits, axis=-1), real) / count
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / count
-    return {"load": load, "balance_loss": E * jnp.sum(load * prob), "z_loss": z}
+    return {"load": load, "balance_loss": E * jnp.sum(load * prob), "z_loss": z, "dropped": 0 * z}
 
 
 class Experts(nn.Module):
