@@ -179,8 +179,9 @@ def _check_options(args: list[str]) -> None:
         name = given.replace("-", "_")
         name = "--" + name[2:] if name.startswith("__") else name
         hint = hints.get(name)
-        if hint is None and hints.get(name.replace(".no_", ".")) is bool:
-            name, hint = name.replace(".no_", "."), bool
+        positive = name.replace(".no_", ".").replace("--no_", "--")
+        if hint is None and hints.get(positive) is bool:
+            name, hint = positive, bool
         if hint is None:
             if not given.startswith("--"):
                 raise UserError(f"{args[i]!r} belongs to no option; values follow their --option")
@@ -197,7 +198,7 @@ def _check_options(args: list[str]) -> None:
 def _check_values(name: str, hint: Any, values: list[str]) -> None:
     if hint is bool:
         if values:
-            off = name.replace(".", ".no_", 1)
+            off = name.replace(".", ".no_", 1) if "." in name else name.replace("--", "--no_", 1)
             raise UserError(f"{name} takes no value: write {name} or {off}, not {values[0]!r}")
         return
     if typing.get_origin(hint) is tuple:

@@ -37,6 +37,22 @@ def test_value_and_gradients_are_those_of_the_definition(params):
     chex.assert_trees_all_close(grads, jax.grad(plain)(params, batch), rtol=1e-5, atol=1e-6)
 
 
+def test_sums_by_source_are_those_of_its_rows_alone(params):
+    batch = toy_batch(5, 11).replace(sources=np.array([2, 0, 2, 3, 0], np.int32))
+    run = jax.jit(lambda b, n: loss_fn(Toy(), params, b, num_sources=n), static_argnums=1)
+    by_source = run(batch, 4).by_source
+    for source in range(4):
+        rows = np.flatnonzero(batch.sources == source)
+        alone = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        np.testing.assert_allclose(by_source.weight[source], alone.weights.sum(), rtol=1e-6)
+        assert by_source.tokens[source] == (alone.segment_ids != 0).sum()
+        want = plain(params, alone) if len(rows) else 0.0
+        np.testing.assert_allclose(by_source.nll[source], want, rtol=1e-5)
+    assert run(batch, 0).by_source is None
+    with pytest.raises(ValueError, match="the batch has no sources"):
+        run(batch.replace(sources=None), 4)
+
+
 def test_what_has_no_weight_has_no_say(params):
     batch = toy_batch(2, 9)
     other = batch.replace(targets=np.where(batch.weights > 0, batch.targets, 1))
