@@ -27,7 +27,7 @@ FOLDER = "checkpoints"
 HELD_OUT = "held_out_loss"
 
 # Of TrainConfig: what decides the numbers. The rest is how long, how it logs, evaluates and keeps.
-_FIXED = ("seed", "balance_loss", "z_loss")
+_FIXED = ("seed", "balance_loss", "z_loss", "balance_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,8 @@ def architecture_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
 
 
 def _model_fields(config: ModelConfig) -> dict[str, Any]:
-    numerics = ("experts", "dtype", "param_dtype")
-    return config.architecture | {name: getattr(config, name) for name in numerics}
+    fixed = ("experts", "dtype", "param_dtype", "capacity_factor")
+    return config.architecture | {name: getattr(config, name) for name in fixed}
 
 
 def _changes(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

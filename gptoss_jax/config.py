@@ -54,8 +54,8 @@ class ModelConfig:
     param_dtype: DType = "bfloat16"
     # What the backward pass recomputes: nothing, all but matmul outputs, or every layer.
     remat: Literal["none", "dots", "full"] = "none"
-    # In training, rows an expert takes at most, as a multiple of the mean; the rest are dropped.
-    # 0: none are. Evaluation and sampling never drop.
+    # In training, rows an expert takes at most, as a multiple of the mean; the rest are dropped, by
+    # microbatch. 0: none are. Evaluation and sampling never drop.
     capacity_factor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class ModelConfig:
                     f"model.{name} is {size}: model.experts=mxfp4 needs a multiple of 32",
                 )
         _check(
-            self.capacity_factor >= 0,
+            0 <= self.capacity_factor < float("inf"),
             f"model.capacity_factor is {self.capacity_factor}: it is 0 (off) or positive",
         )
         if self.rope_factor != "auto":
@@ -192,9 +192,9 @@ class OptimizerConfig:
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     final_learning_rate: float = 0.1  # where cosine and wsd end, as a share of learning_rate
     decay_share: float = 0.2  # of the steps, at the end, in which wsd falls linearly
-    b1: float = 0.9  # Muon's momentum too
-    b2: float = 0.95
-    eps: float = 1e-8
+    b1: float = 0.9  # of AdamW, and of Muon's momentum; Adafactor has none
+    b2: float = 0.95  # of AdamW
+    eps: float = 1e-8  # of AdamW
     weight_decay: float = 0.1  # on matrices; never on norms, biases and sinks
     clip_norm: float = 1.0  # of the global gradient; 0 is off
     accumulate: int = 1  # microbatches a step
@@ -219,6 +219,11 @@ class OptimizerConfig:
         for name in ("final_learning_rate", "decay_share"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"optimizer.{name} is {value}: a share, from 0 to 1")
+        _check(
+            self.name != "adafactor" or self.moment_dtype == "float32",
+            "optimizer.moment_dtype is bfloat16, of a first moment, and optimizer.name is "
+            "adafactor, which has none: leave it out",
+        )
 
 
 @dataclass(frozen=True)
@@ -288,6 +293,11 @@ class Config:
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size ({self.data.batch_size}) is no multiple of optimizer.accumulate "
             f"({self.optimizer.accumulate})",
+        )
+        _check(
+            self.optimizer.masters != "stochastic" or self.model.param_dtype != "float16",
+            "optimizer.masters is stochastic, which rounds to bfloat16, and model.param_dtype is "
+            "float16: make it bfloat16, or masters float32",
         )
 
     @property

@@ -1,16 +1,20 @@
-"""AdamW with its schedule, and which parameters it trains."""
+"""config -> optax: AdamW, Adafactor or Muon, its schedule, and which parameters it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import OptimizerConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.matrices import path_of, scale_by_adafactor, scale_by_muon_or_adam
+from gptoss_jax.rounding import in_float32, like
 from gptoss_jax.types import MXFP4, Params, is_weight
 
 Schedule = Callable[[Any], Any]
@@ -19,40 +23,90 @@ Schedule = Callable[[Any], Any]
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """Return the learning rate as a function of the updates made so far.
 
-    Rises linearly over `warmup_steps` (the first update already moves), then stays, or falls along
-    a cosine to `final_learning_rate * learning_rate` at the last of `total_steps`.
+    Rises linearly over `warmup_steps` (the first update already moves), then stays ("constant"), or
+    falls along a cosine to `final_learning_rate * learning_rate` at the last of `total_steps`, or
+    stays and falls to that linearly in the last `decay_share` of all steps ("wsd").
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    decay = max(total_steps - warmup - 1, 1)
+    peak, warmup, end = config.learning_rate, config.warmup_steps, config.final_learning_rate
+    last = total_steps - 1
+    falling = round(config.decay_share * total_steps)
 
     def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
         rise = jnp.minimum(1.0, (count + 1) / (warmup + 1))
-        if config.schedule == "constant":
-            return peak * rise
-        share = jnp.clip((count - warmup) / decay, 0.0, 1.0)
-        end = config.final_learning_rate
-        return peak * rise * (end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * share)))
+        if config.schedule == "cosine":
+            share = jnp.clip((count - warmup) / max(last - warmup, 1), 0.0, 1.0)
+            rise = rise * (end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * share)))
+        elif config.schedule == "wsd" and falling:
+            left = jnp.clip((last - count) / falling, 0.0, 1.0)
+            rise = rise * (end + (1 - end) * left)
+        return peak * rise
 
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Make AdamW for the trainable part of a parameter tree (see `split_trainable`).
+def make_optimizer(
+    config: OptimizerConfig,
+    total_steps: int,
+    *,
+    masks: Params | None = None,
+    balance_bias: float = 0.0,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Make the optimizer of the trainable part of a parameter tree (see `split_trainable`).
 
-    Gradients, moments and updates are float32 whatever the parameters' dtype. A parameter kept in
-    less than float32 has a float32 copy in the optimizer's state, which is what is updated; the
-    parameter is that copy rounded. So steps much smaller than a bfloat16's spacing add up, at 4
-    more bytes a parameter (2 + 2 of parameter and gradient, 4 + 4 of moments, 4 of copy: 16).
+    Gradients, second moments and updates are float32 whatever the parameters' dtype; the first
+    moment is in `moment_dtype`. A parameter kept in less than float32 has a float32 copy in the
+    state, which is what is updated, or with masters "stochastic" none, and is rounded by chance
+    (see `rounding`). Bytes a parameter for AdamW in bfloat16: 2 + 2 of parameter and gradient,
+    4 + 4 of moments, 4 of copy: 16; 10 with neither copy nor float32 first moment.
 
-    Clips by global norm; decays matrices only (see `is_decayed`).
+    Clips by global norm; decays matrices only (see `is_decayed`), by weight decay times learning
+    rate whatever the optimizer.
+
+    Args:
+        config: What and how.
+        total_steps: Where the schedule ends.
+        masks: Factors on the learning rate, of all parameters or of those trained: what
+            `patterns.masks` returns. Where a factor is 0, the gradient counts nowhere and no bit
+            of the parameter changes.
+        balance_bias: What a step adds to the router bias of an expert with less than its share of
+            the rows, and takes from one with more, instead of following its gradient (Wang et al.
+            2024, arXiv:2408.15664). `update` then takes `load`, [L, E]: each expert's share.
+        seed: Of the random bits of stochastic rounding.
+
+    Raises:
+        UserError: from `init`: `balance_bias` where the router bias is not trained, or
+            masters "stochastic" with float16 parameters.
     """
+    moments: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    dtype = jnp.dtype(config.moment_dtype)
+    if config.name == "adafactor":
+        scale = scale_by_adafactor()
+    elif config.name == "muon":
+        scale = scale_by_muon_or_adam(**moments, moment_dtype=dtype)
+    else:
+        scale = optax.scale_by_adam(**moments, mu_dtype=dtype)
     parts = [
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _drop_unused(masks, balance_bias),
+        _clip(config.clip_norm),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
         _scale_by_schedule(make_schedule(config, total_steps)),
+        _balance(balance_bias),
+        _scale_by_factors(masks, balance_bias),
     ]
-    return _in_float32(optax.chain(*parts))
+    return in_float32(optax.chain(*parts), masters=config.masters, seed=seed)
+
+
+def update_ema(ema: Params, params: Params, *, decay: float, step: Int[Array, ""]) -> Params:
+    """Return the float32 average of parameters after one more step, the `step`-th from 0.
+
+    Starts at the parameters themselves. So that these do not stay in it for 1 / (1 - decay) steps,
+    the decay rises to its value, as (step + 1) / (step + 10) (TensorFlow's
+    ExponentialMovingAverage does so with `num_updates`).
+    """
+    rate = 1 - jnp.minimum(decay, (step + 1) / (step + 10))
+    return jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), ema, params)
 
 
 def is_decayed(params: Params) -> Any:
@@ -65,24 +119,19 @@ def is_decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(by_path, params, is_leaf=is_weight)
 
 
-def split_trainable(params: Params) -> tuple[Params, Params]:
+def split_trainable(params: Params, frozen_paths: Collection[str] = ()) -> tuple[Params, Params]:
     """Split a tree into (trainable, frozen); packed experts and integer leaves are frozen.
 
-    Both keep the paths of their leaves; `merge` puts them together again.
+    So are those at `frozen_paths` (`patterns.frozen_paths`): they get no gradient and take no
+    memory of the optimizer. Both parts keep the paths of their leaves; `merge` puts them together
+    again.
     """
-    return select(params, _is_trainable), select(params, lambda x: not _is_trainable(x))
 
+    def is_trained(path: tuple[Any, ...], leaf: Any) -> bool:
+        return _is_trainable(leaf) and path_of(path) not in frozen_paths
 
-def select(params: Params, wanted: Callable[[Any], bool]) -> Params:
-    """Return the part of a tree whose leaves are wanted, without empty branches."""
-    kept: Params = {}
-    for name, child in params.items():
-        if not isinstance(child, dict):
-            if wanted(child):
-                kept[name] = child
-        elif below := select(child, wanted):
-            kept[name] = below
-    return kept
+    trained = jax.tree_util.tree_map_with_path(is_trained, params, is_leaf=is_weight)
+    return _where(params, trained, True), _where(params, trained, False)
 
 
 def merge(a: Params, b: Params) -> Params:
@@ -93,10 +142,31 @@ def merge(a: Params, b: Params) -> Params:
     return joined
 
 
+def _where(tree: Params, flags: Params, wanted: bool) -> Params:
+    """Return the leaves whose flag is as wanted, without empty branches."""
+    kept: Params = {}
+    for name, child in tree.items():
+        if not isinstance(child, dict):
+            if flags[name] == wanted:
+                kept[name] = child
+        elif below := _where(child, flags[name], wanted):
+            kept[name] = below
+    return kept
+
+
 def _is_trainable(leaf: Any) -> bool:
     if isinstance(leaf, MXFP4):
         return False
     return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(leaf))
+
+
+_ROUTER_BIAS = "layers/router/bias"
+
+
+class ClipState(NamedTuple):
+    """The norm of the last gradient before clipping, of what is trained: for the log."""
+
+    grad_norm: Float[Array, ""]
 
 
 class ScheduleState(NamedTuple):
@@ -104,6 +174,35 @@ class ScheduleState(NamedTuple):
 
     updates: Int[Array, ""]
     learning_rate: Float[Array, ""]
+
+
+def _drop_unused(masks: Params | None, balance_bias: float) -> optax.GradientTransformation:
+    """Zero the gradient where nothing follows it, so that it counts in no norm and no moment."""
+
+    def of_leaf(path: tuple[Any, ...], grad: Array, factor: Any) -> Array:
+        if balance_bias and path_of(path) == _ROUTER_BIAS:
+            return jnp.zeros_like(grad)
+        return grad if np.all(factor) else jnp.where(factor == 0, 0.0, grad)
+
+    def of_tree(grads: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(of_leaf, grads, _factors(masks, grads))
+
+    return optax.stateless(of_tree)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Scale gradients down to a global norm; a limit of 0 only measures it."""
+
+    def init(_: Params) -> ClipState:
+        return ClipState(jnp.zeros((), jnp.float32))
+
+    def update(grads: Params, _: ClipState, params: Params | None = None):
+        norm = optax.tree.norm(grads)
+        if limit > 0:
+            grads = jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), grads)
+        return grads, ClipState(norm)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _scale_by_schedule(schedule: Schedule) -> optax.GradientTransformation:
@@ -117,47 +216,53 @@ def _scale_by_schedule(schedule: Schedule) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-class Float32State(NamedTuple):
-    """State of the transformation within, and float32 copies of what is kept in less."""
+def _balance(step: float) -> optax.GradientTransformationExtraArgs:
+    """Replace the router bias's update by `step`, towards experts with less than their share."""
 
-    inner: Any
-    copies: Params
+    def init(params: Params) -> optax.EmptyState:
+        if step and "bias" not in params.get("layers", {}).get("router", {}):
+            raise UserError(
+                f"train.balance_bias moves {_ROUTER_BIAS}, which is not trained: leave it out of "
+                "optimizer.freeze, name it in optimizer.only, or set train.balance_bias to 0"
+            )
+        return optax.EmptyState()
 
+    def update(
+        updates: Params,
+        state: optax.EmptyState,
+        params: Params | None = None,
+        *,
+        load: Float[Array, "L E"] | None = None,
+        **extra: Any,
+    ) -> tuple[Params, optax.EmptyState]:
+        if not step:
+            return updates, state
+        if load is None:
+            raise ValueError("balance_bias: update() has to be given load=")
+        layers = updates["layers"]
+        bias = step * jnp.sign(1 / load.shape[1] - load.astype(jnp.float32))
+        router = {**layers["router"], "bias": bias}
+        return {**updates, "layers": {**layers, "router": router}}, state
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Run a transformation in float32, on float32 copies of parameters that have less.
-
-    The updates of such parameters are (new copy - parameter): `optax.apply_updates` adds them in
-    float32 and rounds, which gives the new copy rounded.
-    """
-
-    def is_low(leaf: Any) -> bool:
-        return leaf.dtype != jnp.float32
-
-    def full(tree: Params) -> Params:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def init(params: Params) -> Float32State:
-        return Float32State(inner.init(full(params)), full(select(params, is_low)))
-
-    def update(grads: Params, state: Float32State, params: Params | None = None):
-        assert params is not None
-        exact = merge(select(params, lambda x: not is_low(x)), state.copies)
-        updates, inner_state = inner.update(full(grads), state.inner, exact)
-        if not state.copies:
-            return updates, Float32State(inner_state, {})
-        low = jax.tree.map(lambda p: is_low(p), params)
-        new = jax.tree.map(jnp.add, exact, updates)
-        copies = jax.tree.map(lambda _, n: n, state.copies, _like(new, state.copies))
-        updates = jax.tree.map(
-            lambda is_low, n, p, u: n - p.astype(jnp.float32) if is_low else u,
-            low, new, params, updates,
-        )  # fmt: skip
-        return updates, Float32State(inner_state, copies)
-
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _like(tree: Params, part: Params) -> Params:
-    """Return the leaves of `tree` at the paths of `part`."""
-    return {k: _like(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in part.items()}
+def _scale_by_factors(masks: Params | None, balance_bias: float) -> optax.GradientTransformation:
+    """Multiply updates by their factors; a balanced router bias only stays where it is frozen."""
+
+    def of_leaf(path: tuple[Any, ...], update: Array, factor: Any) -> Array:
+        if balance_bias and path_of(path) == _ROUTER_BIAS:
+            factor = np.asarray(factor != 0, np.float32)
+        if np.all(factor == 1):
+            return update
+        # Added to a zero of either sign, -0.0 leaves it as it is; and 0 * inf would be NaN.
+        return jnp.where(factor == 0, jnp.float32(-0.0), update * factor)
+
+    def of_tree(updates: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(of_leaf, updates, _factors(masks, updates))
+
+    return optax.stateless(of_tree)
+
+
+def _factors(masks: Params | None, part: Params) -> Params:
+    return jax.tree.map(lambda _: 1.0, part) if masks is None else like(masks, part)

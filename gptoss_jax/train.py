@@ -5,26 +5,22 @@ Started again on the same workdir it goes on where it was. SIGTERM and ctrl-C sa
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
-from gptoss_jax import checkpoint, config_cli, data, held_out, metrics, weights
+from gptoss_jax import checkpoint, config_cli, data, dry_run, held_out, metrics, profiling, weights
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError, run_entry
-from gptoss_jax.loss import loss_fn
-from gptoss_jax.model import Transformer
-from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.program import check_patterns, expert_load, keep_load, make_program
 from gptoss_jax.progress import RunProgress, fail, print_summary
-from gptoss_jax.train_step import StepMetrics, init_state, make_train_step
+from gptoss_jax.step_record import StepRecorder
+from gptoss_jax.train_step import StepMetrics, averaged_params
 from gptoss_jax.types import Params
 
 
@@ -42,6 +38,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(config.run_folder)
     steps, every = config.train.steps, config.train
     config_cli.print_config(config, console)
+    if config.dry_run:
+        dry_run.show(config, console)
+        return
 
     # --- Data -------------------------------------------------------------------------------
     if not config.data.train:
@@ -55,15 +54,13 @@ def main(argv: list[str]) -> None:
     else:
         console.print("data.held_out: none, so neither held-out loss nor exact match")
     fingerprint = data.fingerprint(config)
+    check_patterns(config)
 
     # --- Model and parameters ---------------------------------------------------------------
     # They come from the first of these that there is:
     #   1. the newest checkpoint of the workdir, with optimizer, data position and random state;
     #   2. the folder of --init: parameters alone;
     #   3. the seed.
-    model = Transformer(config.model)
-    # Capacity is for training: what is evaluated drops nothing.
-    eval_model = Transformer(dataclasses.replace(config.model, capacity_factor=0.0))
     record = checkpoint.read_record(workdir) if checkpoint.steps(workdir) else None
     if record is not None:
         changes = data.differences(record.fingerprint, fingerprint)
@@ -81,51 +78,54 @@ def main(argv: list[str]) -> None:
         params = _load_init(config)
 
     # --- Optimizer and step -----------------------------------------------------------------
-    optimizer = make_optimizer(config.optimizer, steps)
-    objective = partial(loss_fn, balance_loss=config.train.balance_loss, z_loss=config.train.z_loss)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        objective,
-        accumulate=config.optimizer.accumulate,
-        on_nan=config.train.on_nan,
-    )
-    begin = partial(init_state, model, optimizer, seed=config.train.seed)
+    load = expert_load(config, params, workdir, resuming=record is not None)
+    program = make_program(config, load=load, num_sources=len(batches.source_names))
     if record is not None:
-        state, record = checkpoint.restore(workdir, jax.eval_shape(begin, None), step=record.step)
+        state, record = checkpoint.restore(
+            workdir, jax.eval_shape(program.begin, None), step=record.step
+        )
         batches.set_state(record.data_state)
         source = f"step {record.step} of {workdir}"
     else:
         # Placed as restored arrays are, so that a run and its continuation are one program.
-        state = jax.device_put(begin(params), jax.devices()[0])
+        state = jax.device_put(program.begin(params), jax.devices()[0])
         source = f"random, seed {config.train.seed}" if config.init == "random" else config.init
     del params  # the state's, and given up to the first step
-    total, active = model.num_parameters()
+    total, active = program.model.num_parameters()
     kind = jax.devices()[0].device_kind
     console.print(
         f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active; {source}"
     )
+    for line in program.describe_trained():
+        console.print(line, soft_wrap=True)
     console.print(f"device    {kind}\nworkdir   {workdir}\n")
 
     # --- From here on things are written ----------------------------------------------------
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config_cli.to_json(config))
+        keep_load(load, workdir)
     except OSError as error:
         raise UserError(f"the workdir {workdir} can't be written: {error.strerror}") from None
     start = int(state.step)
     log = metrics.MetricsLog(workdir, step=start)
     manager = checkpoint.open_manager(workdir, keep=config.train.keep)
-    peak = metrics.peak_flops(config.train.peak_tflops)
+    recorder = StepRecorder(config, batches.source_names, log=metrics.read(workdir))
     progress = RunProgress(console, start=start, steps=steps)
+    profile = profiling.Window(config.train, workdir, console)
 
     def evaluate(step: int) -> float | None:
         if not eval_batches:
             return None
-        scores = held_out.evaluate(
-            eval_model, state.params, eval_batches, questions=questions, config=config
+        scores, samples = held_out.evaluate(
+            program.model.dropless(),
+            averaged_params(state),
+            eval_batches,
+            questions=questions,
+            config=config,
         )
         log.write(step, scores)
+        log.write_samples(step, samples)
         progress.say(step, scores)
         return scores["held_out_loss"]
 
@@ -139,7 +139,9 @@ def main(argv: list[str]) -> None:
             evaluate(0)
             clock = time.perf_counter()
         for step in range(start + 1, steps + 1):
-            state, measured = train_step(state, next(batches))
+            profile.begin(step, state)
+            state, measured = program.step(state, next(batches))
+            clock += profile.end(step, state)
             waiting.append(measured)
             last = step == steps or bool(stopped)
             evaluating = last or step % every.eval_every == 0
@@ -155,7 +157,7 @@ def main(argv: list[str]) -> None:
                 manager.wait_until_finished()
                 fail(bad[0], done[bad[0] - step - 1], workdir)
             compiled = step - len(done) == start  # its time says nothing about the rest
-            values = _describe_step(config, done, seconds=None if compiled else seconds, peak=peak)
+            values = recorder.record(done, seconds=None if compiled else seconds)
             log.write(step, values)
             progress.step(step, values)
             waiting = []
@@ -177,6 +179,7 @@ def main(argv: list[str]) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
         progress.stop()
+        profile.close()
         batches.close()
         manager.close()  # waits for what is being written
         log.close()
@@ -193,48 +196,12 @@ def _load_init(config: Config) -> Params:
     """Read the parameters of --init in the form that the config asks for."""
     c = config.model
     assert config.init is not None
-    there, params = weights.load(config.init, dtype=jnp.dtype(c.param_dtype), experts=c.experts)
-    changes = checkpoint.architecture_changes(there.config, c)
+    changes = checkpoint.architecture_changes(weights.read_config(config.init), c)
     if changes:
         raise UserError(
             f"--init {config.init} is another model than the config's: {', '.join(changes)}"
         )
-    return params
-
-
-def _describe_step(
-    config: Config, done: list[StepMetrics], *, seconds: float | None, peak: float | None
-) -> dict[str, Any]:
-    """Turn the steps since the last record into one: rates over all, the rest of the last."""
-    m = done[-1]
-    values: dict[str, Any] = {
-        "loss": float(m.loss),
-        "grad_norm": float(m.grad_norm),
-        "learning_rate": float(m.learning_rate),
-        "trained_tokens": float(m.trained),
-        "tokens": float(m.tokens),
-        "balance_loss": float(np.mean(m.router.balance_loss)),
-        "z_loss": float(np.mean(m.router.z_loss)),
-        "expert_load": np.round(m.router.load.astype(np.float64), 5).tolist(),
-    }
-    skipped = sum(not bool(x.finite) for x in done)
-    if skipped:
-        values["skipped_steps"] = skipped
-    if seconds is not None:
-        flops = sum(
-            metrics.step_flops(
-                config.model,
-                tokens=float(x.tokens),
-                trained=float(x.trained),
-                sequence_length=config.data.sequence_length,
-            )
-            for x in done
-        )
-        values["tokens_per_second"] = sum(float(x.tokens) for x in done) / seconds
-        values["flops_per_second"] = flops / seconds
-        values["mfu"] = flops / seconds / peak if peak else None
-        values["step_seconds"] = seconds / len(done)
-    return values
+    return weights.load(config.init, dtype=jnp.dtype(c.param_dtype), experts=c.experts)[1]
 
 
 def _once(stopped: list[int]) -> Any:

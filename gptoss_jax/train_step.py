@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from gptoss_jax.loss import LossSums
-from gptoss_jax.optimizer import merge, split_trainable
+from gptoss_jax.loss import LossSums, SourceSums
+from gptoss_jax.optimizer import merge, split_trainable, update_ema
 from gptoss_jax.types import Batch, Params, RouterStats, TrainState
 
 
@@ -29,20 +29,56 @@ class StepMetrics:
     learning_rate: Float[Array, ""]  # NaN if the optimizer does not tell
     router: RouterStats
     finite: Bool[Array, ""]  # loss and gradient are
+    by_source: SourceSums | None = None  # of a mixture's sources
+
+
+def init_params(model: Any, *, seed: int = 0) -> Params:
+    """Make random parameters; the same seed gives the same ones."""
+    key = jax.random.split(jax.random.key(seed))[0]
+    return jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def init_state(
-    model: Any, optimizer: optax.GradientTransformation, params: Params | None, *, seed: int = 0
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    params: Params | None,
+    *,
+    seed: int = 0,
+    frozen_paths: Collection[str] = (),
+    average: bool = False,
 ) -> TrainState:
     """Make the state before the first step; random parameters from the seed where none are given.
 
-    The same seed gives the same state.
+    The same seed gives the same state. `frozen_paths` are not trained. With `average` the state has
+    a float32 average of the trained parameters, which starts as these.
     """
-    init_key, key = jax.random.split(jax.random.key(seed))
-    if params is None:
-        params = jax.jit(model.init)(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
-    opt_state = jax.jit(optimizer.init)(split_trainable(params)[0])  # pyright: ignore[reportArgumentType]
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)  # pyright: ignore[reportArgumentType]
+    key = jax.random.split(jax.random.key(seed))[1]
+    params = init_params(model, seed=seed) if params is None else params
+    trainable = split_trainable(params, frozen_paths)[0]
+    opt_state = jax.jit(optimizer.init)(trainable)  # pyright: ignore[reportArgumentType]
+    # Copied, since the step gives up the parameters and the average, each for itself.
+    ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable) if average else None
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, ema)  # pyright: ignore[reportArgumentType]
+
+
+def averaged_params(state: TrainState) -> Params:
+    """Return what is evaluated: the averaged parameters, in their dtypes, where there are any."""
+    return state.params if state.ema is None else _overlay(state.params, state.ema)
+
+
+@jax.jit
+def _overlay(params: Params, over: Params) -> Params:
+    def join(params: Params, over: Params) -> Params:
+        return {
+            name: child
+            if name not in over
+            else join(child, over[name])
+            if isinstance(child, dict)
+            else over[name].astype(child.dtype)
+            for name, child in params.items()
+        }
+
+    return join(params, over)
 
 
 def make_train_step(
@@ -52,29 +88,36 @@ def make_train_step(
     *,
     accumulate: int = 1,
     on_nan: Literal["stop", "skip"] = "stop",
+    frozen_paths: Collection[str] = (),
+    ema: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted `step(state, batch) -> (state, metrics)`; the state given is used up.
 
     The batch's rows are split into `accumulate` microbatches that run one after the other; weights
     are normalised over all of them, so the loss and its gradient are those of one big batch (of the
     router losses only the balancing one is not: it is averaged over microbatches by tokens).
-    Gradients accumulate in float32. Packed weights are passed through, never differentiated.
+    Gradients accumulate in float32. Packed weights and those at `frozen_paths` are passed through,
+    never differentiated. `ema` is the decay of the state's averaged parameters, if it has them.
 
     With `on_nan="skip"` a step whose loss or gradient is not finite leaves parameters and optimizer
     as they were, and only counts; with "stop" the caller looks at `metrics.finite`.
     """
 
+    update = optax.with_extra_args_support(optimizer).update  # some ask for the experts' load
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        trainable, frozen = split_trainable(state.params)
+        trainable, frozen = split_trainable(state.params, frozen_paths)
         loss, sums, grads = _gradient(
             partial(loss_fn, model), trainable, frozen, batch, accumulate=accumulate
         )
         with jax.named_scope("optimizer"):
-            # As the optimizer's own: in float32, and the compiler makes one of the two.
-            grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            updates, opt_state = optimizer.update(grads, state.opt_state, trainable)  # pyright: ignore[reportArgumentType]
+            updates, opt_state = update(grads, state.opt_state, trainable, load=sums.router.load)  # pyright: ignore[reportArgumentType]
             new = optax.apply_updates(trainable, updates)  # pyright: ignore[reportArgumentType]
+            # Ours counts what is trained alone; another optimizer may not tell.
+            grad_norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
+            if grad_norm is None:
+                grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             rate = optax.tree_utils.tree_get(opt_state, "learning_rate", jnp.float32(jnp.nan))
             if on_nan == "skip":
                 new, opt_state = jax.tree.map(
@@ -83,10 +126,13 @@ def make_train_step(
                     (trainable, state.opt_state),
                 )
         metrics = StepMetrics(
-            loss, sums.weight, sums.tokens, grad_norm, rate, sums.router, finite
+            loss, sums.weight, sums.tokens, grad_norm, rate, sums.router, finite, sums.by_source
         )  # fmt: skip
+        average = state.ema
+        if average is not None:
+            average = update_ema(average, new, decay=ema, step=state.step)  # pyright: ignore[reportArgumentType]
         params = merge(new, frozen)  # pyright: ignore[reportArgumentType]
-        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        state = TrainState(state.step + 1, params, opt_state, state.rng, average)
         return state, metrics
 
     return jax.jit(step, donate_argnums=0)

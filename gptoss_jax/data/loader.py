@@ -150,6 +150,7 @@ class TrainBatches:
 
     def __init__(self, examples: Examples, config: Config, *, first: int, last: int) -> None:
         """Serve rows `first` to `last` of each global batch."""
+        self.source_names: tuple[str, ...] = ()  # of a mixture, by the index in Batch.sources
         windows = Windows(examples, seed=config.train.seed)
         dataset: Any = _WindowDataset(windows)
         dataset = grain.experimental.ThreadPrefetchIterDataset(

@@ -5,6 +5,7 @@ Dimension letters are listed at the top of `gptoss_jax/types.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,7 +27,7 @@ CAPTURES: tuple[str, ...] = (
     "attention_out",  # what attention adds [D]
     "moe_out",  # what the experts add [D]
     "router_logits",  # [E], float32
-    "expert_ids",  # [A]
+    "expert_ids",  # [A]; E where the expert was full (training with a capacity factor)
     "expert_weights",  # [A], float32
 )
 
@@ -155,7 +156,8 @@ class Transformer(nn.Module):
         residual = jnp.dtype("float32" if c.dtype == "float16" else c.dtype)
         table = self.embedding()
         self.unembedding()  # declared even where only hidden states are asked for
-        x = table[tokens].astype(residual)
+        with jax.named_scope("embedding"):
+            x = table[tokens].astype(residual)
         layers = self.get_variable("params", "layers")
         if cache is None and not isinstance(_a_stack(layers), tuple):
             x, stats, captured = self._scan(layers, x, sequence, capture)
@@ -260,6 +262,13 @@ class Transformer(nn.Module):
             capture=capture,
             method="run",
         )  # type: ignore[return-value]
+
+    @nn.nowrap
+    def dropless(self) -> Transformer:
+        """Return the model that evaluates and samples: the same one, without a capacity factor."""
+        if not self.config.capacity_factor:
+            return self
+        return Transformer(dataclasses.replace(self.config, capacity_factor=0.0))
 
     @nn.nowrap
     def unembed(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

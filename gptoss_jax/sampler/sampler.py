@@ -71,7 +71,7 @@ class Sampler:
         stacks = jax.tree.leaves(layers, is_leaf=is_weight)
         if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
             params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
-        self.model = model
+        self.model = model.dropless()
         self.params = params
 
     def generate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptoss_jax.weights.read import load
+from gptoss_jax.weights.read import load, read_config
 from gptoss_jax.weights.write import save
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_config", "save"]

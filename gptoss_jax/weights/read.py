@@ -256,12 +256,28 @@ def load(
     return Transformer(config), params
 
 
+def read_config(checkpoint: str | Path) -> ModelConfig:
+    """Read what model a checkpoint holds, from its headers alone: no weights are read.
+
+    Raises UserError as `load`, apart from what is wrong with values.
+    """
+    folder = find_folder(checkpoint)
+    if (folder / "checkpoints").is_dir():
+        from gptoss_jax import checkpoint as training
+
+        return training.read_record(folder).config.model
+    return open_checkpoint(folder).config
+
+
 def open_workdir(folder: Path, step: int | None) -> ParamsSource:
-    """Restore the parameters of a run, as they were trained, to be read from memory."""
+    """Restore the parameters of a run, as they were trained, to be read from memory.
+
+    A capacity factor belongs to training: the model that is read has none.
+    """
     from gptoss_jax import checkpoint as training
 
     config, params = training.load_params(folder, step=step)
-    return ParamsSource(config, params)
+    return ParamsSource(dataclasses.replace(config, capacity_factor=0.0), params)
 
 
 def _assemble(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.ops.moe import reference, xla
+from gptoss_jax.ops.moe.capacity import drop_beyond_capacity
 from gptoss_jax.types import MXFP4
+
+__all__ = ["drop_beyond_capacity", "experts"]
 
 
 def experts(
@@ -25,6 +28,8 @@ def experts(
 
     swiglu is gate * sigmoid(1.702 gate) * (up + 1) with gate at most `limit` and up within
     +-`limit`; index 0 of the axis of two is gate. Dropless, for any routing with ids in [0, E).
+    A pair (row, slot) whose id is E is one that was dropped: it adds nothing, and nothing gets a
+    gradient through it (see `drop_beyond_capacity`).
     Rows where `mask` is false give zeros and touch no gradient, whatever x holds there (NaN too).
 
     Products take operands in the dtype of `x` (float32 on a CPU) and accumulate in float32, in
@@ -32,9 +37,9 @@ def experts(
     `expert_weights`, the biases and dense weights; packed weights get no gradient, x gets its own
     through what they decode to.
 
-    `implementation`: "xla" (rows sorted by expert; cost and memory follow the routed rows, on an
-    accelerator one matrix product a block: the kernels for those come later) or "reference" (every
-    expert on every row, float32). None picks "xla".
+    `implementation`: "xla" (rows sorted by expert; the cost follows the pairs that are not dropped,
+    on an accelerator one matrix product a block: the kernels for those come later) or "reference"
+    (every expert on every row, float32). None picks "xla".
     """
     if implementation not in (None, "xla", "reference"):
         raise ValueError(f"implementation={implementation!r}: use 'xla', 'reference' or None")

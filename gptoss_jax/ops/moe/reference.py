@@ -44,6 +44,7 @@ def experts(
     if mask is not None:
         rows = jnp.where(mask[:, None], rows, 0)
         expert_weights = jnp.where(mask[:, None], expert_weights, 0)
+    # An id of E, a dropped pair's, is a row of zeros.
     chosen = jax.nn.one_hot(expert_ids, gate_up_bias.shape[0], dtype=jnp.float32)
     share = jnp.einsum("MA,MAE->ME", expert_weights, chosen, precision="highest")
     hidden = jnp.einsum(

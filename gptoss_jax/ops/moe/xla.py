@@ -2,9 +2,9 @@
 
 The M*A routed (row, slot) pairs are sorted by expert, without padding. A loop takes the experts
 that have rows, fetches (and decodes) one expert's weights, and an inner loop takes its rows R at
-a time. Trip counts are dynamic, so nothing is dropped whatever the routing. The last block of an
-expert reaches into the next one's rows: forward, what it writes there is written again by the
-next, since blocks go in order; backward, such rows have weight zero.
+a time. Trip counts are dynamic, so any routing fits; a dropped pair, of id E, is in no expert's
+range. The last block of an expert reaches into the next one's rows: forward, what it writes there
+is written again by the next, since blocks go in order; backward, such rows have weight zero.
 
 The gradient is a rule of its own, by the same loops: an expert's weight gradients gather in one
 float32 buffer and are written once, in the weight's dtype. Scatters, and copies of whole stacks in
@@ -146,7 +146,7 @@ def _take_expert(weights: Weights, e: Array, dtype: jnp.dtype) -> Expert:
 
 
 def _route(ids: Array, shares: Array, *, num_experts: int, block: int) -> Routes:
-    """Sort the pairs by expert; ids of E and above (masked rows) come last and belong to none."""
+    """Sort the pairs by expert; those of id E (masked or dropped) come last and belong to none."""
     pairs, active = ids.size, ids.shape[1]
     iota = jnp.arange(pairs, dtype=jnp.int32)
     sorted_ids, order = lax.sort((ids.reshape(-1), iota), num_keys=1, is_stable=True)

@@ -1,0 +1,137 @@
+"""From a config to what trains it: the model, the optimizer, the first state, the step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from gptoss_jax import data, patterns, routing
+from gptoss_jax.config import Config
+from gptoss_jax.errors import UserError
+from gptoss_jax.loss import loss_fn
+from gptoss_jax.model import Transformer
+from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.train_step import StepMetrics, init_params, init_state, make_train_step
+from gptoss_jax.types import Batch, Params, TrainState
+
+LOAD_FILE = "expert_load.json"
+
+
+class Program(NamedTuple):
+    """What a config trains by; nothing is computed before its functions are called."""
+
+    model: Transformer
+    factors: Params  # on the learning rate of each parameter, see `patterns.masks`
+    optimizer: optax.GradientTransformation
+    begin: Callable[[Params | None], TrainState]  # from parameters, or None: random ones
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+    def describe_trained(self) -> list[str]:
+        """Return lines that say which parameters are trained, if not all are, and alike."""
+        factors = jax.tree.leaves(self.factors)
+        if all(np.all(factor == 1) for factor in factors):
+            return []
+        return ["trained", *patterns.describe(self.model.abstract_params(), self.factors)]
+
+
+def make_program(
+    config: Config, *, load: Float[np.ndarray, "L E"] | None = None, num_sources: int = 0
+) -> Program:
+    """Make the program of a config.
+
+    `load` is what the patterns' [top4] go by (`expert_load`); `num_sources` that of a mixture.
+
+    Raises:
+        UserError: patterns of the optimizer's fields that say nothing about this model.
+    """
+    model = Transformer(config.model)
+    factors = patterns.masks(model.abstract_params(), config.optimizer, load=load)
+    frozen, averages = patterns.frozen_paths(factors), config.optimizer.ema > 0
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.train.steps,
+        masks=factors,
+        balance_bias=config.train.balance_bias,
+        seed=config.train.seed,
+    )
+    objective = partial(
+        loss_fn,
+        balance_loss=config.train.balance_loss,
+        z_loss=config.train.z_loss,
+        num_sources=num_sources,
+    )
+    step = make_train_step(
+        model,
+        optimizer,
+        objective,
+        accumulate=config.optimizer.accumulate,
+        on_nan=config.train.on_nan,
+        frozen_paths=frozen,
+        ema=config.optimizer.ema,
+    )
+
+    def begin(params: Params | None) -> TrainState:
+        seed = config.train.seed
+        return init_state(
+            model, optimizer, params, seed=seed, frozen_paths=frozen, average=averages
+        )
+
+    return Program(model, factors, optimizer, begin, step)
+
+
+def check_patterns(config: Config) -> None:
+    """Refuse patterns that say nothing about the model, before anything is read or measured."""
+    shapes = Transformer(config.model).abstract_params()
+    even = np.ones((config.model.num_layers, config.model.num_experts))
+    patterns.masks(shapes, config.optimizer, load=even)
+
+
+def expert_load(
+    config: Config, params: Params | None, workdir: Path, *, resuming: bool
+) -> Float[np.ndarray, "L E"] | None:
+    """Return the load that patterns choose experts by; None if none does.
+
+    Measured over the first `train.load_batches` batches of the data with the parameters that
+    training begins with (None: random ones), and kept in the workdir by `keep_load`: a run that
+    goes on has the same experts.
+
+    Raises:
+        UserError: the run goes on, and the file is not there or damaged.
+    """
+    if not patterns.needs_load(config.optimizer):
+        return None
+    shape = (config.model.num_layers, config.model.num_experts)
+    if resuming:
+        path = workdir / LOAD_FILE
+        try:
+            load = np.array(json.loads(path.read_text()), np.float64)
+            if load.shape != shape:
+                raise ValueError(f"its shape is {load.shape}")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}, by which the run's patterns chose experts, can't be read: {error}"
+            ) from None
+        return load
+    model = Transformer(config.model)
+    if params is None:
+        params = init_params(model, seed=config.train.seed)
+    batches = data.train_batches(config)
+    try:
+        first = [next(batches) for _ in range(config.train.load_batches)]
+    finally:
+        batches.close()
+    return routing.measure_load(model, jax.device_put(params, jax.devices()[0]), first)
+
+
+def keep_load(load: Float[np.ndarray, "L E"] | None, workdir: Path) -> None:
+    """Write the load into the workdir, where `expert_load` finds it."""
+    if load is not None:
+        (workdir / LOAD_FILE).write_text(json.dumps(load.tolist()) + "\n")
