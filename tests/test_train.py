@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from training import TINY, write_chats
 
-from gptoss_jax import checkpoint, config_cli, metrics, train
+from gptoss_jax import checkpoint, config_cli, metrics, program, train
 from gptoss_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +31,6 @@ def files(tmp_path_factory):
         write_chats(folder / "h.jsonl", 5, seed=1),
     )
     return ["--data.train", str(chats), "--data.held_out", str(held_out)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Share compiled code between the runs of this file, in this process and in others."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    names = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    old = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +81,7 @@ def test_a_run_leaves_all_that_it_says(whole, files, capsys):
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Send this process a signal while it runs a step."""
-    real = train.make_train_step
+    real = program.make_train_step
 
     def make(*args, **kwargs):
         run, calls = real(*args, **kwargs), []
@@ -112,7 +94,7 @@ def stop_at(monkeypatch, step: int, number: int) -> None:
 
         return counted
 
-    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(program, "make_train_step", make)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +146,7 @@ def test_no_data_and_bad_init_write_nothing(files, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch, capsys):
-    real = train.make_train_step
+    real = program.make_train_step
 
     def make(*args, **kwargs):
         step, calls = real(*args, **kwargs), []
@@ -175,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch, c
 
         return poisoned
 
-    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(program, "make_train_step", make)
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, *files[:2], "--data.held_out", "--workdir", str(tmp_path)])
     assert stop.value.code == 1
