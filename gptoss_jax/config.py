@@ -141,7 +141,8 @@ class DataConfig:
     """What is read, and how it becomes batches."""
 
     # Files, globs or folders of .jsonl and .parquet (chats if their records have "messages", else
-    # {"text": ...}) or .txt; hf:OWNER/NAME is a data set of the hub. NAME=PATH names a source.
+    # {"text": ...}) or .txt; hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the hub.
+    # NAME=ENTRY names a source of a mixture.
     train: tuple[str, ...] = ()
     # Shares of the tokens that the entries of `train` get, each repeated as it runs out; empty: all
     # records alike, shuffled together.
@@ -266,6 +267,10 @@ class TrainConfig:
             elif f.type in ("int", "float") and f.name != "seed":
                 _check(0 <= value < float("inf"), f"train.{f.name} is {value}: not negative")
         _check(self.spike_factor > 1, f"train.spike_factor is {self.spike_factor}: more than 1")
+        _check(
+            self.profile_start <= self.steps,
+            f"train.profile_start is {self.profile_start}: the run ends at step {self.steps}",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 
 from gptoss_jax import harmony, tokenizer
 from gptoss_jax.config import Config, DataConfig
+from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.packing import Segment
-from gptoss_jax.data.sources import Record, Records, progress, resolve
+from gptoss_jax.data.sources import Record, Records, Stamp, progress, stamp
 from gptoss_jax.errors import UserError
 
 BYTES_PER_TOKEN = 4  # English under o200k; a stretch of a .txt file then comes to about a row
@@ -42,9 +44,21 @@ class Examples:
     Raises `UserError` naming file and line where a record can't be rendered or is too long.
     """
 
-    def __init__(self, records: Records, config: DataConfig, *, vocab_size: int, field: str):
-        """Tokenise `records` on demand for a model of `vocab_size`; `field` names the data."""
+    def __init__(
+        self,
+        records: Records,
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        field: str,
+        cache_tokens: int,
+    ) -> None:
+        """Tokenise `records` on demand for a model of `vocab_size`; `field` names the data.
+
+        Up to `cache_tokens` are kept.
+        """
         self.records, self.config, self.field = records, config, field
+        self._cache_tokens = cache_tokens
         self._encoding = tokenizer.get_tokenizer(vocab_size)
         self._end = tokenizer.special_id(self._encoding, "<|endoftext|>")
         self._cache: dict[int, list[Segment]] = {}
@@ -62,7 +76,7 @@ class Examples:
         if segments is None:
             segments = self.cut(i, self.tokenise(i))
             size = sum(len(s.tokens) for s in segments)
-            if self._cached_tokens + size <= CACHE_TOKENS:
+            if self._cached_tokens + size <= self._cache_tokens:
                 self._cached_tokens += size
                 self._cache[i] = segments
         return segments
@@ -148,25 +162,60 @@ class Examples:
         return Stats(len(chosen), tokens, trained, cut, untrained)
 
 
-def open_examples(config: Config, *, held_out: bool = False) -> Examples:
-    """Open the files of `data.train`, or of `data.held_out`; cheap while they stay as they are.
+@dataclass(frozen=True)
+class Source:
+    """A source of the training data: an entry of a mixture, or all there is."""
 
-    Raises `UserError` as `resolve`, `Records` and `get_tokenizer` do.
+    index: int
+    name: str
+    examples: Examples
+
+
+def open_examples(config: Config, *, held_out: bool = False) -> Examples:
+    """Open the files of `data.train`, or of `data.held_out`, as one; cheap while they stay.
+
+    Raises `UserError` as `entries.resolve`, `Records` and `get_tokenizer` do.
     """
     field = "data.held_out" if held_out else "data.train"
     files = resolve(config.data.held_out if held_out else config.data.train, field=field)
-    stamps = tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _open(stamps, config.data, config.model.vocab_size, field)
+    return _open((_stamped(files, field),), config.data, config.model.vocab_size)[0]
+
+
+def open_sources(config: Config) -> tuple[Source, ...]:
+    """Open the sources of `data.train`: each entry with `data.weights`, else all of it as one.
+
+    Raises `UserError` as `open_examples` does.
+    """
+    if not config.data.weights:
+        return (Source(0, "", open_examples(config)),)
+    found = entries(config.data.train)
+    groups = tuple(_stamped(entry.files, f"data.train ({entry.name})") for entry in found)
+    opened = _open(groups, config.data, config.model.vocab_size)
+    named = zip(found, opened, strict=True)
+    return tuple(Source(i, entry.name, examples) for i, (entry, examples) in enumerate(named))
+
+
+_Stamped = tuple[str, tuple[tuple[Path, Stamp], ...]]  # a name for messages, and files
+
+
+def _stamped(files: Sequence[Path], field: str) -> _Stamped:
+    return field, tuple((path, stamp(path)) for path in files)
 
 
 @lru_cache(maxsize=2)  # the training data and the held-out
 def _open(
-    stamps: tuple[tuple[Path, int, int], ...], config: DataConfig, vocab_size: int, field: str
-) -> Examples:
-    records = Records(
-        [path for path, _, _ in stamps],
-        field=field,
-        stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
-        skip_bad=config.on_bad_record == "skip",
-    )
-    return Examples(records, config, vocab_size=vocab_size, field=field)
+    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int
+) -> tuple[Examples, ...]:
+    opened = []
+    for field, stamped in groups:
+        records = Records(
+            [path for path, _ in stamped],
+            field=field,
+            stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
+            skip_bad=config.on_bad_record == "skip",
+        )
+        room = CACHE_TOKENS // len(groups)
+        opened.append(
+            Examples(records, config, vocab_size=vocab_size, field=field, cache_tokens=room)
+        )
+    return tuple(opened)

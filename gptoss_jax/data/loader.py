@@ -1,18 +1,16 @@
-"""Records to batches: shuffled, packed, resumable and split over hosts, on grain.
+"""Rows to batches: resumable and split over hosts, on grain.
 
-An epoch is a permutation of the records drawn from (seed, epoch). It is cut into windows of about
-`data.pack_window` records, each packed into rows by itself; the rows of window after window and
-epoch after epoch make up one endless sequence, of which step s takes rows s*B to (s+1)*B. Nothing
-of an epoch is lost or seen twice; the price is that a window's last row or so is not full. All this
-depends on the data and the seed alone, and each host takes its part of the rows of a step: a batch
-is a pure function of (seed, step). Every host tokenises all records, since packing needs the
-lengths.
+The rows of a source's windows (`data/windows.py`) make up one endless sequence; those of a mixture
+take turns (`data/mixture.py`). Of the sequence, step s takes rows s*B to (s+1)*B. All this depends
+on the data and the seed alone, and each host takes its part of the rows of a step: a batch is a
+pure function of (seed, step). Every host tokenises all records, since packing needs the lengths.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,145 +18,108 @@ import grain
 
 from gptoss_jax import harmony, tokenizer
 from gptoss_jax.config import Config
-from gptoss_jax.data.examples import Examples, open_examples
-from gptoss_jax.data.packing import Segment, fill, pack
+from gptoss_jax.data.examples import Source, open_examples, open_sources
+from gptoss_jax.data.mixture import Mixture, plan
+from gptoss_jax.data.packing import Row, fill
+from gptoss_jax.data.windows import Rows, WindowDataset, Windows
 from gptoss_jax.errors import UserError
 from gptoss_jax.types import Batch
-
-Row = list[Segment]
 
 WINDOWS_AHEAD = 1  # tokenised and packed in the background while one is in use
 BATCHES_AHEAD = 4
 
 
-class Windows:
-    """The endless sequence of packed windows; `windows[w]` is the rows of window w.
+class _BatchIterator(grain.DatasetIterator[Batch]):
+    """Takes B rows a step from the sources, and lays out rows `first` to `last` of them.
 
-    Costs the tokenising of that window's records alone.
+    The state is {"step", "window", "row"} of the one source there is; or, of a mixture,
+    {"step", "sources": [{"window", "row", "tokens"}, ...]}.
     """
 
-    def __init__(self, examples: Examples, *, seed: int) -> None:
-        """Plan windows over `examples` in the order that `seed`, any integer, gives."""
-        self.examples, self.stopped = examples, False
-        n = len(examples)
-        # grain shuffles epoch e by seed + e: hashing keeps neighbouring seeds' epochs apart.
-        hashed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
-        self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()
-        # Of equal size, so that no epoch ends in a window of a few records, which packs badly.
-        self.per_epoch = -(-n // examples.config.pack_window)
-
-    def record(self, k: int) -> int:
-        """Return the index of the record at place k of the endless shuffled sequence."""
-        index = self._order[k]
-        assert index is not None  # grain's None stands for a filtered element: there are none
-        return index
-
-    def __getitem__(self, w: int) -> list[Row]:
-        """Return the rows of window w, in random order."""
-        n = len(self.examples)
-        epoch, i = divmod(w, self.per_epoch)
-        places = range(i * n // self.per_epoch, (i + 1) * n // self.per_epoch)
-        segments: Row = []
-        for k in places:
-            if self.stopped:
-                raise RuntimeError("the data loader is closed")
-            segments += self.examples[self.record(epoch * n + k)]
-        lengths = [len(s.tokens) for s in segments]
-        rows = pack(lengths, self.examples.config.sequence_length)
-        return [[segments[k] for k in row] for row in rows]
-
-
-class _WindowIterator(grain.DatasetIterator[list[Row]]):
-    """Yields windows in turn; the state is the next one's number."""
-
-    def __init__(self, windows: Windows) -> None:
-        super().__init__()
-        self._windows = windows
-        self._next = 0
-
-    def __next__(self) -> list[Row]:
-        self._next += 1
-        return self._windows[self._next - 1]
-
-    def get_state(self) -> dict[str, int]:
-        return {"window": self._next}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self._next = state["window"]
-
-
-class _WindowDataset(grain.IterDataset[list[Row]]):
-    def __init__(self, windows: Windows) -> None:
-        super().__init__()
-        self._windows = windows
-
-    def __iter__(self) -> _WindowIterator:
-        return _WindowIterator(self._windows)
-
-
-class _BatchIterator(grain.DatasetIterator[Batch]):
-    """Takes B rows a step from the windows, and lays out rows `first` to `last` of them."""
-
     def __init__(
-        self, parent: grain.DatasetIterator[list[Row]], config: Config, *, first: int, last: int
+        self,
+        windows: Sequence[grain.DatasetIterator[list[Row]]],
+        config: Config,
+        *,
+        first: int,
+        last: int,
     ) -> None:
-        super().__init__(parent)
-        self._parent_iterator = parent
+        super().__init__(windows)
         self._data, self._first, self._last = config.data, first, last
-        self._rows: list[Row] | None = None  # of window self._window, read when it is needed
-        self._step = self._window = self._row = 0
+        self._rows = [Rows(w) for w in windows]
+        self._mixture = Mixture(config.data.weights) if config.data.weights else None
+        self._step = 0
 
     def __next__(self) -> Batch:
         chosen: list[Row] = []
-        while len(chosen) < self._data.batch_size:
-            if self._rows is None:
-                self._rows = next(self._parent_iterator)
-            end = self._row + self._data.batch_size - len(chosen)
-            chosen += self._rows[self._row : end]
-            self._row = end
-            if end >= len(self._rows):
-                self._rows, self._window, self._row = None, self._window + 1, 0
+        sources: list[int] = []
+        for _ in range(self._data.batch_size):
+            source = self._mixture.pick() if self._mixture else 0
+            row = self._rows[source].take()
+            if self._mixture:
+                self._mixture.count(source, row)
+            chosen.append(row)
+            sources.append(source)
         self._step += 1
-        return fill(chosen[self._first : self._last], self._data.sequence_length)
+        here = slice(self._first, self._last)
+        given = sources[here] if self._mixture else None
+        return fill(chosen[here], self._data.sequence_length, sources=given)
 
-    def get_state(self) -> dict[str, int]:
-        return {"step": self._step, "window": self._window, "row": self._row}
+    def get_state(self) -> dict[str, Any]:
+        states: list[dict[str, int]] = [rows.get_state() for rows in self._rows]
+        if self._mixture is None:
+            return {"step": self._step, **states[0]}
+        for state, tokens in zip(states, self._mixture.tokens, strict=True):
+            state["tokens"] = tokens
+        return {"step": self._step, "sources": states}
 
-    def set_state(self, state: dict[str, int]) -> None:
-        self._step, self._window, self._row = state["step"], state["window"], state["row"]
-        self._rows = None
-        self._parent_iterator.set_state({"window": self._window})
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        states = [state] if self._mixture is None else state["sources"]
+        if self._mixture:
+            self._mixture.tokens = [s["tokens"] for s in states]
+        for rows, source in zip(self._rows, states, strict=True):
+            rows.set_state(source)
 
 
 class _BatchDataset(grain.IterDataset[Batch]):
     def __init__(
-        self, parent: grain.IterDataset[list[Row]], config: Config, *, first: int, last: int
+        self,
+        windows: Sequence[grain.IterDataset[list[Row]]],
+        config: Config,
+        *,
+        first: int,
+        last: int,
     ) -> None:
-        super().__init__(parent)
-        self._config, self._first, self._last = config, first, last
+        super().__init__(windows)
+        self._windows, self._config = windows, config
+        self._first, self._last = first, last
 
     def __iter__(self) -> _BatchIterator:
-        parent = iter(self._parent)
-        return _BatchIterator(parent, self._config, first=self._first, last=self._last)
+        windows = [w.__iter__() for w in self._windows]
+        return _BatchIterator(windows, self._config, first=self._first, last=self._last)
 
 
 class TrainBatches:
     """The iterator of `train_batches`: endless, over batches of numpy arrays.
 
-    Threads work ahead until `close()`, or until nothing refers to it, or Python exits.
+    `source_names` has what `Batch.sources` counts, and is empty where that is None. Threads work
+    ahead until `close()`, or until nothing refers to it, or Python exits.
     """
 
-    def __init__(self, examples: Examples, config: Config, *, first: int, last: int) -> None:
+    def __init__(self, sources: Sequence[Source], config: Config, *, first: int, last: int) -> None:
         """Serve rows `first` to `last` of each global batch."""
-        self.source_names: tuple[str, ...] = ()  # of a mixture, by the index in Batch.sources
-        windows = Windows(examples, seed=config.train.seed)
-        dataset: Any = _WindowDataset(windows)
+        mixed = bool(config.data.weights)
+        self.source_names = tuple(source.name for source in sources) if mixed else ()
+        windows = [plan(source, config) for source in sources]
+        ahead = [
+            grain.experimental.ThreadPrefetchIterDataset(
+                WindowDataset(w), prefetch_buffer_size=WINDOWS_AHEAD
+            )
+            for w in windows
+        ]
         dataset = grain.experimental.ThreadPrefetchIterDataset(
-            dataset, prefetch_buffer_size=WINDOWS_AHEAD
-        )
-        dataset = _BatchDataset(dataset, config, first=first, last=last)
-        dataset = grain.experimental.ThreadPrefetchIterDataset(
-            dataset, prefetch_buffer_size=BATCHES_AHEAD
+            _BatchDataset(ahead, config, first=first, last=last), prefetch_buffer_size=BATCHES_AHEAD
         )
         # In a list that `_stop` empties: what is left to grain's own finaliser when Python exits
         # fails aloud, since the modules that it uses are gone by then.
@@ -176,41 +137,46 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch. Raises `UserError` for what only tokenising shows to be bad."""
+        """Return the next batch.
+
+        Raises `UserError` for what only tokenising shows to be bad, and for a file that changed.
+        """
         return next(self._iterator)
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Return where the next batch lies: JSON-able, and the same on every host."""
-        return dict(self._iterator.get_state())
+        return copy.deepcopy(self._iterator.get_state())
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, of the same data and settings, whatever the number of hosts."""
-        self._iterator.set_state(dict(state))
+        self._iterator.set_state(copy.deepcopy(state))
 
     def close(self) -> None:
         """Stop the threads; there is no going on after this."""
         self._close()
 
 
-def _stop(windows: Windows, iterators: list[grain.DatasetIterator[Batch]]) -> None:
-    windows.stopped = True  # else this waits for a whole window
+def _stop(windows: list[Windows], iterators: list[grain.DatasetIterator[Batch]]) -> None:
+    for w in windows:
+        w.stopped = True  # else this waits for a whole window
     iterators.pop().close()
 
 
 def train_batches(
     config: Config, *, process_index: int = 0, process_count: int = 1
 ) -> TrainBatches:
-    """Iterate without end over the batches of `data.train`.
+    """Iterate without end over the batches of `data.train`, mixed as `data.weights` says.
 
     A batch is [batch_size / process_count, sequence_length]: this host's rows of the global batch,
     which is the same whatever process_count. To go on from a state costs the tokenising of one
-    window. Raises `UserError` for bad data: nearly all of it here, and what only the tokenising of
-    large data shows when its batch comes up.
+    window of each source. Raises `UserError` for bad data: nearly all of it here, and what only the
+    tokenising of large data shows when its batch comes up.
     """
     first, last = _share(config, process_index, process_count)
-    examples = open_examples(config)
-    _ = examples.stats  # raises
-    return TrainBatches(examples, config, first=first, last=last)
+    sources = open_sources(config)
+    for source in sources:
+        _ = source.examples.stats  # raises
+    return TrainBatches(sources, config, first=first, last=last)
 
 
 def _share(config: Config, process_index: int, process_count: int) -> tuple[int, int]:
@@ -238,7 +204,7 @@ def eval_batches(config: Config, *, process_index: int = 0, process_count: int =
     windows, size = Windows(examples, seed=0), config.data.batch_size
     rows: list[Row] = []
     limit = config.train.eval_batches * size
-    for w in range(windows.per_epoch):
+    for w in range(windows.per_round):
         rows += windows[w]
         if limit and len(rows) >= limit:
             rows = rows[:limit]

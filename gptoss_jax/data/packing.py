@@ -22,6 +22,9 @@ class Segment(NamedTuple):
     weights: Float32[np.ndarray, " n"]
 
 
+Row = list[Segment]  # what shares a row
+
+
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Share out items of these lengths over rows of `capacity`: best fit, longest first.
 
@@ -48,11 +51,14 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def fill(rows: Sequence[Sequence[Segment]], sequence_length: int) -> Batch:
+def fill(
+    rows: Sequence[Sequence[Segment]], sequence_length: int, *, sources: Sequence[int] | None = None
+) -> Batch:
     """Lay rows of segments out as a batch of numpy arrays [len(rows), sequence_length].
 
     Tokens, targets, segment ids and positions are int32, weights float32; what is not covered is 0.
-    A segment's last token has no target in its segment: target 0, weight 0.
+    A segment's last token has no target in its segment: target 0, weight 0. `sources` says which
+    source each row is from.
     """
     shape = (len(rows), sequence_length)
     tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
@@ -67,6 +73,7 @@ def fill(rows: Sequence[Sequence[Segment]], sequence_length: int) -> Batch:
             segment_ids[b, start:end] = number
             positions[b, start:end] = np.arange(end - start)
             start = end
+    given = None if sources is None else np.array(sources, np.int32)
     # types.Batch names the arrays of a step, which are jax's; these become so when they are put
     # on the devices.
-    return Batch(tokens, targets, weights, segment_ids, positions)  # pyright: ignore[reportArgumentType]
+    return Batch(tokens, targets, weights, segment_ids, positions, given)  # pyright: ignore[reportArgumentType]

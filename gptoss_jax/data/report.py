@@ -1,15 +1,17 @@
-"""What the data is: in a line for people, and as a fingerprint for a run that goes on."""
+"""What the data is: in words for people, and as a fingerprint for a run that goes on."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoss_jax.config import Config
-from gptoss_jax.data.examples import open_examples
-from gptoss_jax.data.loader import Windows
-from gptoss_jax.data.sources import resolve
+from gptoss_jax.data.entries import entries, resolve
+from gptoss_jax.data.examples import Examples, Stats, open_examples, open_sources
+from gptoss_jax.data.mixture import plan, shares
+from gptoss_jax.data.windows import Windows
 
 HASH_WHOLE = 1 << 30  # bytes; of a larger file, SAMPLES spread evenly are hashed
 SAMPLES = 64
@@ -17,26 +19,64 @@ SAMPLE_BYTES = 1 << 20
 
 
 def describe(config: Config, *, held_out: bool = False) -> str:
-    """Say in one line what `data.train`, or `data.held_out`, holds and how well it packs.
+    """Say what `data.train`, or `data.held_out`, holds and how well it packs.
 
-    Exact for data up to some MiB; else from a sample, and marked "about".
+    One line; of a mixture one more for each source, with its share of the tokens and how often
+    `train.steps` repeat it. Exact for data up to some MiB; else from a sample, and marked "about".
     """
-    examples = open_examples(config, held_out=held_out)
+    if held_out or not config.data.weights:
+        examples = open_examples(config, held_out=held_out)
+        seed = 0 if held_out else config.train.seed
+        survey = _survey(Windows(examples, seed=seed))
+        return f"{examples.field}: {_say(examples, survey)}"
+    sources = open_sources(config)
+    surveys = [_survey(plan(source, config)) for source in sources]
+    split = shares(config.data.weights)
+    # Of R rows, tokens share out as `split`, and source i has a row for every `per_row` of them.
+    per_row = [max(1.0, s.used / max(1, s.packed)) for s in surveys]
+    rows = config.train.steps * config.data.batch_size
+    tokens = rows / sum(w / n for w, n in zip(split, per_row, strict=True))
+    lines = [
+        f"data.train: a mixture of {_plural(len(sources), 'source')}, about {round(tokens):,} "
+        f"tokens in {_plural(config.train.steps, 'step')}"
+    ]
+    for source, survey, share in zip(sources, surveys, split, strict=True):
+        epochs = share * tokens / (survey.stats.tokens * survey.scale)
+        lines.append(
+            f"  {source.name}: {share:.1%} of the tokens, {epochs:,.2f} epochs; "
+            f"{_say(source.examples, survey)}"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    stats: Stats
+    scale: float  # all records, over those counted: 1 if they are all
+    rows: int  # of an epoch
+    packed: int  # rows, of an epoch or a window
+    used: int  # tokens in these
+
+
+def _survey(windows: Windows) -> _Survey:
+    examples = windows.examples
     stats, n = examples.stats, len(examples)
-    windows = Windows(examples, seed=0 if held_out else config.train.seed)
-    exact = stats.records == n
-    count = windows.per_epoch if exact else 1
+    count = windows.per_round if stats.records == n else 1
     packed = [row for w in range(count) for row in windows[w]]
     used = sum(len(s.tokens) for row in packed for s in row)
-    length = config.data.sequence_length
-    scale, about = (1.0, "") if exact else (n / stats.records, "about ")
-    rows = round(len(packed) * windows.per_epoch / count)
-    full = used / max(1, len(packed) * length)
-    files = _plural(len(examples.records.files), "file")
+    rows = round(len(packed) * windows.per_round / count / windows.epochs)
+    return _Survey(stats, n / stats.records, rows, len(packed), used)
+
+
+def _say(examples: Examples, survey: _Survey) -> str:
+    stats, scale, n = survey.stats, survey.scale, len(examples)
+    length = examples.config.sequence_length
+    about = "" if stats.records == n else "about "
+    full = survey.used / max(1, survey.packed * length)
     parts = [
-        f"{examples.field}: {_plural(n, 'record')} in {files}",
+        f"{_plural(n, 'record')} in {_plural(len(examples.records.files), 'file')}",
         f"{about}{round(stats.tokens * scale):,} tokens ({round(stats.trained * scale):,} trained)",
-        f"{about}{_plural(rows, 'row')} of {length:,}, {full:.1%} full",
+        f"{about}{_plural(survey.rows, 'row')} of {length:,}, {full:.1%} full",
     ]
     if stats.cut:
         parts.append(f"{about}{round(stats.cut * scale):,} truncated")
@@ -54,12 +94,20 @@ def _plural(n: int, noun: str) -> str:
 def fingerprint(config: Config) -> dict[str, Any]:
     """Return what decides the batches of `data.train`, JSON-able: files by content, and settings.
 
-    Files go by their names without folders, so a data set that moved is the same. Files over 1 GiB
-    are hashed at 64 places of 1 MiB.
+    Files go by their names without folders, so a data set that moved is the same, and sources by
+    their places in the list. Files over 1 GiB are hashed at 64 places of 1 MiB.
     """
     data = config.data
+    files, mixture = resolve(data.train), {}
+    if data.weights:  # a file may be in several sources
+        sources = [entry.files for entry in entries(data.train)]
+        files = [path for source in sources for path in source]
+        mixture = {
+            "data.weights": [round(share, 9) for share in shares(data.weights)],
+            "files a source": [len(source) for source in sources],
+        }
     return {
-        "files": [_file(path) for path in resolve(data.train)],
+        "files": [_file(path) for path in files],
         "settings": {
             "data.sequence_length": data.sequence_length,
             "data.batch_size": data.batch_size,
@@ -70,6 +118,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
             "data.pack_window": data.pack_window,
             "model.vocab_size": config.model.vocab_size,
             "train.seed": config.train.seed,
+            **mixture,
         },
     }
 
@@ -90,10 +139,10 @@ def _file(path: Path) -> dict[str, Any]:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Say, a phrase each, in what two fingerprints differ; empty if they do not."""
     found = []
-    for key, value in now["settings"].items():
-        old = then["settings"].get(key)
-        if old != value:
-            found.append(f"{key} was {old}, is {value}")
+    for key in {**now["settings"], **then["settings"]}:
+        was, value = (one["settings"].get(key, "not given") for one in (then, now))
+        if was != value:
+            found.append(f"{key} was {was}, is {value}")
     old_files, new_files = _by_name(then["files"]), _by_name(now["files"])
     found += [f"data file {name} is gone" for name in old_files if name not in new_files]
     found += [f"data file {name} is new" for name in new_files if name not in old_files]

@@ -1,72 +1,40 @@
 """Files to records: what is read, where each record lies, and what is wrong with it.
 
 A `.jsonl` file holds a record a line: a chat `{"messages": [...], "tools"?, "reasoning"?}` or
-`{"text": ...}`. A `.txt` file is one document, however long; for random access it is cut at line
-ends into stretches of about `stretch_bytes`.
+`{"text": ...}`. A `.parquet` file holds a record a row, of the same fields. A `.txt` file is one
+document, however long; for random access it is cut at line ends into stretches of about
+`stretch_bytes`.
 
-`Records` keeps 20 bytes a record, not the records: each read opens the file and seeks.
+`Records` keeps 16 bytes a record, not the records: each read opens the file and seeks. A file that
+is not what it was when it was indexed, by size and time of change, stops the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from gptoss_jax.data import parquet
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import CHANNELS, EFFORTS, ROLES
 
-SUFFIXES = (".jsonl", ".txt")
 PROGRESS_FROM = 256 << 20  # bytes; a pass over less needs no progress bar
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record as read. `where` is `file:line`, for messages."""
+    """One record as read. `where` is `file:line` (in parquet the row, from 1), for messages."""
 
     where: str
     fields: dict[str, Any]
     ends: bool = True  # its document ends with it: not so in all but the last stretch of a .txt
-
-
-def resolve(patterns: Sequence[str], *, field: str = "data.train") -> list[Path]:
-    """List the files that files, globs and folders name, each once, in the order given.
-
-    A glob (`**` crosses folders) and a folder (searched in depth for .jsonl and .txt; hidden files
-    are left out) give theirs sorted. Raises `UserError` where one names nothing, or another format.
-    """
-    if not patterns:
-        raise UserError(f"{field} names no file: set it to .jsonl or .txt files, globs or folders")
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
-            found = [
-                p for p in found if not any(s.startswith(".") for s in p.parts[len(path.parts) :])
-            ]
-            if not found:
-                raise UserError(f"{field}: the folder {pattern} holds no .jsonl or .txt file")
-        elif path.is_file():
-            found = [path]
-        elif glob.has_magic(pattern):
-            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            found = [p for p in found if p.is_file()]
-            if not found:
-                raise UserError(f"{field}: no file matches {pattern}")
-        else:
-            raise UserError(f"{field}: there is no file or folder {pattern}")
-        for p in found:
-            if p.suffix not in SUFFIXES:
-                raise UserError(f"{field}: {p} is neither .jsonl nor .txt")
-        files.update(dict.fromkeys(found))
-    return list(files)
 
 
 def parse(line: bytes) -> dict[str, Any]:
@@ -79,6 +47,12 @@ def parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise ValueError(f"not JSON that can be read ({error})") from None
+    check(record)
+    return record
+
+
+def check(record: Any) -> None:
+    """Refuse what is no record, with a `ValueError` that says in a phrase why."""
     if not isinstance(record, dict):
         raise ValueError(f"{_kind(record)}, not an object with messages or text")
     if "messages" in record:
@@ -87,11 +61,10 @@ def parse(line: bytes) -> dict[str, Any]:
         raise ValueError("lacks messages (a chat) or text")
     elif not isinstance(record["text"], str):
         raise ValueError(f"text is {_kind(record['text'])}, not a string")
-    return record
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", bytes: "bytes"}
     return "null" if value is None else names.get(type(value), "a number")
 
 
@@ -150,6 +123,15 @@ def _check_message(message: Any, name: str) -> None:
     )
 
 
+Stamp = tuple[int, int]  # bytes, and time of change in ns
+
+
+def stamp(path: Path) -> Stamp:
+    """Return what tells a file from the same file changed."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 class Records:
     """The records of some files, checked and indexed by byte offset; `records[i]` reads one.
 
@@ -163,50 +145,79 @@ class Records:
     ) -> None:
         """Index `files`, of which `resolve` made the list; `field` names them in messages."""
         self.files = list(files)
-        self.num_bytes = sum(p.stat().st_size for p in self.files)
         self.skipped = 0
         self.first_skipped = ""
         self._skip_bad = skip_bad
+        self._stamps = [stamp(path) for path in self.files]
+        self._layouts: dict[int, parquet.Layout] = {}  # of the parquet files
+        for k, path in enumerate(self.files):
+            if path.suffix == ".parquet":
+                with self._open(k) as file:
+                    self._layouts[k] = parquet.read_layout(file, path)
+        self._group: tuple[int, int, Any] = (-1, -1, None)  # file, row group, and its table
+        sizes = [
+            self._layouts[k].num_bytes if k in self._layouts else size
+            for k, (size, _) in enumerate(self._stamps)
+        ]
+        self.num_bytes = sum(sizes)
         self._starts = []  # the index of each file's first record
+        # In parquet, where offset and size are of no use, the line is the row, and they are 0.
         self._offsets, self._sizes, self._lines = array("Q"), array("I"), array("I")
         with progress("reading " + field, self.num_bytes) as advance:
-            for path in self.files:
+            for k, path in enumerate(self.files):
                 self._starts.append(len(self._offsets))
-                if path.suffix == ".jsonl":
-                    self._index_jsonl(path, advance)
-                else:
-                    self._index_text(path, stretch_bytes, advance)
+                with self._open(k) as file:
+                    if path.suffix == ".jsonl":
+                        self._index_jsonl(path, file, advance)
+                    elif path.suffix == ".parquet":
+                        self._index_parquet(k, file, advance)
+                    else:
+                        self._index_text(path, file, stretch_bytes, advance)
+        self.check_unchanged()
         if not len(self):
             bad = f" ({self.skip_summary()})" if self.skipped else ""
             names = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
             raise UserError(f"{field} holds no record: {names}{bad}")
 
-    def _index_jsonl(self, path: Path, advance: Callable[[int], None]) -> None:
+    def _index_jsonl(self, path: Path, file: BinaryIO, advance: Callable[[int], None]) -> None:
         offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    try:
-                        parse(line)
-                        self._add(offset, len(line), number)
-                    except ValueError as error:
-                        self.bad(f"{path}:{number}", str(error))
-                offset += len(line)
-                advance(len(line))
-
-    def _index_text(self, path: Path, stretch_bytes: int, advance: Callable[[int], None]) -> None:
-        offset, number = 0, 1
-        with path.open("rb") as file:
-            while part := _stretch(file, offset, stretch_bytes):
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
                 try:
-                    if not part.decode("utf-8-sig").isspace():
-                        self._add(offset, len(part), number)
-                except UnicodeDecodeError as error:
-                    line = number + part.count(b"\n", 0, error.start)
-                    self.bad(f"{path}:{line}", "not UTF-8 text")
-                offset += len(part)
-                number += part.count(b"\n")
-                advance(len(part))
+                    parse(line)
+                    self._add(offset, len(line), number)
+                except ValueError as error:
+                    self.bad(f"{path}:{number}", str(error))
+            offset += len(line)
+            advance(len(line))
+
+    def _index_parquet(self, k: int, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        path, layout = self.files[k], self._layouts[k]
+        size = layout.num_bytes // max(1, layout.metadata.num_rows)
+        for number, row in enumerate(parquet.read_rows(file, layout, path), 1):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                check(row)
+                self._add(0, 0, number)
+            except ValueError as error:
+                self.bad(f"{path}:{number}", str(error))
+            advance(size)
+
+    def _index_text(
+        self, path: Path, file: BinaryIO, stretch_bytes: int, advance: Callable[[int], None]
+    ) -> None:
+        offset, number = 0, 1
+        while part := _stretch(file, offset, stretch_bytes):
+            try:
+                if not part.decode("utf-8-sig").isspace():
+                    self._add(offset, len(part), number)
+            except UnicodeDecodeError as error:
+                line = number + part.count(b"\n", 0, error.start)
+                self.bad(f"{path}:{line}", "not UTF-8 text")
+            offset += len(part)
+            number += part.count(b"\n")
+            advance(len(part))
 
     def _add(self, offset: int, size: int, line: int) -> None:
         self._offsets.append(offset)
@@ -246,8 +257,9 @@ class Records:
     def __getitem__(self, i: int) -> Record:
         """Read record `i`. Raises `UserError` if the file has changed since it was indexed."""
         k = self._file(i)
-        path = self.files[k]
-        with path.open("rb") as file:
+        with self._open(k) as file:
+            if k in self._layouts:
+                return Record(self.where(i), self._read_row(k, file, self._lines[i] - 1))
             file.seek(self._offsets[i])
             data = file.read(self._sizes[i])
         try:
@@ -256,8 +268,57 @@ class Records:
                 fields = {"text": data.decode("utf-8-sig")}
                 return Record(self.where(i), fields, ends=ends)
             return Record(self.where(i), parse(data))
-        except ValueError as error:
-            raise UserError(f"{self.where(i)}: changed while it was in use ({error})") from None
+        except ValueError as error:  # changed within a tick of the clock, to the same size
+            raise _changed(self.where(i), str(error)) from None
+
+    def _read_row(self, k: int, file: BinaryIO, row: int) -> dict[str, Any]:
+        path, layout = self.files[k], self._layouts[k]
+        group = layout.group(row)
+        held, held_group, table = self._group
+        if (held, held_group) != (k, group):
+            table = parquet.read_group(file, layout, path, group=group)
+            self._group = k, group, table  # at once: another thread may read
+        return parquet.read_row(table, row - (layout.ends[group - 1] if group else 0))
+
+    def check_unchanged(self) -> None:
+        """Raise `UserError` if any file has changed since it was indexed, read again or not."""
+        for k in range(len(self.files)):
+            self._compare(k, None)
+
+    @contextlib.contextmanager
+    def _open(self, k: int) -> Iterator[BinaryIO]:
+        try:
+            file = self.files[k].open("rb")
+        except OSError as error:
+            raise _unreadable(self.files[k], error) from None
+        with file:
+            self._compare(k, file)
+            yield file
+
+    def _compare(self, k: int, file: BinaryIO | None) -> None:
+        """Hold a file, as it was opened or as it lies there, against its stamp."""
+        path, (size, time) = self.files[k], self._stamps[k]
+        try:
+            stat = path.stat() if file is None else os.fstat(file.fileno())
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if stat.st_size != size:
+            raise _changed(path, f"it was {size:,} bytes, is {stat.st_size:,}")
+        if stat.st_mtime_ns != time:
+            raise _changed(path, "it was written again, of the same size")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return _changed(path, "it is gone")
+    return UserError(f"{path}: can't be read ({error.strerror or error})")
+
+
+def _changed(where: str | Path, how: str) -> UserError:
+    return UserError(
+        f"{where}: changed while it was in use ({how}); put it back as it was and start again, "
+        "which goes on from the last checkpoint"
+    )
 
 
 def _stretch(file: Any, offset: int, size: int) -> bytes:

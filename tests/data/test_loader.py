@@ -15,7 +15,7 @@ from gptoss_jax import data, harmony, tokenizer
 from gptoss_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from gptoss_jax.data import examples as examples_module
 from gptoss_jax.data.examples import open_examples
-from gptoss_jax.data.loader import Windows
+from gptoss_jax.data.windows import Windows
 from gptoss_jax.errors import UserError
 
 FIELDS = ("tokens", "targets", "weights", "segment_ids", "positions")
@@ -113,6 +113,21 @@ def test_state_can_be_set_while_threads_work_ahead(texts):
     batches.close()
 
 
+def test_windows_in_which_nothing_is_trained_are_passed_over(tmp_path):
+    rows = [{"text": f"{i} is one" if i % 4 == 0 else ""} for i in range(16)]
+    config = make_config(write(tmp_path / "a.jsonl", rows), pack_window=1, batch_size=3)
+    batches, states, whole = data.train_batches(config), [], []
+    for _ in range(8):
+        states.append(batches.get_state())
+        whole.append(next(batches))
+    batches.close()
+    assert states[-1]["window"] > 7 * 3 * 2
+    for state, batch in zip(states, whole, strict=True):
+        resumed = data.train_batches(config)
+        resumed.set_state(state)
+        assert_same(take(resumed, 1), [batch])
+
+
 def test_closing_does_not_wait_for_a_window(texts, monkeypatch):
     read = examples_module.Examples.__getitem__
 
@@ -189,11 +204,11 @@ def test_an_epoch_holds_each_record_once(texts, pack_window):
     config = make_config(texts, pack_window=pack_window)
     expected = sorted(tuple(encode(json.loads(line)["text"])) for line in texts.open())
     windows = Windows(open_examples(config), seed=0)
-    assert windows.per_epoch == -(-NUM_RECORDS // pack_window)
+    assert windows.per_round == -(-NUM_RECORDS // pack_window)
     orders = []
     for epoch in range(3):
-        first = epoch * windows.per_epoch
-        rows = [row for w in range(first, first + windows.per_epoch) for row in windows[w]]
+        first = epoch * windows.per_round
+        rows = [row for w in range(first, first + windows.per_round) for row in windows[w]]
         found = [tuple(s.tokens.tolist()) for row in rows for s in row]
         assert sorted(found) == expected
         orders.append(found)
@@ -235,7 +250,7 @@ def test_chats_are_rendered_as_harmony_does(chats):
         )
         expected[tuple(tokens)] = weights
     windows = Windows(open_examples(config), seed=0)
-    rows = [row for w in range(windows.per_epoch) for row in windows[w]]
+    rows = [row for w in range(windows.per_round) for row in windows[w]]
     found = {tuple(s.tokens.tolist()): s.weights.tolist() for row in rows for s in row}
     assert found == expected and len(found) == 23
     batch = take(data.train_batches(config), 1)[0]
@@ -274,7 +289,7 @@ def test_a_text_file_loses_no_target(tmp_path):
     file.write_text("".join(f"{i} and {i * i}\n" for i in range(200)))
     windows = Windows(open_examples(make_config(file, on_long="refuse")), seed=0)
     targets = collections.Counter()
-    for w in range(windows.per_epoch):
+    for w in range(windows.per_round):
         for row in windows[w]:
             assert sum(len(s.tokens) for s in row) <= 48
             for s in row:
@@ -316,9 +331,10 @@ def test_what_only_rendering_shows_stops_or_is_left_out(tmp_path):
 def test_an_error_in_the_background_reaches_the_loop(texts, monkeypatch):
     monkeypatch.setattr(examples_module, "CACHE_TOKENS", 0)
     batches = data.train_batches(make_config(texts))
-    texts.write_bytes(b"x" * texts.stat().st_size)
-    with pytest.raises(UserError, match=r"changed while it was in use \(not JSON"):
-        next(batches)
+    texts.write_bytes(b"x" * texts.stat().st_size)  # of the same size
+    with pytest.raises(UserError, match=r"changed while it was in use"):
+        while True:  # what was read ahead is given first
+            next(batches)
     batches.close()
     with pytest.raises(ValueError, match="closed"):
         next(batches)

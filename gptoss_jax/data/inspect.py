@@ -1,0 +1,207 @@
+"""Show packed batches as text: `python -m gptoss_jax.data.inspect --config FILE [--batches N]`.
+
+What the loss counts is coloured, the rest dim; without colours it stands in [[ ]]. Special tokens
+are shown by name, control characters by a symbol. `--html FILE` writes a page instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from rich.console import Console
+from rich.text import Text
+
+from gptoss_jax import config_cli, tokenizer
+from gptoss_jax.config import Config
+from gptoss_jax.data.loader import eval_batches, train_batches
+from gptoss_jax.errors import Parser, UserError, run_entry
+from gptoss_jax.types import Batch
+
+PROG = "python -m gptoss_jax.data.inspect"
+TRAINED, TRAINED_SPECIAL = "bold green", "bold white on green"
+OTHER, SPECIAL, HEAD = "dim", "cyan", "bold magenta"
+
+# C0 but for tab and newline, DEL and C1: a terminal would obey them.
+_CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}
+_CONTROLS |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Packed batches</title>
+<style>
+body {{ margin: 2rem auto; max-width: 100ch; padding: 0 1rem; color: {foreground};
+  background: {background}; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45;
+  font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 14px; }}
+{stylesheet}
+</style>
+</head>
+<body>
+<pre>{code}</pre>
+</body>
+</html>
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Run the command. Raises UserError for whatever is wrong with what was given."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    for name in ("batches", "rows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: it must be positive")
+    if args.config is not None:
+        rest += ["--config", args.config]
+    config = config_cli.load(rest, prog=PROG)
+    field = "data.held_out" if args.held_out else "data.train"
+    if not (config.data.held_out if args.held_out else config.data.train):
+        raise UserError(f"there is no {field}: give --{field} FILE")
+    names, batches = _take(config, args.batches, held_out=args.held_out)
+    encoding = tokenizer.get_tokenizer(config.model.vocab_size)
+    if args.html is None:
+        _print(Console(), batches, encoding, names=names, rows=args.rows)
+        return
+    page = Console(file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
+    _print(page, batches, encoding, names=names, rows=args.rows)
+    path = Path(args.html)
+    try:
+        path.write_text(page.export_html(code_format=_PAGE), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {path}: {error.strerror or error}") from None
+    print(path)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        PROG,
+        description=(__doc__ or "").partition("\n\n")[2],
+        epilog="All other options are the config's: python -m gptoss_jax.train --help names them\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="such as configs/tiny.py; required")
+    add("--batches", type=int, default=1, metavar="N", help="how many, from the first; default: 1")
+    add("--rows", type=int, metavar="N", help="rows shown of a batch; default: all")
+    add("--held-out", action="store_true", help="the batches of data.held_out")
+    add("--html", metavar="FILE", help="write a page that needs nothing else, and print its name")
+    return parser
+
+
+def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...], list[Batch]]:
+    """Return the names of the sources, none without a mixture, and the first batches."""
+    if held_out:
+        return (), eval_batches(config)[:count]
+    batches = train_batches(config)
+    try:
+        return batches.source_names, list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def _print(
+    console: Console,
+    batches: Iterable[Batch],
+    encoding: tiktoken.Encoding,
+    *,
+    names: tuple[str, ...],
+    rows: int | None,
+) -> None:
+    for text in describe(batches, encoding, names=names, rows=rows, plain=not console.is_terminal):
+        console.print(text, soft_wrap=True)
+
+
+def describe(
+    batches: Iterable[Batch],
+    encoding: tiktoken.Encoding,
+    *,
+    names: tuple[str, ...] = (),
+    rows: int | None = None,
+    plain: bool = False,
+) -> Iterator[Text]:
+    """Yield a legend, then each batch, row and segment with a line above it that counts.
+
+    `names` are those of the sources, `rows` how many of a batch are shown; `plain` puts what is
+    trained in brackets.
+    """
+    yield _legend(plain)
+    for number, batch in enumerate(batches):
+        ids, tokens = np.asarray(batch.segment_ids), np.asarray(batch.tokens)
+        trained = np.zeros(tokens.shape, bool)  # by token, where `weights` is by its predecessor
+        trained[:, 1:] = np.asarray(batch.weights)[:, :-1] > 0
+        size = f"{len(ids)} row{'s' * (len(ids) != 1)} of {ids.shape[1]:,}"
+        yield Text(f"\n=== batch {number}: {size}; {_count(ids, trained)}", style=HEAD)
+        for b in range(len(ids) if rows is None else min(rows, len(ids))):
+            source = ""
+            if batch.sources is not None:
+                source = f", source {names[int(batch.sources[b])]}"
+            segments = f"{ids[b].max()} segments, " if ids[b].max() != 1 else "1 segment, "
+            yield Text(f"\n--- row {b}{source}: {segments}{_count(ids[b], trained[b])}", style=HEAD)
+            for k in range(1, int(ids[b].max()) + 1):
+                of = ids[b] == k
+                marks = trained[b][of]
+                yield Text(f"- segment {k}: {_tokens(len(marks), int(marks.sum()))}", style=HEAD)
+                yield _segment(tokens[b][of].tolist(), marks.tolist(), encoding, plain=plain)
+
+
+def _legend(plain: bool) -> Text:
+    if plain:
+        return Text("[[trained]] (the loss counts these tokens)  other  <|special|>")
+    return Text.assemble(
+        ("trained", TRAINED),
+        " and ",
+        ("<|special|>", TRAINED_SPECIAL),
+        ": the loss counts these tokens; ",
+        ("other", OTHER),
+        " and ",
+        ("<|special|>", SPECIAL),
+        ": it does not",
+    )
+
+
+def _count(ids: np.ndarray, trained: np.ndarray) -> str:
+    real = int((ids > 0).sum())
+    return f"{_tokens(real, int(trained.sum()))}, {ids.size - real:,} padding"
+
+
+def _tokens(real: int, trained: int) -> str:
+    return f"{real:,} tokens, {trained:,} trained"
+
+
+@cache
+def _special(encoding: tiktoken.Encoding) -> frozenset[int]:
+    return frozenset(encoding.encode_single_token(name) for name in encoding.special_tokens_set)
+
+
+def _segment(
+    tokens: list[int], trained: list[bool], encoding: tiktoken.Encoding, *, plain: bool
+) -> Text:
+    """Return a segment's text: decoded by runs, since a character may be several tokens."""
+    special = _special(encoding)
+    text = Text()
+    kinds = ((t in special, is_trained) for t, is_trained in zip(tokens, trained, strict=True))
+    for is_trained, spans in itertools.groupby(zip(tokens, kinds, strict=True), lambda x: x[1][1]):
+        if is_trained and plain:
+            text.append("[[")
+        for is_special, run in itertools.groupby(spans, lambda x: x[1][0]):
+            style = (OTHER, SPECIAL) if not is_trained else (TRAINED, TRAINED_SPECIAL)
+            said = tokenizer.decode(encoding, [token for token, _ in run])
+            text.append(said.translate(_CONTROLS), style[is_special])
+        if is_trained and plain:
+            text.append("]]")
+    return text
+
+
+if __name__ == "__main__":
+    run_entry(main)

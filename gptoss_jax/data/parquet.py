@@ -1,0 +1,127 @@
+"""Rows of parquet files as records: by row group, so that no file is in memory as a whole.
+
+The columns are those of a JSONL record: `messages` (a list of structs), with `tools` and
+`reasoning` where there are any; or `text`. Others are not read. Arrow gives each struct of a column
+the fields of all: those that are null are dropped, at any depth.
+
+A row costs the decoding of its row group, unless the one before was of the same: files of many GiB
+are best written with row groups of some thousand rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gptoss_jax.errors import UserError
+
+CHAT, TEXT = ("messages", "tools", "reasoning"), ("text",)
+_AT_ONCE = 256  # rows turned into Python objects together
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is kept of a file: its footer, the columns to read, and where its row groups end."""
+
+    metadata: Any  # pyarrow.parquet.FileMetaData
+    columns: tuple[str, ...]
+    ends: tuple[int, ...]  # the rows up to the end of each row group
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the columns to read, decompressed."""
+        total = 0
+        for g in range(len(self.ends)):
+            group = self.metadata.row_group(g)
+            for c in range(group.num_columns):
+                column = group.column(c)
+                if column.path_in_schema.split(".")[0] in self.columns:
+                    total += column.total_uncompressed_size
+        return total
+
+    def group(self, row: int) -> int:
+        """Return the row group of a row of the file."""
+        return bisect_right(self.ends, row)
+
+
+def read_layout(file: BinaryIO, path: Path) -> Layout:
+    """Read the footer. Raises `UserError`: no parquet file, or columns that make no record."""
+    with _naming(path):
+        from pyarrow.parquet import ParquetFile
+
+        opened = ParquetFile(file)
+        metadata, names = opened.metadata, opened.schema_arrow.names
+    wanted = CHAT if "messages" in names else TEXT
+    columns = tuple(name for name in wanted if name in names)
+    if not columns:
+        raise UserError(
+            f"{path}: its columns are {', '.join(map(str, names[:12])) or 'none'}; a record has "
+            "messages (a chat; tools and reasoning beside it, if any) or text"
+        )
+    groups = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+    return Layout(metadata, columns, tuple(accumulate(groups)))
+
+
+def read_rows(file: BinaryIO, layout: Layout, path: Path) -> Iterator[dict[str, Any] | ValueError]:
+    """Yield all rows in turn; a `ValueError` stands for one that Python can't take."""
+    with _naming(path):
+        from pyarrow.parquet import ParquetFile
+
+        opened = ParquetFile(file, metadata=layout.metadata)
+        batches = opened.iter_batches(_AT_ONCE, columns=list(layout.columns))
+    while True:
+        with _naming(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        try:
+            yield from map(_drop_nulls, batch.to_pylist())
+        except UnicodeDecodeError:
+            for i in range(batch.num_rows):
+                try:
+                    row = read_row(batch, i)
+                except ValueError as error:
+                    row = error
+                yield row
+
+
+def read_group(file: BinaryIO, layout: Layout, path: Path, *, group: int) -> Any:
+    """Return a row group as a `pyarrow.Table`. Raises `UserError` where it can't be decoded."""
+    with _naming(path):
+        from pyarrow.parquet import ParquetFile
+
+        opened = ParquetFile(file, metadata=layout.metadata)
+        return opened.read_row_group(group, columns=list(layout.columns))
+
+
+def read_row(table: Any, i: int) -> dict[str, Any]:
+    """Return row `i` of a table or a batch. Raises `ValueError` for text that is not UTF-8."""
+    try:
+        return _drop_nulls(table.slice(i, 1).to_pylist()[0])
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _drop_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(item) for item in value]
+    return value
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn Arrow's errors into one that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: no parquet file that can be read ({why})") from None
