@@ -1,14 +1,18 @@
 """The state of a run on disk: orbax checkpoints under `<workdir>/checkpoints/<step>`.
 
-A checkpoint holds the parameters, the optimizer's state, and a JSON record of the rest: schema
-version, step, random state, resolved config, position in the data and the data's fingerprint.
+A checkpoint holds the parameters, the optimizer's state, the averaged parameters where there are
+any, and a JSON record of the rest: schema version, step, random state, resolved config, position in
+the data, the data's fingerprint, what the spike policy remembers, a checksum for each array, and a
+hash of all that. So damage to any of it is found when it is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gptoss_jax import config_cli
+from gptoss_jax import checksums, config_cli
 from gptoss_jax.config import Config, ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.orbax_reader import UnreadableError, quiet, read_arrays
+from gptoss_jax.train_step import overlay
 from gptoss_jax.types import Params, TrainState
+from gptoss_jax.weights.sources import nest
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no checksums; it is read as well
 FOLDER = "checkpoints"
 HELD_OUT = "held_out_loss"
 
-# Of TrainConfig: what decides the numbers. The rest is how long, how it logs, evaluates and keeps.
-_FIXED = ("seed", "balance_loss", "z_loss", "balance_bias")
+_HASH = "sha256"  # the record's field for the hash of the rest of it
+
+
+class DamagedError(UserError):
+    """A checkpoint of which something is missing, cut short or changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +48,32 @@ class Record:
     config: Config
     data_state: dict[str, Any]
     fingerprint: dict[str, Any]
+    spikes: dict[str, Any] = dataclasses.field(default_factory=dict)  # see spikes.SpikeGuard
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a run goes on from."""
+
+    state: TrainState
+    record: Record
+    damaged: list[str]  # what was wrong with the checkpoints after it, which were set aside
+
+
+class _Keep:
+    """Keeps the newest checkpoints, and the one with the lowest held-out loss."""
+
+    def __init__(self, workdir: str | Path, keep: int) -> None:
+        self._keep, self._before = keep, _held_out_losses(workdir)
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Say for each checkpoint, oldest first, whether it stays."""
+        losses = dict(self._before)  # orbax knows of those of this process alone
+        losses |= {c.step: c.metrics[HELD_OUT] for c in checkpoints if c.metrics}
+        there = [c.step for c in checkpoints]
+        scored = sorted((losses[step], step) for step in there if step in losses)
+        kept = {*there[-self._keep :], *(step for _, step in scored[:1])}
+        return [step in kept for step in there]
 
 
 def open_manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
@@ -46,21 +82,9 @@ def open_manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager
     Keeps the `keep` newest and, beside them, the one with the lowest held-out loss. What a killed
     run left half-written is removed.
     """
-    _quiet()
-    policies = ocp.checkpoint_managers
+    quiet()
     options = ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True,
-        preservation_policy=policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(keep),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[HELD_OUT],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        ),
+        cleanup_tmp_directories=True, preservation_policy=_Keep(workdir, keep)
     )
     return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
 
@@ -72,6 +96,7 @@ def save(
     config: Config,
     data_state: dict[str, Any],
     fingerprint: dict[str, Any],
+    spikes: dict[str, Any] | None = None,
     held_out_loss: float | None = None,
 ) -> None:
     """Begin to write a checkpoint of `state.step`; it is whole after `wait_until_finished`.
@@ -79,22 +104,29 @@ def save(
     The arrays are copied before this returns, so the state may be donated at once. The loss is what
     the best checkpoint is chosen by.
     """
+    items: dict[str, Any] = {
+        "params": state.params,
+        # With the step, since orbax refuses the empty state that some optimizers have.
+        "opt_state": {"state": state.opt_state, "step": state.step},
+    }
+    if state.ema is not None:
+        items["ema"] = state.ema
     record = {
         "schema": SCHEMA,
         "step": int(state.step),
         "config": json.loads(config_cli.to_json(config)),
         "data_state": data_state,
         "fingerprint": fingerprint,
+        "spikes": spikes or {},
         HELD_OUT: held_out_loss,
         "rng": np.asarray(jax.random.key_data(state.rng)).tolist(),
+        "checksums": {name: checksums.checksums(item) for name, item in items.items()},
     }
     manager.save(
         int(state.step),
         args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            # With the step, since orbax refuses the empty state that some optimizers have.
-            opt_state=ocp.args.StandardSave({"state": state.opt_state, "step": state.step}),
-            record=ocp.args.JsonSave(record),
+            record=ocp.args.JsonSave(record | {_HASH: _hash(record)}),
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
         ),
         metrics=None if held_out_loss is None else {HELD_OUT: held_out_loss},
         force=True,
@@ -111,18 +143,42 @@ def steps(workdir: str | Path) -> list[int]:
 
 def best_step(workdir: str | Path) -> tuple[int, float] | None:
     """Return the kept step with the lowest held-out loss, and that loss; None if none has one."""
-    scored = [(_read_json(workdir, step)[0].get(HELD_OUT), step) for step in steps(workdir)]
-    known = [(loss, step) for loss, step in scored if loss is not None]
-    return (min(known)[1], min(known)[0]) if known else None
+    scored = sorted((loss, step) for step, loss in _held_out_losses(workdir).items())
+    return (scored[0][1], scored[0][0]) if scored else None
+
+
+def _held_out_losses(workdir: str | Path) -> dict[int, float]:
+    losses: dict[int, float] = {}
+    for step in steps(workdir):
+        with contextlib.suppress(UserError):
+            loss = _read_json(workdir, step)[0].get(HELD_OUT)
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
+    return losses
 
 
 def read_record(workdir: str | Path, step: int | None = None) -> Record:
     """Read the record of a checkpoint, the newest if no step is given.
 
     Raises:
-        UserError: no checkpoint there, an unreadable record, or another schema version.
+        DamagedError: a record that is not what was written.
+        UserError: no checkpoint there, or another schema version.
     """
-    return _parse_record(_read_json(workdir, step))[0]
+    return _parse_record(*_read_json(workdir, step))
+
+
+def newest_record(workdir: str | Path) -> Record | None:
+    """Read the newest record that is whole; None if there is no checkpoint.
+
+    Raises:
+        UserError: no record is whole, or another schema version.
+    """
+    for step in reversed(steps(workdir)):
+        with contextlib.suppress(DamagedError):
+            return read_record(workdir, step)
+    if steps(workdir):
+        raise UserError(_none_is_whole(workdir))
+    return None
 
 
 def restore(
@@ -133,120 +189,139 @@ def restore(
     `abstract` is a state of arrays or of `jax.ShapeDtypeStruct`s. The newest if no step is given.
 
     Raises:
-        UserError: as `read_record`, or arrays that are cut short, missing or of other shapes.
+        DamagedError: what is there is not what was written, or arrays of other shapes.
+        UserError: as `read_record`.
     """
-    record, key = _parse_record(_read_json(workdir, step))
+    raw, folder = _read_json(workdir, step)
+    record = _parse_record(raw, folder)
     targets = {
         "params": abstract.params,
         "opt_state": {"state": abstract.opt_state, "step": abstract.step},
     }
-    items = _restore_items(workdir, record.step, targets)
+    if abstract.ema is not None:
+        targets["ema"] = abstract.ema
+    items = _restore_items(raw, folder, targets)
     state = TrainState(
         step=items["opt_state"]["step"],
         params=items["params"],
         opt_state=items["opt_state"]["state"],
-        rng=jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32)),  # pyright: ignore[reportArgumentType]
+        rng=jax.random.wrap_key_data(jnp.asarray(raw["rng"], jnp.uint32)),  # pyright: ignore[reportArgumentType]
+        ema=items.get("ema"),
     )
     return state, record
 
 
-def load_params(workdir: str | Path, step: int | None = None) -> tuple[ModelConfig, Params]:
+def restore_newest(workdir: str | Path, abstract: TrainState) -> Restored:
+    """Read the newest checkpoint that is whole, for a run to go on from.
+
+    Damaged ones after it are renamed to `<step>.damaged`, so that nothing takes them for
+    checkpoints; not before a whole one was read. For whoever holds the workdir (`workdir.Hold`).
+
+    Raises:
+        UserError: none is whole, or as `restore`.
+    """
+    damaged: list[str] = []
+    for step in reversed(steps(workdir)):
+        try:
+            state, record = restore(workdir, abstract, step=step)
+        except DamagedError as error:
+            damaged.append(str(error))
+            continue
+        for bad in [s for s in steps(workdir) if s > step]:
+            _set_aside(Path(workdir) / FOLDER / str(bad))
+        return Restored(state, record, damaged)
+    raise UserError("; ".join([*damaged[:1], _none_is_whole(workdir)]))
+
+
+def load_params(
+    workdir: str | Path, step: int | None = None, *, ema: bool = True
+) -> tuple[ModelConfig, Params]:
     """Read the model of a run, and its parameters as they were trained.
 
+    Of a run with `optimizer.ema` these are the averaged parameters, in the parameters' dtype; with
+    `ema=False` the last ones.
+
     Raises:
-        UserError: as `restore`.
+        UserError: as `restore`; for a damaged checkpoint it names the last whole one before it.
     """
+    try:
+        return _load_params(workdir, step, ema=ema)
+    except DamagedError as error:
+        damaged = int(_read_folder(workdir, step).name)
+        for earlier in [s for s in reversed(steps(workdir)) if s < damaged]:
+            with contextlib.suppress(DamagedError):
+                _load_params(workdir, earlier, ema=ema)
+                raise UserError(
+                    f"{error}; step {earlier} is whole: ask for it (--step {earlier}, or "
+                    f"step={earlier})"
+                ) from None
+        raise UserError(f"{error}; no earlier checkpoint is whole") from None
+
+
+def _load_params(workdir: str | Path, step: int | None, *, ema: bool) -> tuple[ModelConfig, Params]:
     from gptoss_jax.model import Transformer
 
-    record = read_record(workdir, step)
-    model = Transformer(record.config.model)
-    items = _restore_items(workdir, record.step, {"params": model.abstract_params()})
-    return record.config.model, items["params"]
+    raw, folder = _read_json(workdir, step)
+    config = _parse_record(raw, folder).config.model
+    targets: dict[str, Any] = {"params": Transformer(config).abstract_params()}
+    averaged = raw.get("checksums", {}).get("ema", {}) if ema else {}
+    if averaged:
+        flat = jax.tree_util.tree_flatten_with_path(targets["params"])[0]
+        shapes = {checksums.path_name(path): leaf.shape for path, leaf in flat}
+        targets["ema"] = nest(
+            {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in averaged}
+        )
+    items = _restore_items(raw, folder, targets)
+    params = items["params"]
+    return config, overlay(params, items["ema"]) if averaged else params
 
 
-def check_same_run(
-    record: Record, config: Config, *, data_changes: list[str], workdir: str | Path
-) -> None:
-    """Refuse to go on with a run whose model, data or optimizer are not these.
+def _restore_items(raw: dict[str, Any], folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """Restore arrays and hold them against the record's checksums.
 
-    `data_changes` says in what the data differ (`data.differences` of the fingerprints). Steps,
-    logging, evaluation, what is kept and remat may change.
-
-    Raises:
-        UserError: with each field that differs, old -> new.
+    Whatever goes wrong within becomes one line that names the checkpoint.
     """
-    old, new = record.config, config
-    changed = {
-        "model": _changes("model", _model_fields(old.model), _model_fields(new.model)),
-        "optimizer": _changes(
-            "optimizer", dataclasses.asdict(old.optimizer), dataclasses.asdict(new.optimizer)
-        )
-        + _changes(
-            "train",
-            {name: getattr(old.train, name) for name in _FIXED},
-            {name: getattr(new.train, name) for name in _FIXED},
-        ),
-        "data": data_changes,
-    }
-    what = [name for name, found in changed.items() if found]
-    if what:
-        found = [line for lines in changed.values() for line in lines]
-        shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
-        raise UserError(
-            f"{workdir} holds a run of another {' and '.join(what)}: {shown}; "
-            "choose another --workdir, or go back to the old values"
-        )
-
-
-def architecture_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Name the fields in which two models are different functions, old -> new."""
-    return _changes("model", old.architecture, new.architecture)
-
-
-def _model_fields(config: ModelConfig) -> dict[str, Any]:
-    fixed = ("experts", "dtype", "param_dtype", "capacity_factor")
-    return config.architecture | {name: getattr(config, name) for name in fixed}
-
-
-def _changes(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [f"{section}.{n} {old[n]} -> {new[n]}" for n in new if old[n] != new[n]]
-
-
-def _restore_items(workdir: str | Path, step: int, targets: dict[str, Any]) -> dict[str, Any]:
-    """Restore arrays; whatever goes wrong within becomes one line that names the checkpoint."""
-    folder = Path(workdir).absolute() / FOLDER / str(step)
     restored: dict[str, Any] = {}
     for name, target in targets.items():
         if not (folder / name).is_dir():
-            raise UserError(
-                f"checkpoint {folder} has no {name}: it is not whole; {_advice(folder)}"
-            )
+            raise DamagedError(f"checkpoint {folder} has no {name}: it is not whole")
         try:
-            with ocp.StandardCheckpointer() as reader:
-                restored[name] = reader.restore(folder / name, jax.tree.map(_abstract, target))
-        except Exception as error:
-            # What orbax says runs over many lines; the cause is kept for a debugger.
-            said = (str(error).strip().splitlines() or [""])[0].split(" See full")[0][:160]
-            raise UserError(
-                f"checkpoint {folder}: its {name} is cut short or damaged "
-                f"({type(error).__name__}: {said}); {_advice(folder)}"
-            ) from error
+            restored[name] = read_arrays(folder / name, target)
+        except UnreadableError as error:
+            where = f"checkpoint {folder}: its {name}"
+            if error.is_damage:
+                raise DamagedError(f"{where} is cut short or damaged ({error})") from None
+            raise UserError(f"{where} can't be read ({error})") from None
+        if "checksums" in raw:
+            found = checksums.checksums(restored[name])
+            wrong = checksums.differences(raw["checksums"].get(name, {}), found)
+            if wrong:
+                more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+                raise DamagedError(
+                    f"checkpoint {folder}: its {name} is damaged: {wrong[0]}{more} is not what was "
+                    "written, by its checksum"
+                )
     return restored
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _none_is_whole(workdir: str | Path) -> str:
+    folders = ", ".join(map(str, steps(workdir)))
+    return (
+        f"{workdir}: no checkpoint is whole (steps {folders}); choose another --workdir, or remove "
+        f"its {FOLDER} to start again"
+    )
 
 
-def _advice(folder: Path) -> str:
-    earlier = [s for s in steps(folder.parent.parent) if s < int(folder.name)]
-    if earlier:
-        return f"remove that folder to go on from step {earlier[-1]}"
-    return "remove that folder to start again"
+def _set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint to a name that is no step's."""
+    name, n = f"{folder.name}.damaged", 1
+    while (folder.parent / name).exists():
+        n += 1
+        name = f"{folder.name}.damaged-{n}"
+    folder.rename(folder.parent / name)
 
 
-def _read_json(workdir: str | Path, step: int | None) -> tuple[dict[str, Any], Path]:
+def _read_folder(workdir: str | Path, step: int | None) -> Path:
     there = steps(workdir)
     if not there:
         raise UserError(f"{workdir}: there is no checkpoint in it (no {FOLDER}/<step>)")
@@ -254,26 +329,33 @@ def _read_json(workdir: str | Path, step: int | None) -> tuple[dict[str, Any], P
         raise UserError(
             f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, there))}"
         )
-    folder = Path(workdir).absolute() / FOLDER / str(there[-1] if step is None else step)
-    path = folder / "record" / "metadata"
+    return Path(workdir).absolute() / FOLDER / str(there[-1] if step is None else step)
+
+
+def _read_json(workdir: str | Path, step: int | None) -> tuple[dict[str, Any], Path]:
+    """Read a record, and hold it against its own hash."""
+    folder = _read_folder(workdir, step)
     try:
-        return json.loads(path.read_text()), folder
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"checkpoint {folder}: its record can't be read ({error}); {_advice(folder)}"
-        ) from None
+        raw = json.loads((folder / "record" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"checkpoint {folder}: its record can't be read ({error})") from None
+    sealed = isinstance(raw, dict) and (_HASH in raw or raw.get("schema") == 1)
+    body = {k: v for k, v in raw.items() if k != _HASH} if sealed else {}
+    if not sealed or raw.get(_HASH, _hash(body)) != _hash(body) or body["step"] != int(folder.name):
+        raise DamagedError(f"checkpoint {folder}: its record is not what was written, by its hash")
+    return body, folder
 
 
-def _parse_record(read: tuple[dict[str, Any], Path]) -> tuple[Record, list[int]]:
-    raw, folder = read
-    if raw.get("schema") != SCHEMA:
+def _hash(record: dict[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse_record(raw: dict[str, Any], folder: Path) -> Record:
+    if raw["schema"] not in (1, SCHEMA):
         raise UserError(
-            f"checkpoint {folder} is of schema {raw.get('schema')}, this version reads {SCHEMA}"
+            f"checkpoint {folder} is of schema {raw['schema']}, this version reads 1 and {SCHEMA}"
         )
     config = config_cli.from_json(json.dumps(raw["config"]), where=f"checkpoint {folder}")
-    return Record(raw["step"], config, raw["data_state"], raw["fingerprint"]), raw["rng"]
-
-
-def _quiet() -> None:
-    """Keep orbax's own log lines off the terminal; errors still show."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    spikes = raw.get("spikes", {})
+    return Record(raw["step"], config, raw["data_state"], raw["fingerprint"], spikes)

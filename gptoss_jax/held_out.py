@@ -25,8 +25,13 @@ def evaluate(
     *,
     questions: list[data.Question],
     config: Config,
-) -> dict[str, Any]:
-    """Return held-out loss and perplexity, and the share of questions answered exactly."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return scores: held-out loss and perplexity, and the share of questions answered exactly.
+
+    And the first `train.eval_samples` questions as they were answered, records for
+    `MetricsLog.write_samples`. An answer is what the final channel says, or all that was sampled
+    where it never came to it.
+    """
     sums = jax.device_get([_held_out(model, params, batch) for batch in batches])
     nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
     loss = nll / weight if weight else math.nan
@@ -34,6 +39,7 @@ def evaluate(
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(min(loss, 700.0)),
     }
+    samples: list[dict[str, Any]] = []
     if questions:
         sampler = Sampler(model, params)
         encoding = tokenizer.get_tokenizer(config.model.vocab_size)
@@ -44,9 +50,20 @@ def evaluate(
                 [q.prompt for q in some], max_tokens=config.train.eval_max_tokens, temperature=0.0
             )
             said = [_final_text(ids, encoding) for ids in out.tokens]
-            right += sum(text == q.answer.strip() for text, q in zip(said, some, strict=True))
+            for q, ids, text in zip(some, out.tokens, said, strict=True):
+                ok = text == q.answer.strip()
+                right += ok
+                if len(samples) < config.train.eval_samples:
+                    samples.append(
+                        {
+                            "question": _last_user_text(q.prompt, encoding),
+                            "expected": q.answer.strip(),
+                            "answer": tokenizer.decode(encoding, ids) if text is None else text,
+                            "right": ok,
+                        }
+                    )
         scores["exact_match"] = right / len(questions)
-    return scores
+    return scores, samples
 
 
 @partial(jax.jit, static_argnums=0)
@@ -63,3 +80,12 @@ def _final_text(ids: list[int], encoding: Any) -> str | None:
     parser.finish()
     final = [m.content for m in parser.messages if m.header.channel == "final"]
     return final[-1].strip() if final else None
+
+
+def _last_user_text(prompt: list[int], encoding: Any) -> str:
+    """Return what the user said last in a prompt; all of the prompt if no user said anything."""
+    parser = harmony_parser.StreamParser(encoding, after_prompt=False)
+    for token in prompt:
+        parser.process(token)
+    said = [m.content for m in parser.messages if m.header.role == "user"]
+    return said[-1] if said else tokenizer.decode(encoding, prompt)

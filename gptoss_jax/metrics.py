@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 
+from gptoss_jax.board import Board
 from gptoss_jax.config import ModelConfig
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 CURVES = "curves.png"
 
 # Dense peak of one device in bfloat16 (float16 where it has none), TFLOP/s, by what its
@@ -26,20 +28,21 @@ _PEAK_TFLOPS = (
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and to TensorBoard's files in a workdir."""
+    """Appends records to `metrics.jsonl`, `samples.jsonl` and TensorBoard's files in a workdir."""
 
-    def __init__(self, workdir: str | Path, *, step: int = 0) -> None:
-        """Open the log of a run that goes on after `step`: later records are taken out of it."""
-        from tensorboardX import SummaryWriter
+    def __init__(self, workdir: str | Path, *, step: int | None = None) -> None:
+        """Open the log of a run that goes on after `step`: later records are taken out of it.
 
+        Without a step it begins anew.
+        """
         folder = Path(workdir)
-        path = folder / FILE
-        kept = [r for r in read(folder) if r["step"] <= step] if step else []
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(whole, path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
+        _keep(folder / FILE, step)
+        if (folder / SAMPLES).is_file():
+            _keep(folder / SAMPLES, step)
+        self._file = (folder / FILE).open("ab", buffering=0)  # a killed run loses no record
+        self._samples = folder / SAMPLES
+        purge_step = 0 if step is None else step + 1
+        self._board = Board(folder / "tensorboard", purge_step=purge_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one record, without what is None or not finite (JSON has no NaN).
@@ -48,32 +51,51 @@ class MetricsLog:
         """
         values = {k: v for k, v in values.items() if v is not None}
         values = {k: v for k, v in values.items() if isinstance(v, list) or math.isfinite(v)}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()  # a killed run loses no record
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        while line:  # a disk that gets full takes a part
+            line = line[self._file.write(line) :]
         for name, value in values.items():
             if not isinstance(value, list):
-                self._board.add_scalar(name, value, step)
+                self._board.add(name, value, step=step)
             else:
                 for layer, row in enumerate(value):
-                    self._board.add_scalar(f"{name}_max/layer_{layer}", max(row), step)
+                    self._board.add(f"{name}_max/layer_{layer}", max(row), step=step)
+
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Append what the model answered to `samples.jsonl`, a record an answer, if there is any.
+
+        Each is {"step", "question", "expected", "answer", "right"}: see `held_out.evaluate`.
+        """
+        if samples:
+            with self._samples.open("a") as file:
+                file.writelines(json.dumps({"step": step, **s}) + "\n" for s in samples)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         self._file.close()
         self._board.close()
 
 
-def read(workdir: str | Path) -> list[dict[str, Any]]:
-    """Read the records of a run; a last line that was cut short is left out."""
-    path = Path(workdir) / FILE
+def read(workdir: str | Path, file: str = FILE) -> list[dict[str, Any]]:
+    """Read the records of a run, or its samples; a last line that was cut short is left out."""
+    path = Path(workdir) / file
     records: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
                 break
     return records
+
+
+def _keep(path: Path, step: int | None) -> None:
+    """Leave of a file of records those up to a step; none of them without one."""
+    there = [] if step is None else read(path.parent, path.name)
+    kept = [r for r in there if r["step"] <= step]
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(whole, path)
 
 
 def matmul_params(config: ModelConfig) -> tuple[int, int]:
@@ -124,34 +146,45 @@ def plot(workdir: str | Path) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     records = read(workdir)
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    losses, answers, load, rates, routing, speed = figure.subplots(2, 3).flat
 
-    def line(axis: Any, name: str, **style: Any) -> None:
+    def line(axis: Any, name: str, *, label: str | None = None, **style: Any) -> None:
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         points = [(step, value) for step, value in points if math.isfinite(value)]
         if points:
-            axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+            axis.plot(*zip(*points, strict=True), label=label or name.replace("_", " "), **style)
 
-    line(axes[0, 0], "loss", color="tab:blue", alpha=0.6, linewidth=1)
-    line(axes[0, 0], "held_out_loss", color="tab:orange", marker="o")
-    axes[0, 0].set(title="loss, nats a token", xlabel="step", ylim=(0, None))
-    line(axes[0, 1], "exact_match", color="tab:green", marker="o")
-    axes[0, 1].set(title="held-out questions answered exactly", xlabel="step", ylim=(-0.02, 1.02))
-    line(axes[1, 0], "learning_rate", color="tab:red")
-    axes[1, 0].set(title="learning rate and gradient norm", xlabel="step", ylabel="learning rate")
-    norms = axes[1, 0].twinx()
+    line(losses, "loss", color="tab:blue", alpha=0.6, linewidth=1)
+    line(losses, "held_out_loss", color="tab:orange", marker="o", markersize=4)
+    losses.set(title="loss, nats a token", xlabel="step", ylim=(0, None))
+    line(answers, "exact_match", color="tab:green", marker="o", markersize=4)
+    answers.set(title="held-out questions answered exactly", xlabel="step", ylim=(-0.02, 1.02))
+    line(rates, "learning_rate", color="tab:red")
+    rates.set(title="learning rate and gradient norm", xlabel="step", ylabel="learning rate")
+    norms = rates.twinx()
     line(norms, "grad_norm", color="tab:gray", alpha=0.5, linewidth=1)
     norms.set(ylabel="gradient norm", yscale="log")
+    line(routing, "load_entropy", label="load entropy", color="tab:purple")
+    line(routing, "load_entropy_min", label="of the worst layer", color="tab:purple", alpha=0.45)
+    routing.set(title="routing", xlabel="step", ylabel="load entropy (1: even)", ylim=(0, 1.02))
+    dead = routing.twinx()
+    line(dead, "dead_experts", color="tab:gray", alpha=0.6, linewidth=1, drawstyle="steps-mid")
+    dead.set(ylabel="dead experts, all layers", ylim=(0, max(4.0, dead.get_ylim()[1])))
+    dead.yaxis.set_major_locator(MaxNLocator(integer=True))
+    line(speed, "tokens_per_second", color="tab:cyan", linewidth=1)
+    speed.set(title="tokens a second", xlabel="step", ylim=(0, None))
     loads = [r["expert_load"] for r in records if "expert_load" in r]
     if loads:
-        image = axes[1, 1].imshow(loads[-1], aspect="auto", vmin=0, cmap="viridis")
-        axes[1, 1].yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, ax=axes[1, 1])
-    axes[1, 1].set(title="share of tokens, last step", xlabel="expert", ylabel="layer")
-    for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
-        if axis.lines:
-            axis.legend()
+        image = load.imshow(loads[-1], aspect="auto", vmin=0, cmap="viridis")
+        for axis in (load.xaxis, load.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=load)
+    load.set(title="share of tokens, last step", xlabel="expert", ylabel="layer")
+    for axis, other in ((losses, None), (rates, norms), (routing, dead)):
+        lines = [*axis.lines, *(other.lines if other else ())]
+        if lines:
+            (other or axis).legend(handles=lines, loc="best")  # on top of both
     path = Path(workdir) / CURVES
     figure.savefig(path, dpi=110)
     return path

@@ -21,6 +21,7 @@ from gptoss_jax.model import Transformer
 from gptoss_jax.optimizer import make_optimizer
 from gptoss_jax.train_step import StepMetrics, init_params, init_state, make_train_step
 from gptoss_jax.types import Batch, Params, TrainState
+from gptoss_jax.workdir import write_text
 
 LOAD_FILE = "expert_load.json"
 
@@ -134,4 +135,4 @@ def expert_load(
 def keep_load(load: Float[np.ndarray, "L E"] | None, workdir: Path) -> None:
     """Write the load into the workdir, where `expert_load` finds it."""
     if load is not None:
-        (workdir / LOAD_FILE).write_text(json.dumps(load.tolist()) + "\n")
+        write_text(workdir / LOAD_FILE, json.dumps(load.tolist()) + "\n")

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gptoss_jax import checkpoint, metrics
+from gptoss_jax import checkpoint, metrics, report
+from gptoss_jax.spikes import Spike
 from gptoss_jax.train_step import StepMetrics
 
 
@@ -59,6 +60,12 @@ class RunProgress:
             text += f"  exact match {scores['exact_match']:.3f}"
         self._line(text, style="bold")
 
+    def go_back(self, step: int, text: str) -> None:
+        """Print why the run goes on from an earlier step, and count from there."""
+        self._line(text, style="bold")
+        self._start, self._said, self._began = step, step, time.perf_counter()
+        self._bar.update(self._task, completed=step, text="going on")
+
     def stop(self) -> None:
         """Leave the terminal as it was."""
         self._bar.stop()
@@ -72,6 +79,17 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def give_up(spike: Spike, workdir: Path, *, max_rewinds: int) -> None:
+    """Say which step was a spike too many, and exit with 1."""
+    print(
+        f"error: step {spike.step} is a spike: {spike.why}; the run went back "
+        f"{max_rewinds} times already (train.max_rewinds); the newest checkpoint is of step "
+        f"{checkpoint.steps(workdir)[-1]}",
+        file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def fail(step: int, m: StepMetrics, workdir: Path) -> None:
@@ -89,9 +107,10 @@ def fail(step: int, m: StepMetrics, workdir: Path) -> None:
 
 def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> None:
     """Draw the curves, and say where everything lies."""
-    curves = metrics.plot(workdir)
+    page, curves = report.write([workdir]), metrics.plot(workdir)
     kept, best = checkpoint.steps(workdir), checkpoint.best_step(workdir)
     lines = {
+        "report": page,
         "curves": curves,
         "metrics": workdir / metrics.FILE,
         "tensorboard": workdir / "tensorboard",

@@ -5,6 +5,8 @@ Started again on the same workdir it goes on where it was. SIGTERM and ctrl-C sa
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import signal
 import time
 from pathlib import Path
@@ -18,10 +20,13 @@ from gptoss_jax import checkpoint, config_cli, data, dry_run, held_out, metrics,
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.program import check_patterns, expert_load, keep_load, make_program
-from gptoss_jax.progress import RunProgress, fail, print_summary
+from gptoss_jax.progress import RunProgress, fail, give_up, print_summary
+from gptoss_jax.same_run import architecture_changes, check_same_run
+from gptoss_jax.spikes import SpikeGuard
 from gptoss_jax.step_record import StepRecorder
 from gptoss_jax.train_step import StepMetrics, averaged_params
 from gptoss_jax.types import Params
+from gptoss_jax.workdir import Hold, log_event, write_text
 
 
 def main(argv: list[str]) -> None:
@@ -29,18 +34,24 @@ def main(argv: list[str]) -> None:
 
     Raises:
         UserError: for whatever is wrong with what was given, before anything is written.
-        SystemExit: with 1 when a loss or gradient is not finite and `train.on_nan` is "stop".
+            And for a disk that gets full: what is saved by then is whole.
+        SystemExit: with 1 when a loss or gradient is not finite and `train.on_nan` is "stop", or at
+            a spike after `train.max_rewinds` others.
     """
     console = Console(highlight=False)
-
-    # --- Config -----------------------------------------------------------------------------
     config = config_cli.load(argv)
-    workdir = Path(config.run_folder)
-    steps, every = config.train.steps, config.train
     config_cli.print_config(config, console)
     if config.dry_run:
         dry_run.show(config, console)
         return
+    with Hold(config.run_folder) as hold:
+        run(config, hold, console)
+
+
+def run(config: Config, hold: Hold, console: Console) -> None:
+    """Train, from the data to the summary: see `main`."""
+    workdir = Path(config.run_folder)
+    steps, every = config.train.steps, config.train
 
     # --- Data -------------------------------------------------------------------------------
     if not config.data.train:
@@ -61,10 +72,10 @@ def main(argv: list[str]) -> None:
     #   1. the newest checkpoint of the workdir, with optimizer, data position and random state;
     #   2. the folder of --init: parameters alone;
     #   3. the seed.
-    record = checkpoint.read_record(workdir) if checkpoint.steps(workdir) else None
+    record = checkpoint.newest_record(workdir)
     if record is not None:
         changes = data.differences(record.fingerprint, fingerprint)
-        checkpoint.check_same_run(record, config, data_changes=changes, workdir=workdir)
+        check_same_run(record, config, data_changes=changes, workdir=workdir)
         if record.step >= steps:
             console.print(f"\n{workdir} is complete: step {record.step} of {steps}")
             print_summary(console, workdir, seconds=None)
@@ -81,9 +92,9 @@ def main(argv: list[str]) -> None:
     load = expert_load(config, params, workdir, resuming=record is not None)
     program = make_program(config, load=load, num_sources=len(batches.source_names))
     if record is not None:
-        state, record = checkpoint.restore(
-            workdir, jax.eval_shape(program.begin, None), step=record.step
-        )
+        restored = checkpoint.restore_newest(workdir, jax.eval_shape(program.begin, None))
+        state, record = restored.state, restored.record
+        _tell_damaged(restored, workdir, console)
         batches.set_state(record.data_state)
         source = f"step {record.step} of {workdir}"
     else:
@@ -101,14 +112,12 @@ def main(argv: list[str]) -> None:
     console.print(f"device    {kind}\nworkdir   {workdir}\n")
 
     # --- From here on things are written ----------------------------------------------------
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_cli.to_json(config))
-        keep_load(load, workdir)
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} can't be written: {error.strerror}") from None
-    start = int(state.step)
-    log = metrics.MetricsLog(workdir, step=start)
+    hold.take()
+    write_text(workdir / "config.json", config_cli.to_json(config))
+    keep_load(load, workdir)
+    start, fresh = int(state.step), record is None
+    spikes = SpikeGuard(config.train, record.spikes if record else {}, step=start)
+    log = metrics.MetricsLog(workdir, step=None if fresh else start)
     manager = checkpoint.open_manager(workdir, keep=config.train.keep)
     recorder = StepRecorder(config, batches.source_names, log=metrics.read(workdir))
     progress = RunProgress(console, start=start, steps=steps)
@@ -129,18 +138,39 @@ def main(argv: list[str]) -> None:
         progress.say(step, scores)
         return scores["held_out_loss"]
 
+    def save(held_out_loss: float | None) -> None:
+        checkpoint.save(
+            manager,
+            state,
+            config=config,
+            data_state=batches.get_state(),
+            fingerprint=fingerprint,
+            spikes=spikes.state(),
+            held_out_loss=held_out_loss,
+        )
+
     # --- Loop -------------------------------------------------------------------------------
     stopped: list[int] = []
-    previous = {s: signal.signal(s, _once(stopped)) for s in (signal.SIGTERM, signal.SIGINT)}
     began = clock = time.perf_counter()
     waiting: list[StepMetrics] = []  # measured, not read yet: reading waits for the device
-    try:
-        if start == 0:
-            evaluate(0)
+    with contextlib.ExitStack() as at_end:  # from the last to the first, whatever fails
+        for number in (signal.SIGTERM, signal.SIGINT):
+            at_end.callback(signal.signal, number, signal.signal(number, _once(stopped)))
+        at_end.callback(lambda: log.close())
+        at_end.callback(lambda: manager.close())  # waits for what is being written
+        at_end.callback(batches.close)
+        at_end.callback(profile.close)
+        at_end.callback(progress.stop)
+        if fresh:
+            loss = evaluate(0)
+            if spikes.is_on:
+                save(loss)
             clock = time.perf_counter()
-        for step in range(start + 1, steps + 1):
+        step, last = start, False
+        while not last:
+            step += 1
             profile.begin(step, state)
-            state, measured = program.step(state, next(batches))
+            state, measured = program.step(state, spikes.next_batch(batches))
             clock += profile.end(step, state)
             waiting.append(measured)
             last = step == steps or bool(stopped)
@@ -151,6 +181,30 @@ def main(argv: list[str]) -> None:
 
             done = jax.device_get(waiting)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            waiting = []
+            spike = spikes.find(done, step=step)
+            if spike:
+                manager.close()
+                if not spikes.may_rewind:
+                    progress.stop()
+                    give_up(spike, workdir, max_rewinds=every.max_rewinds)
+                del state  # there is room for one
+                restored = checkpoint.restore_newest(workdir, jax.eval_shape(program.begin, None))
+                _tell_damaged(restored, workdir, console)
+                state, start, last = restored.state, restored.record.step, False
+                step = start
+                batches.set_state(restored.record.data_state)
+                spikes.rewind(spike, restored.record.spikes, step=step)
+                log.close()
+                log = metrics.MetricsLog(workdir, step=step)
+                manager = checkpoint.open_manager(workdir, keep=config.train.keep)
+                recorder = StepRecorder(config, batches.source_names, log=metrics.read(workdir))
+                text = f"step {spike.step}: {spike.why}; back to step {step}, without "
+                text += f"batch {spike.batch}, rewind {spikes.rewinds} of {every.max_rewinds}"
+                progress.go_back(step, text)
+                log_event(workdir, "rewind", step=step, spike=dataclasses.asdict(spike))
+                clock = time.perf_counter()
+                continue
             bad = [step - len(done) + 1 + i for i, m in enumerate(done) if not m.finite]
             if bad and config.train.on_nan == "stop":
                 progress.stop()
@@ -160,29 +214,11 @@ def main(argv: list[str]) -> None:
             values = recorder.record(done, seconds=None if compiled else seconds)
             log.write(step, values)
             progress.step(step, values)
-            waiting = []
 
             loss = evaluate(step) if evaluating and not stopped else None
             if saving:
-                checkpoint.save(
-                    manager,
-                    state,
-                    config=config,
-                    data_state=batches.get_state(),
-                    fingerprint=fingerprint,
-                    held_out_loss=loss,
-                )
+                save(loss)
             clock = time.perf_counter()
-            if stopped:
-                break
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        progress.stop()
-        profile.close()
-        batches.close()
-        manager.close()  # waits for what is being written
-        log.close()
 
     # --- Summary ----------------------------------------------------------------------------
     if stopped and int(state.step) < steps:
@@ -192,11 +228,18 @@ def main(argv: list[str]) -> None:
     print_summary(console, workdir, seconds=time.perf_counter() - began)
 
 
+def _tell_damaged(restored: checkpoint.Restored, workdir: Path, console: Console) -> None:
+    step = restored.record.step
+    for why in restored.damaged:
+        console.print(f"{why}; set aside as .damaged, going on from step {step}", soft_wrap=True)
+        log_event(workdir, "damaged", step=step, why=why)
+
+
 def _load_init(config: Config) -> Params:
     """Read the parameters of --init in the form that the config asks for."""
     c = config.model
     assert config.init is not None
-    changes = checkpoint.architecture_changes(weights.read_config(config.init), c)
+    changes = architecture_changes(weights.read_config(config.init), c)
     if changes:
         raise UserError(
             f"--init {config.init} is another model than the config's: {', '.join(changes)}"

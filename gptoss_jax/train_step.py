@@ -63,11 +63,13 @@ def init_state(
 
 def averaged_params(state: TrainState) -> Params:
     """Return what is evaluated: the averaged parameters, in their dtypes, where there are any."""
-    return state.params if state.ema is None else _overlay(state.params, state.ema)
+    return state.params if state.ema is None else overlay(state.params, state.ema)
 
 
 @jax.jit
-def _overlay(params: Params, over: Params) -> Params:
+def overlay(params: Params, over: Params) -> Params:
+    """Put the leaves of `over`, in the old ones' dtypes, in place of those at their paths."""
+
     def join(params: Params, over: Params) -> Params:
         return {
             name: child

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import checkpoint
+from gptoss_jax import checkpoint, same_run
 from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.optimizer import make_optimizer
@@ -107,35 +108,206 @@ def test_missing_checkpoints(tmp_path, workdir):
         checkpoint.restore(workdir, make_state(), step=3)
 
 
+def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
+    for step, loss in enumerate([3.0, 2.0, None, 4.0, 3.5, None], 1):
+        with checkpoint.open_manager(tmp_path, keep=2) as manager:
+            save(manager, make_state(step), held_out_loss=loss)
+    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+    (tmp_path / "checkpoints/5/record/metadata").unlink()  # as a kill while it is deleted leaves it
+    assert checkpoint.best_step(tmp_path) == (2, 2.0)
+
+
+# --- Averaged parameters -------------------------------------------------------------------------
+
+
+def with_ema(state: TrainState) -> TrainState:
+    return state.replace(ema={"layers": {"x": {"bias": jnp.full((3,), 0.3)}}})
+
+
+def test_averages_come_back_and_are_what_is_loaded(tmp_path):
+    with checkpoint.open_manager(tmp_path) as manager:
+        save(manager, with_ema(make_state(2)))
+    state, _ = checkpoint.restore(tmp_path, jax.eval_shape(lambda: with_ema(make_state())))
+    chex.assert_trees_all_equal(state.ema, with_ema(make_state()).ema)
+    assert checkpoint.restore(tmp_path, make_state())[0].ema is None
+    with pytest.raises(UserError, match="has no ema: it is not whole"):
+        (tmp_path / "checkpoints/2/ema").rename(tmp_path / "gone")
+        checkpoint.restore(tmp_path, with_ema(make_state()))
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("item", ["params", "opt_state"])
 def test_arrays_cut_short(workdir, item):
     files = [p for p in (workdir / "checkpoints/4" / item).rglob("d/*") if p.is_file()]
     for file in files:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"its {item} is cut short or damaged") as caught:
+    with pytest.raises(checkpoint.DamagedError, match="is cut short or damaged") as caught:
         checkpoint.restore(workdir, make_state())
-    assert "checkpoints/4" in str(caught.value) and "\n" not in str(caught.value)
-    assert str(caught.value).endswith("remove that folder to go on from step 2")
+    assert f"checkpoints/4: its {item} " in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_items_and_damaged_records(workdir):
     folder = workdir / "checkpoints/4"
     (folder / "params").rename(folder / "gone")
-    with pytest.raises(UserError, match="has no params: it is not whole"):
+    with pytest.raises(checkpoint.DamagedError, match="has no params: it is not whole"):
         checkpoint.restore(workdir, make_state())
     record = folder / "record/metadata"
     whole = record.read_text()
-    record.write_text(whole[:50])
-    with pytest.raises(UserError, match="its record can't be read"):
-        checkpoint.read_record(workdir)
-    record.write_text(json.dumps(json.loads(whole) | {"schema": 7}))
-    with pytest.raises(UserError, match="is of schema 7, this version reads 1"):
-        checkpoint.read_record(workdir)
-    changed = json.loads(whole)
-    changed["config"]["model"]["num_layrs"] = 3
-    record.write_text(json.dumps(changed))
+    for text in (whole[:50], "", "\xff", "[]"):
+        record.write_text(text, encoding="latin-1")
+        with pytest.raises(checkpoint.DamagedError, match="its record "):
+            checkpoint.read_record(workdir)
+        assert checkpoint.newest_record(workdir).step == 2
+
+
+def rewrite(folder, **fields) -> None:
+    """Change a record, as another version of this package might have written it."""
+    path = folder / "record/metadata"
+    record = json.loads(path.read_text()) | fields
+    record = {k: v for k, v in record.items() if v is not None and k != "sha256"}
+    if record["schema"] != 1:
+        record["sha256"] = checkpoint._hash(record)
+    path.write_text(json.dumps(record))
+
+
+def test_other_versions(workdir):
+    folder = workdir / "checkpoints/4"
+    rewrite(folder, schema=7)
+    with pytest.raises(UserError, match="is of schema 7, this version reads 1 and 2"):
+        checkpoint.newest_record(workdir)
+    # What the first version wrote.
+    rewrite(folder, schema=1, checksums=None, spikes=None)
+    state, record = checkpoint.restore(workdir, make_state(0))
+    chex.assert_trees_all_equal(state.params, make_state(4).params)
+    assert record == checkpoint.Record(4, CONFIG, {"row": 3}, PRINT)
+    config = json.loads((folder / "record/metadata").read_text())["config"]
+    config["model"]["num_layrs"] = 3
+    rewrite(folder, config=config)
     with pytest.raises(UserError, match=r"unknown field model.num_layrs; did you mean num_layers"):
         checkpoint.read_record(workdir)
+
+
+def test_a_record_s_hash_and_step_are_held(workdir):
+    folder = workdir / "checkpoints/4"
+    path = folder / "record/metadata"
+    whole = path.read_text()
+    for old, new in [
+        ('"row": 3', '"row": 2'),
+        ('"schema": 2', '"schema": 1'),
+        ("sha256", "sha257"),
+    ]:
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(checkpoint.DamagedError, match="not what was written, by its hash"):
+            checkpoint.read_record(workdir)
+    path.write_text(whole)
+    folder.rename(folder.with_name("5"))
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.read_record(workdir)
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state"])
+def test_arrays_are_held_against_their_checksums(workdir, item):
+    folder = workdir / "checkpoints/4"
+    sums = json.loads((folder / "record/metadata").read_text())["checksums"]
+    name = sorted(sums[item])[2]
+    sums[item][name] += 1
+    rewrite(folder, checksums=sums)
+    with pytest.raises(checkpoint.DamagedError) as caught:
+        checkpoint.restore(workdir, make_state(0))
+    assert f"its {item} is damaged: {name} is not what was written" in str(caught.value)
+
+
+def test_a_run_goes_on_from_the_last_whole_one(workdir):
+    with checkpoint.open_manager(workdir) as manager:
+        for step in (6, 8):
+            save(manager, make_state(step))
+    folder = workdir / "checkpoints"
+    (folder / "8/record/metadata").write_text("{")
+    (folder / "6/params/manifest.ocdbt").unlink()
+    (folder / "6.damaged").mkdir()  # of an earlier time
+    assert checkpoint.newest_record(workdir).step == 6
+    restored = checkpoint.restore_newest(workdir, make_state(0))
+    assert restored.record.step == int(restored.state.step) == 4
+    assert ["checkpoints/8" in x or "checkpoints/6" in x for x in restored.damaged] == [True, True]
+    assert checkpoint.steps(workdir) == [4]
+    assert (folder / "8.damaged").is_dir() and (folder / "6.damaged-2").is_dir()
+    with checkpoint.open_manager(workdir) as manager:
+        assert manager.all_steps() == [4]
+        save(manager, make_state(6))
+    assert checkpoint.restore_newest(workdir, make_state(0)).damaged == []
+
+
+def test_nothing_is_moved_when_none_is_whole(workdir):
+    for step in (2, 4):
+        (workdir / f"checkpoints/{step}/params/manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole \(steps 2, 4\); choose another"):
+        checkpoint.restore_newest(workdir, make_state(0))
+    assert checkpoint.steps(workdir) == [2, 4]
+    for step in (2, 4):
+        (workdir / f"checkpoints/{step}/record/metadata").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole \(steps 2, 4\)"):
+        checkpoint.newest_record(workdir)
+
+
+def test_what_is_the_machine_s_fault_is_no_damage(workdir, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no room for 12 bytes")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", fail)
+    with pytest.raises(UserError, match=r"can't be read \(MemoryError: no room for 12"):
+        checkpoint.restore_newest(workdir, make_state(0))
+    assert checkpoint.steps(workdir) == [2, 4]
+
+
+def damage(folder, rng, every):
+    """Yield (file, its bytes) with damage in turn: flipped bits, cut, empty, gone; then repair."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        for at in range(int(rng.integers(min(every, len(whole)))), len(whole), every):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(bytes(flipped))
+            yield path
+        for cut in (len(whole) // 2, len(whole) - 1, 0):
+            path.write_bytes(whole[:cut])
+            yield path
+        path.unlink()
+        yield path
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "every",
+    [199, pytest.param(43, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+)
+@pytest.mark.timeout(3600)
+def test_damage_anywhere_is_found_or_without_effect(tmp_path, every):
+    with checkpoint.open_manager(tmp_path) as manager:
+        for step in (2, 4):
+            save(manager, with_ema(make_state(step)), held_out_loss=1 / step)
+    like = with_ema(make_state(4))
+    want = jax.device_get(like.replace(rng=0))
+    found, harmless = set(), set()
+    for n, path in enumerate(damage(tmp_path / "checkpoints/4", np.random.default_rng(5), every)):
+        try:
+            state, record = checkpoint.restore(tmp_path, like, step=4)
+        except checkpoint.DamagedError as error:
+            assert "checkpoints/4" in str(error) and "\n" not in str(error)
+            found.add(path.name)
+        else:
+            chex.assert_trees_all_equal(jax.device_get(state.replace(rng=0)), want)
+            assert record == checkpoint.Record(4, CONFIG, {"row": 3}, PRINT)
+            assert jax.random.uniform(state.rng) == jax.random.uniform(like.rng)
+            harmless.add(path.name)
+        if n % 20 == 0:  # damage to an old checkpoint is no matter for a run that goes on
+            checkpoint.best_step(tmp_path)
+            with checkpoint.open_manager(tmp_path) as manager:
+                assert manager.all_steps() == [2, 4]
+    assert {"metadata", "manifest.ocdbt", "_METADATA"} <= found
+    assert "commit_success.txt" in harmless
 
 
 def change(**sections):
@@ -161,14 +333,14 @@ def change(**sections):
 def test_another_run_is_refused_by_what_differs(sections, message):
     record = checkpoint.Record(4, CONFIG, {}, PRINT)
     with pytest.raises(UserError) as caught:
-        checkpoint.check_same_run(record, change(**sections), data_changes=[], workdir="w")
+        same_run.check_same_run(record, change(**sections), data_changes=[], workdir="w")
     assert message in str(caught.value) and str(caught.value).startswith("w holds a run of")
 
 
 def test_data_changes_are_refused_and_the_rest_may_change():
     record = checkpoint.Record(4, CONFIG, {}, PRINT)
     with pytest.raises(UserError, match=r"another data: data file a\.jsonl is gone"):
-        checkpoint.check_same_run(
+        same_run.check_same_run(
             record, CONFIG, data_changes=["data file a.jsonl is gone"], workdir="w"
         )
     free = change(
@@ -176,22 +348,54 @@ def test_data_changes_are_refused_and_the_rest_may_change():
         model={"remat": "full", "layer_pattern": "bf" * 12},
         data={"train": ("/moved/a.jsonl",)},
     )
-    checkpoint.check_same_run(record, free, data_changes=[], workdir="w")
+    same_run.check_same_run(record, free, data_changes=[], workdir="w")
 
 
-def test_load_params_reads_the_model_of_the_run(tmp_path):
+@pytest.fixture(scope="module")
+def model_run(tmp_path_factory):
+    """Workdir, model and parameters of a run with averages of some, checkpoints 3 and 5."""
     from gptoss_jax.model import Transformer
 
+    workdir = tmp_path_factory.mktemp("run")
     config = ModelConfig(
         num_layers=2, d_model=24, num_heads=6, num_kv_heads=2, head_dim=10, num_experts=5,
-        active_experts=2, d_expert=14, vocab_size=40, param_dtype="float32",
+        active_experts=2, d_expert=14, vocab_size=40, param_dtype="bfloat16",
     )  # fmt: skip
     shapes = Transformer(config).abstract_params()
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
-    state = TrainState(jnp.int32(3), params, (), jax.random.key(0))
-    with checkpoint.open_manager(tmp_path) as manager:
-        save(manager, state, config=Config(model=config, train=TrainConfig(steps=3)))
-    got, read = checkpoint.load_params(tmp_path)
+    ema = {"unembedding": {"weight": jnp.asarray(rng.normal(size=(40, 24)), jnp.float32)}}
+    with checkpoint.open_manager(workdir) as manager:
+        for step in (3, 5):
+            state = TrainState(jnp.int32(step), params, (), jax.random.key(0), ema)
+            save(manager, state, config=Config(model=config, train=TrainConfig(steps=step)))
+    return workdir, config, params, ema
+
+
+def test_load_params_reads_the_model_of_the_run(model_run):
+    workdir, config, params, ema = model_run
+    got, read = checkpoint.load_params(workdir, ema=False)
     assert got == config
     chex.assert_trees_all_equal(read, params)
+    _, read = checkpoint.load_params(workdir)
+    averaged = params | {
+        "unembedding": {"weight": ema["unembedding"]["weight"].astype(jnp.bfloat16)}
+    }
+    chex.assert_trees_all_equal(read, averaged)
+    chex.assert_trees_all_equal_dtypes(read, params)
+
+
+def test_load_params_names_the_whole_one_before_a_damaged_one(model_run, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(model_run[0], workdir)
+    (workdir / "checkpoints/5/ema/manifest.ocdbt").unlink()
+    for step in (None, 5):
+        with pytest.raises(UserError) as caught:
+            checkpoint.load_params(workdir, step=step)
+        assert "checkpoints/5: its ema is cut short or damaged" in str(caught.value)
+        assert str(caught.value).endswith("step 3 is whole: ask for it (--step 3, or step=3)")
+    assert checkpoint.load_params(workdir, step=3)[0] == model_run[1]
+    (workdir / "checkpoints/3/record/metadata").write_text("")
+    with pytest.raises(UserError, match=r"checkpoints/5.*; no earlier checkpoint is whole"):
+        checkpoint.load_params(workdir)
+    assert checkpoint.steps(workdir) == [3, 5]  # reading moves nothing

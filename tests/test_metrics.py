@@ -40,6 +40,8 @@ def test_going_on_takes_out_later_records(tmp_path):
     log.close()
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(x["step"], x["loss"]) for x in lines] == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 9.0)]
+    metrics.MetricsLog(tmp_path, step=0).close()
+    assert metrics.read(tmp_path) == [{"step": 0, "loss": 0.0}]
     metrics.MetricsLog(tmp_path).close()  # from the beginning
     assert metrics.read(tmp_path) == []
 

@@ -70,6 +70,10 @@ def test_a_run_leaves_all_that_it_says(whole, files, capsys):
     config = config_cli.from_json((whole / "config.json").read_text())
     assert config.model.d_model == 32 and config.workdir == str(whole)
     assert (whole / "curves.png").stat().st_size > 10_000
+    assert (whole / "report.html").stat().st_size > 10_000
+    samples = metrics.read(whole, metrics.SAMPLES)
+    assert [s["step"] for s in samples] == [0, 0, 3, 3, 6, 6]
+    assert sum(s["right"] for s in samples[-2:]) == 2 * last["exact_match"]
 
     before = (whole / "metrics.jsonl").read_text()
     train.main([*TINY, *files, "--workdir", str(whole)])
@@ -115,6 +119,8 @@ def test_stopped_and_started_again_is_bit_equal(
     train.main(args)
     assert losses(tmp_path) == losses(whole)
     assert held_out(tmp_path)[6] == held_out(whole)[6]
+    a, b = (metrics.read(w, metrics.SAMPLES) for w in (whole, tmp_path))
+    assert [s for s in a if s["step"] != 3] == b  # where it was stopped, nothing was evaluated
     a, b = (checkpoint.load_params(w)[1] for w in (whole, tmp_path))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 

@@ -1,0 +1,58 @@
+"""Arrays out of a folder that orbax wrote; and orbax kept off the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+# Of what orbax and tensorstore leave behind in other threads when one of many reads or writes
+# fails: each of the others says later, in many lines, that nobody waited for it.
+_ECHOES = ("Event loop is closed", "TensorStore", "tensorstore")
+
+
+class UnreadableError(Exception):
+    """What orbax said, in short; whether it can come of the files, rather than of the machine."""
+
+    def __init__(self, error: Exception) -> None:
+        said = (str(error).strip().splitlines() or [""])[0].split(" See full")[0][:160]
+        super().__init__(f"{type(error).__name__}: {said}")
+        machine = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+        self.is_damage = not isinstance(error, machine)
+
+
+def read_arrays(folder: Path, target: Any) -> Any:
+    """Read a tree into the shapes, dtypes and shardings of `target` (by default the first device).
+
+    Raises:
+        UnreadableError: whatever goes wrong.
+    """
+    quiet()
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(folder, jax.tree.map(_abstract, target))
+    except Exception as error:
+        raise UnreadableError(error) from None
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def quiet() -> None:
+    """Keep off the terminal what orbax says, in this process; what is wrong is raised."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        if not any(echo in str(unraisable.exc_value) for echo in _ECHOES):
+            before(unraisable)
+
+    if before.__module__ != __name__:
+        sys.unraisablehook = show

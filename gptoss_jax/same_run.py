@@ -1,0 +1,62 @@
+"""Whether a workdir's run is the one that a config describes, so that it can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax.checkpoint import Record
+from gptoss_jax.config import Config, ModelConfig
+from gptoss_jax.errors import UserError
+
+# Of TrainConfig: what decides the numbers. The rest is how long, how it logs, evaluates and keeps.
+_FIXED = ("seed", "balance_loss", "z_loss", "balance_bias")
+
+
+def check_same_run(
+    record: Record, config: Config, *, data_changes: list[str], workdir: str | Path
+) -> None:
+    """Refuse to go on with a run whose model, data or optimizer are not these.
+
+    `data_changes` says in what the data differ (`data.differences` of the fingerprints). Steps,
+    logging, evaluation, what is kept and remat may change.
+
+    Raises:
+        UserError: with each field that differs, old -> new.
+    """
+    old, new = record.config, config
+    changed = {
+        "model": _changes("model", _model_fields(old.model), _model_fields(new.model)),
+        "optimizer": _changes(
+            "optimizer", dataclasses.asdict(old.optimizer), dataclasses.asdict(new.optimizer)
+        )
+        + _changes(
+            "train",
+            {name: getattr(old.train, name) for name in _FIXED},
+            {name: getattr(new.train, name) for name in _FIXED},
+        ),
+        "data": data_changes,
+    }
+    what = [name for name, found in changed.items() if found]
+    if what:
+        found = [line for lines in changed.values() for line in lines]
+        shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+        raise UserError(
+            f"{workdir} holds a run of another {' and '.join(what)}: {shown}; "
+            "choose another --workdir, or go back to the old values"
+        )
+
+
+def architecture_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Name the fields in which two models are different functions, old -> new."""
+    return _changes("model", old.architecture, new.architecture)
+
+
+def _model_fields(config: ModelConfig) -> dict[str, Any]:
+    fixed = ("experts", "dtype", "param_dtype", "capacity_factor")
+    return config.architecture | {name: getattr(config, name) for name in fixed}
+
+
+def _changes(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{section}.{n} {old[n]} -> {new[n]}" for n in new if old[n] != new[n]]

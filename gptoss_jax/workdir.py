@@ -1,0 +1,177 @@
+"""A run's folder: who may write to it, what happened in it, and what is said if it can't be."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptoss_jax import checkpoint
+from gptoss_jax.errors import UserError
+
+LOCK = "lock"
+EVENTS = "events.jsonl"
+
+# What is wrong with a disk or with rights to it, and no fault of the program.
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
+    errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE,
+)  # fmt: skip
+
+
+class Hold:
+    """The right to write to a workdir, which one process at a time has: for `with`.
+
+    It is a lock by `flock` on the file `lock` in it, which names the process; the system lets go of
+    it when the process ends, however that may be. Taken at once where the folder is there, so that
+    nothing of a run under way is read; where it is not, `take` makes it.
+
+    Errors of the disk that come out of the `with` become a UserError that says what is whole.
+    """
+
+    def __init__(self, workdir: str | Path) -> None:
+        """Name the folder; nothing is written yet."""
+        self.workdir = Path(workdir)
+        self._path = self.workdir / LOCK
+        self._file: int | None = None
+        self._is_new = False
+
+    def __enter__(self) -> Hold:
+        """Take the lock if the folder is there. Raises `UserError` if another process has it."""
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise UserError(f"the workdir {self.workdir} is a file: name a folder")
+        self._is_new = not self.workdir.is_dir()
+        if not self._is_new:
+            self.take()
+        return self
+
+    def take(self) -> None:
+        """Make the folder and take the lock, if that was not done.
+
+        Raises:
+            UserError: another process has it, or a run has begun since, or it can't be written.
+        """
+        if self._file is not None:
+            return
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._file = self._lock()
+        except OSError as error:
+            raise UserError(
+                f"the workdir {self.workdir} can't be written: {error.strerror}; "
+                "name another with --workdir"
+            ) from None
+        if self._is_new and checkpoint.steps(self.workdir):
+            raise UserError(f"another run has begun in {self.workdir}: the same command goes on")
+
+    def _lock(self) -> int:
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                said = os.pread(file, 1000, 0).decode(errors="replace").strip()
+                os.close(file)
+                raise UserError(
+                    f"the workdir {self.workdir} is in use by {said or 'another process'}; "
+                    "wait for its end, or name another with --workdir"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    os.close(file)
+                    raise
+                return file  # a file system without locks: better unguarded than of no use
+            if _is_at(self._path, file):
+                break
+            os.close(file)  # its holder removed it between the two calls
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            os.ftruncate(file, 0)
+            text = f"process {os.getpid()} on {socket.gethostname()} since {since}\n"
+            os.pwrite(file, text.encode(), 0)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Let go, and turn errors of the disk into one line."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # then it stays, and holds nobody up
+                self._path.unlink()  # before the lock goes, so that nobody else's is removed
+            os.close(self._file)
+            self._file = None
+        said = disk_error(error, self.workdir)
+        if said:
+            kept = checkpoint.steps(self.workdir)
+            if kept:
+                after = f"checkpoint {kept[-1]} is whole, and the same command goes on from it"
+            else:
+                after = "no checkpoint was saved yet, and the same command starts again"
+            raise UserError(
+                f"the workdir {self.workdir} can't be written: {said}; {after} once that is put "
+                "right"
+            ) from error
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Say whether an open file is still the one that a path names."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def disk_error(error: BaseException | None, workdir: Path) -> str | None:
+    """Return what the system said if an exception comes of writing to a workdir's disk, else None.
+
+    Looks at what it was raised from, too, and at texts: orbax's own errors keep no number.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen and not isinstance(error, UserError):
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _DISK:
+            # Of another file, such as data, it is not for here; `write` names none.
+            names = [n for n in (error.filename, error.filename2) if isinstance(n, str)]
+            if not names or any(_is_within(Path(n), workdir) for n in names):
+                return error.strerror
+        elif not isinstance(error, OSError) and str(workdir.absolute()) in str(error):
+            for number in _DISK:
+                if os.strerror(number) in str(error):
+                    return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return path.absolute().is_relative_to(folder.absolute())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a workdir whole, or leave the one that is there."""
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def log_event(workdir: str | Path, event: str, *, step: int, **values: Any) -> None:
+    """Append to `events.jsonl` what happened to a run: {"time", "event", "step", ...}.
+
+    Nothing is ever taken out of it: what a run did again after it was killed is there twice.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record = {"time": now, "event": event, "step": step, **values}
+    with (Path(workdir) / EVENTS).open("a") as file:
+        file.write(json.dumps(record) + "\n")
