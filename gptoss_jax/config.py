@@ -237,8 +237,9 @@ class TrainConfig:
     z_loss: float = 0.0  # coefficient of the routers' z-loss
     balance_bias: float = 0.0  # what a step adds to the router bias of an expert with too few rows
     on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite
-    # A loss that is not finite, or above spike_factor times the median of the last spike_window:
-    # "rewind" goes back to the last checkpoint and leaves that batch out, up to max_rewinds times.
+    # A loss or gradient that is not finite, or a loss above spike_factor times the median of the
+    # last spike_window (once there are 10): "rewind" goes back to the last checkpoint and leaves
+    # that batch out, max_rewinds times in a run; one more stops it. It goes before on_nan.
     on_spike: Literal["ignore", "rewind"] = "ignore"
     spike_factor: float = 2.0
     spike_window: int = 50

@@ -311,7 +311,10 @@ def _describe_experts(flat: dict[str, Any]) -> list[str]:
                     layers = found.setdefault(_ranges(np.flatnonzero(row)), [])
                     if layer not in layers:
                         layers.append(layer)
-    return [f"experts {e} of layers {_ranges(sorted(layers))}" for e, layers in found.items()]
+    return [
+        f"experts {experts} of layer{'s' * (len(layers) > 1)} {_ranges(sorted(layers))}"
+        for experts, layers in found.items()
+    ]
 
 
 def _ranges(numbers: Sequence[int] | np.ndarray) -> str:

@@ -46,10 +46,29 @@ def round_stochastically(
 def _on_the_grid(x: Float32[Array, "*shape"], key: PRNGKeyArray) -> Float32[Array, "*shape"]:
     # A bfloat16 is the upper half of a float32. The lower half, as a share of the step to the next
     # bfloat16 away from zero, is the chance that adding 16 random bits carries into the upper one.
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    noise = _random_bits(x.shape, key) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
     return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(rounded, jnp.float32))
+
+
+def _random_bits(shape: tuple[int, ...], key: PRNGKeyArray) -> UInt32[Array, "..."]:
+    """Return a hash of each index and the key, which is what chance needs to be here.
+
+    Not `jax.random.bits`: on a CPU that compiles for seconds an array of five axes, and takes
+    longer than the rest of the optimizer. This is a few operations in the loop that rounds, without
+    an array of its own, and the same however the array is sharded.
+    """
+    start, step = jax.random.key_data(key)
+    bits = jnp.broadcast_to(start, shape)
+    for axis in range(len(shape)):
+        bits = (bits ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) + step
+        # Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31: each bit of the input flips
+        # each of the output half of the time.
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+        bits = bits ^ (bits >> 16)
+    return bits
 
 
 def in_float32(
@@ -111,14 +130,14 @@ def _rounded_by_chance(
         exact = _full(params)
         updates, inner_state = inner.update(_full(grads), state.inner, exact, **extra)
         key = jax.random.wrap_key_data(state.key, impl=generator)
-        key = jax.random.fold_in(key, state.updates)
         leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.fold_in(key, state.updates), len(leaves))
         changes = []
         rows = zip(leaves, jax.tree.leaves(exact), tree.flatten_up_to(updates), strict=True)
         for i, (param, x, change) in enumerate(rows):
             new = x + change
             if _is_low(param):
-                new = _on_the_grid(new, jax.random.fold_in(key, i))
+                new = _on_the_grid(new, keys[i])
             changes.append(_difference(param, new, change))
         state = StochasticState(inner_state, state.key, state.updates + 1)
         return jax.tree.unflatten(tree, changes), state
