@@ -6,21 +6,37 @@ Face's template; Harmony's own system message (identity, date, reasoning effort,
 generated. An assistant's message may have
 - "thinking": its analysis, rendered as a message of its own before it;
 - "tool_calls": `{"name", "arguments"}`, or OpenAI's `{"id", "function": {"name", "arguments"}}`,
-  arguments as JSON text or an object; "content" is then optional: words before the call;
+  arguments as JSON text or an object; "content" is then optional: words before the call. A call's
+  "content_type" is `<|constrain|>json` where it has none;
 - "channel": analysis, commentary or final (the default; commentary where tools are called);
-- "recipient" and "content_type": for calls of what is no function tool;
-- "ids": the tokens as they were sampled, which are rendered instead (`harmony_parser`).
+- "recipient" and "content_type": for calls of what is no function tool, such as python.
 A tool's message has the result as its "content", and "name" or "tool_call_id" where it does not
-answer the calls before it in their order.
+answer the calls before it in their order. A name without a dot is a function's, unless a call
+before went to that very name. `check` says what is wrong with a chat, without rendering it.
 
 A message is `<|start|>role[ to=recipient][<|channel|>channel][ type]<|message|>content<|end|>`.
+
+What was sampled goes on as it was sampled. Text can be spelled in many ways by tokens, and a model
+samples others than a tokenizer gives (and other headers than openai-harmony renders), so a chat
+keeps the ids:
+
+    prompt = render_prompt(messages)                        # ends in <|start|>assistant
+    messages += to_messages(parse(ids), keep_ids=True)      # the ids that were sampled after it
+    messages.append({"role": "user", "content": "And then?"})     # or a tool's result
+    prompt = render_prompt(messages)
+
+Each of these messages is one Harmony message and has its tokens as "ids". They are rendered in
+place of the other fields (take them out of a message whose text you edit):
+- `render` of a chat that ends in them ends in these very ids;
+- once other messages follow, the `<|return|>` at the end of the turn becomes `<|end|>`, and a turn
+  that broke off gets one. `<|call|>` stays;
+- analysis stays or is dropped by whole messages, as the rule of `render_prompt` says for text: all
+  of it stays while the assistant's last message is a call.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,36 +44,17 @@ from typing import Any
 import tiktoken
 
 from gptoss_jax.errors import UserError
-from gptoss_jax.harmony_parser import CHANNELS, ROLES
+from gptoss_jax.harmony_messages import EFFORTS as EFFORTS
+from gptoss_jax.harmony_messages import Message, Part, check_effort, expand
+from gptoss_jax.harmony_messages import check as check
+from gptoss_jax.harmony_parser import CHANNELS, CONSTRAIN, ROLES
 from gptoss_jax.harmony_parser import StreamParser as StreamParser
+from gptoss_jax.harmony_parser import parse as parse
 from gptoss_jax.harmony_parser import to_messages as to_messages
-from gptoss_jax.harmony_tools import render_tools
-from gptoss_jax.tokenizer import check_ids, encode, get_tokenizer, special_id
-
-Message = dict[str, Any]
-
-EFFORTS = ("low", "medium", "high")
+from gptoss_jax.tokenizer import encode, get_tokenizer, special_id
 
 _IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 _KNOWLEDGE_CUTOFF = "2024-06"
-_CONSTRAIN = "<|constrain|>"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One Harmony message: what a JSON message, its thinking or one of its tool calls becomes."""
-
-    role: str
-    content: str
-    author: str = ""  # what the header calls the role; "" is the role itself
-    channel: str | None = None
-    recipient: str | None = None
-    content_type: str | None = None
-    ids: tuple[int, ...] | None = None
-
-    @property
-    def calls(self) -> bool:
-        return self.role == "assistant" and self.recipient is not None
 
 
 def render(
@@ -74,17 +71,18 @@ def render(
     The last turn (all after the last user message) keeps its analysis. What is before it is as
     `render_prompt` renders it, so earlier analysis is dropped where Harmony drops it, and the ids
     up to the turn are those of the prompt. A final answer at the very end ends in `<|return|>`,
-    tool calls end in `<|call|>`, all else in `<|end|>`.
+    tool calls end in `<|call|>`, all else in `<|end|>`; sampled ids at the end stay as they are.
 
     `train_on` has roles or role/channel pairs such as "assistant/final". Of their messages the
     weight is 1 for what the model samples: all after `<|start|>assistant`, the end token included,
     and `<|start|>assistant` itself where the model goes on after its own analysis or commentary. It
     is 0 for the `<|end|>` of an earlier final answer, where the model is to sample `<|return|>`,
-    and for the generated system message, always. Of another role's messages it is 1 for all after
-    the role's name. Raises UserError that names the message and the field.
+    for the `<|end|>` that a sampled turn broke off without, and for the generated system message,
+    always. Of another role's messages it is 1 for all after the role's name. Raises UserError that
+    names the message and the field.
     """
     encoding = tokenizer or get_tokenizer()
-    parts = _expand(messages, tools, encoding)
+    parts = expand(messages, tools, encoding.n_vocab)
     trained = _parse_train_on(train_on)
     turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
     parts = _drop_analysis(parts[:turn]) + parts[turn:]
@@ -93,17 +91,17 @@ def render(
     weights = [0.0] * len(tokens)
     end, end_of_turn = special_id(encoding, "<|end|>"), special_id(encoding, "<|return|>")
     goes_on = False
-    for i, part in enumerate(parts):
-        head, body = _render_part(part, encoding)
+    for rendered in _render_parts(parts, encoding, to_answer=False):
+        part, head, body = rendered.part, rendered.head, rendered.body
         final = part.role == "assistant" and part.channel == "final"
-        if final and i == len(parts) - 1 and body[-1] == end:
+        if final and part.ids is None and part is parts[-1]:
             body[-1] = end_of_turn
         weight = float(part.role in trained or f"{part.role}/{part.channel}" in trained)
         tokens += head + body
         weights += [weight * goes_on] * len(head) + [weight] * len(body)
-        if final and body[-1] == end:
+        if rendered.cut or (final and body[-1:] == [end]):
             weights[-1] = 0.0
-        goes_on = part.role == "assistant" and not final and body[-1] == end
+        goes_on = part.role == "assistant" and not final and rendered.goes_on
     return tokens, weights
 
 
@@ -122,9 +120,9 @@ def render_prompt(
     """
     encoding = tokenizer or get_tokenizer()
     tokens = list(_system(encoding, reasoning, date, bool(tools)))
-    for part in _drop_analysis(_expand(messages, tools, encoding)):
-        head, body = _render_part(part, encoding)
-        tokens += head + body
+    parts = _drop_analysis(expand(messages, tools, encoding.n_vocab))
+    for rendered in _render_parts(parts, encoding, to_answer=True):
+        tokens += rendered.head + rendered.body
     return [*tokens, special_id(encoding, "<|start|>"), *_short(encoding, "assistant")]
 
 
@@ -139,8 +137,7 @@ def _system(
     encoding: tiktoken.Encoding, reasoning: str, date: str | None, with_tools: bool
 ) -> tuple[int, ...]:
     """Return the ids of the generated system message."""
-    if reasoning not in EFFORTS:
-        raise UserError(f"reasoning is {reasoning!r}: it is one of {', '.join(EFFORTS)}")
+    check_effort(reasoning)
     lines = [_IDENTITY, f"Knowledge cutoff: {_KNOWLEDGE_CUTOFF}"]
     if date is not None:
         lines.append(f"Current date: {date}")
@@ -150,51 +147,79 @@ def _system(
     )
     if with_tools:
         lines.append("Calls to these tools must go to the commentary channel: 'functions'.")
-    head, body = _render_part(_Part("system", "\n".join(lines)), encoding)
+    head, body = _render_part(Part("system", "\n".join(lines)), encoding)
     return (*head, *body)
 
 
-def _render_part(part: _Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
-    """Return `<|start|>` with the role's name, and all that follows up to the end token."""
+@dataclass(frozen=True)
+class _Rendered:
+    """The ids of a message: `<|start|>` with the role's name, and all that follows."""
+
+    part: Part
+    head: list[int]
+    body: list[int]
+    goes_on: bool  # the assistant was to sample another message right after it
+    cut: bool = False  # its `<|end|>` is not its own: it was sampled without one
+
+
+def _render_parts(
+    parts: list[Part], encoding: tiktoken.Encoding, *, to_answer: bool
+) -> Iterator[_Rendered]:
+    """Render messages, the sampled ones verbatim but where their turn ends.
+
+    `to_answer`: so too at the very end. A sampled message goes on into the next one if that has ids
+    from `<|start|>` on; the first of a turn has its `<|start|>` from the prompt.
+    """
     start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
-    head = [start, *_short(encoding, part.author or part.role)]
-    if part.ids is not None:
-        return _render_ids(part, head, encoding)
+    end_of_turn, call = special_id(encoding, "<|return|>"), special_id(encoding, "<|call|>")
+    for i, part in enumerate(parts):
+        if part.ids is None:
+            head, body = _render_part(part, encoding)
+            yield _Rendered(part, head, body, goes_on=body[-1] == end)
+            continue
+        head, body = _split_ids(part, encoding)
+        at = next((k for k, token in enumerate(body) if token in (end, end_of_turn, call)), None)
+        stop = None if at is None else body[at]
+        following = parts[i + 1].ids if i + 1 < len(parts) else (() if to_answer else (start,))
+        into_next = following is not None and following[:1] == (start,)
+        if not into_next and at is None:
+            body.append(end)
+        elif not into_next and stop == end_of_turn:
+            body[at or 0] = end
+        goes_on = stop == end or (stop is None and into_next)
+        yield _Rendered(part, head, body, goes_on, cut=stop is None and not into_next)
+
+
+def _render_part(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
+    head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
     body: list[int] = []
-    if part.recipient is not None:
+    if part.recipient not in (None, "all"):  # "all" is everyone, whom openai-harmony doesn't name
         body += _short(encoding, f" to={part.recipient}")
     if part.channel is not None:
         body += [special_id(encoding, "<|channel|>"), *_short(encoding, part.channel)]
     if part.content_type is not None:
-        if part.content_type.startswith(_CONSTRAIN):
-            body += [*_short(encoding, " "), special_id(encoding, _CONSTRAIN)]
-            body += _short(encoding, part.content_type.removeprefix(_CONSTRAIN))
+        if part.content_type.startswith(CONSTRAIN):
+            body += [*_short(encoding, " "), special_id(encoding, CONSTRAIN)]
+            body += _short(encoding, part.content_type.removeprefix(CONSTRAIN))
         else:
             body += _short(encoding, f" {part.content_type}")
     body.append(special_id(encoding, "<|message|>"))
     body += encode(encoding, part.content)
-    body.append(special_id(encoding, "<|call|>") if part.calls else end)
+    body.append(special_id(encoding, "<|call|>" if part.calls else "<|end|>"))
     return head, body
 
 
-def _render_ids(
-    part: _Part, head: list[int], encoding: tiktoken.Encoding
-) -> tuple[list[int], list[int]]:
-    """Return sampled ids, `<|return|>` and a missing end token made `<|end|>`."""
+def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
+    """Return the head of a sampled message, and the rest: all its ids if the head is a prompt's."""
+    head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
     ids = list(part.ids or ())
-    if ids[: len(head)] == head:
-        ids = ids[len(head) :]
-    elif ids[:1] == head[:1]:  # the model wrote a header of its own
-        head, ids = ids[:1], ids[1:]
-    end = special_id(encoding, "<|end|>")
-    if ids and ids[-1] == special_id(encoding, "<|return|>"):
-        ids[-1] = end
-    if not ids or ids[-1] not in (end, special_id(encoding, "<|call|>")):
-        ids.append(end)
-    return head, ids
+    if ids[:1] != head[:1]:
+        return head, ids
+    size = len(head) if ids[: len(head)] == head else 1  # 1: a header of the model's own
+    return ids[:size], ids[size:]
 
 
-def _drop_analysis(parts: list[_Part]) -> list[_Part]:
+def _drop_analysis(parts: list[Part]) -> list[Part]:
     """Drop the analysis before the first final answer, if the assistant's last message is one.
 
     Not that of later turns: so does Harmony.
@@ -217,144 +242,3 @@ def _parse_train_on(train_on: Sequence[str]) -> set[str]:
             )
         trained.add(f"developer{slash}{channel}" if role == "system" else item)
     return trained
-
-
-def _expand(
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None,
-    encoding: tiktoken.Encoding,
-) -> list[_Part]:
-    """Turn JSON messages into Harmony's, and check them."""
-    if isinstance(messages, str | dict) or not isinstance(messages, Sequence) or not messages:
-        raise UserError("messages is empty or no list")
-    if tools is not None and not isinstance(tools, list | tuple):
-        raise UserError("tools is no list")
-    tools_text = render_tools(list(tools)) if tools else ""
-    parts: list[_Part] = []
-    open_calls: list[tuple[Any, str]] = []  # id and name of the calls that await their results
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        role = _check_message(message, where)
-        if role == "assistant":
-            new = _expand_assistant(message, where, open_calls)
-        elif role == "tool":
-            new = [_expand_tool(message, where, open_calls)]
-        elif role == "user":
-            new = [_Part(role, _text(message, "content", where))]
-        else:
-            text = _text(message, "content", where)
-            sections = [f"# Instructions\n\n{text}"] if text else []
-            if tools_text and i == 0:
-                sections.append(tools_text)
-            keep = sections or "ids" in message
-            new = [_Part("developer", "\n\n".join(sections))] if keep else []
-        if i == 0 and tools_text and role not in ("system", "developer"):
-            parts.append(_Part("developer", tools_text))
-        if "ids" in message:
-            ids = message["ids"]
-            if not isinstance(ids, list | tuple) or len(new) != 1:
-                raise UserError(f"{where}.ids is no list, or the message has more parts than one")
-            try:
-                check_ids(ids, encoding.n_vocab)
-            except UserError as error:
-                raise UserError(f"{where}.ids: {error}") from None
-            new = [dataclasses.replace(new[0], ids=tuple(ids))]
-        parts += new
-    return parts
-
-
-def _check_message(message: Any, where: str) -> str:
-    """Return the role of a message; refuse fields that its role does not have."""
-    if not isinstance(message, dict):
-        raise UserError(f"{where} is no object")
-    role = message.get("role")
-    if role not in ROLES:
-        problem = f"is {role!r}" if "role" in message else "is missing"
-        raise UserError(f"{where}.role {problem}: it is one of {', '.join(ROLES)}")
-    for name in ("thinking", "tool_calls", "recipient", "content_type", "channel"):
-        if role == "assistant" or (role == "tool" and name == "channel"):
-            continue
-        if message.get(name) is not None:
-            raise UserError(f"{where}.{name}: a message of role {role} has none")
-    channel = message.get("channel")
-    if channel is not None and channel not in CHANNELS:
-        raise UserError(f"{where}.channel is {channel!r}: it is one of {', '.join(CHANNELS)}")
-    return role
-
-
-def _text(message: Message, field: str, where: str) -> str:
-    value = message.get(field)
-    if value is None:
-        raise UserError(f"{where}.{field} is missing")
-    if not isinstance(value, str):
-        raise UserError(f"{where}.{field} is a {type(value).__name__}: it must be text")
-    return value
-
-
-def _expand_assistant(
-    message: Message, where: str, open_calls: list[tuple[Any, str]]
-) -> list[_Part]:
-    """Return an assistant's analysis, words and tool calls; note its calls in `open_calls`."""
-    parts: list[_Part] = []
-    if message.get("thinking"):
-        parts.append(_Part("assistant", _text(message, "thinking", where), channel="analysis"))
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise UserError(f"{where}.tool_calls is no list")
-    if not calls or message.get("content"):
-        recipient, content_type = (
-            None if message.get(field) is None else _text(message, field, where)
-            for field in ("recipient", "content_type")
-        )
-        part = _Part(
-            "assistant",
-            _text(message, "content", where),
-            channel=message.get("channel") or ("commentary" if calls else "final"),
-            recipient=recipient,
-            content_type=content_type,
-        )
-        parts.append(part)
-        if part.calls:
-            open_calls.append((None, str(recipient)))
-    for j, call in enumerate(calls):
-        call_id, name, arguments = _read_call(call, f"{where}.tool_calls[{j}]")
-        open_calls.append((call_id, name))
-        parts.append(_Part("assistant", arguments, "", "commentary", name, f"{_CONSTRAIN}json"))
-    return parts
-
-
-def _read_call(call: Any, where: str) -> tuple[Any, str, str]:
-    """Return id, recipient and arguments of a tool call."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise UserError(f"{where} is no object with a name and arguments")
-    name = _text(function, "name", where)
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str | dict):
-        raise UserError(f"{where}.arguments is missing, or neither JSON text nor an object")
-    if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return call.get("id"), _qualify(name), arguments
-
-
-def _expand_tool(message: Message, where: str, open_calls: list[tuple[Any, str]]) -> _Part:
-    """Return a tool's result, addressed from the call that it answers; close that call."""
-    content = _text(message, "content", where)
-    call_id = message.get("tool_call_id")
-    if message.get("name") is not None:
-        author = _qualify(_text(message, "name", where))
-    else:
-        author = next((n for i, n in open_calls if call_id is None or i == call_id), None)
-    if author is None:
-        raise UserError(f"{where}.name is missing, and no tool call before it awaits a result")
-    answered = (k for k, (i, n) in enumerate(open_calls) if n == author and (call_id in (None, i)))
-    at = next(answered, None)
-    if at is not None:
-        del open_calls[at]
-    channel = message.get("channel") or "commentary"
-    return _Part("tool", content, author, channel, "assistant")
-
-
-def _qualify(name: str) -> str:
-    """Return a function's name with its namespace; a name with one already stays."""
-    return name if "." in name else f"functions.{name}"

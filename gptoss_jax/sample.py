@@ -19,7 +19,7 @@ from rich.console import Console
 
 from gptoss_jax import harmony, tokenizer, weights
 from gptoss_jax.errors import Parser, UserError, run_entry
-from gptoss_jax.harmony_parser import MessageEnd, MessageStart, StreamParser, TextDelta, to_messages
+from gptoss_jax.harmony_parser import MessageEnd, MessageStart, StreamParser, TextDelta
 from gptoss_jax.sampler import Rules, Sampled, Sampler
 
 _DEFAULT_MAX_TOKENS = 1_024
@@ -172,11 +172,7 @@ def _answer(
         "tokens_per_second": out.tokens_per_second,
     }
     if not plain:
-        parser = StreamParser(encoding)
-        for token in out.tokens[0]:
-            parser.process(token)
-        parser.finish()
-        answer["messages"] = to_messages(parser.messages)
+        answer["messages"] = harmony.to_messages(harmony.parse(out.tokens[0], encoding))
     return answer
 
 

@@ -1,5 +1,8 @@
 """Chats and tool schemas for the Harmony tests, and what openai-harmony makes of them."""
 
+import dataclasses
+import functools
+import itertools
 import os
 from functools import cache
 from pathlib import Path
@@ -7,6 +10,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 import gptoss_jax
+from gptoss_jax.harmony_parser import ROLES, Header
+from gptoss_jax.tokenizer import load_ranks, special_id
 
 WEATHER = {
     "type": "object",
@@ -211,20 +216,27 @@ def schemas():
 @st.composite
 def chats(draw):
     names = st.sampled_from(["f", "get_weather", "g-2"])
+    call = st.fixed_dictionaries(
+        {"name": names, "arguments": words()},
+        optional={"content_type": st.sampled_from([None, "json", "<|constrain|>"])},
+    )
     assistant = st.fixed_dictionaries(
         {"role": st.just("assistant"), "content": words()},
         optional={
             "thinking": words(),
             "channel": st.sampled_from(["analysis", "commentary", "final"]),
-            "tool_calls": st.lists(
-                st.fixed_dictionaries({"name": names, "arguments": words()}), max_size=2
-            ),
+            "recipient": st.sampled_from(["python", "browser.open", "all"]),
+            "content_type": st.sampled_from(["code", "<|constrain|>json", "<|constrain|>"]),
+            "tool_calls": st.lists(call, max_size=2),
         },
     )
     plain = st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "user", "system", "developer"]), "content": words()}
     )
-    result = st.fixed_dictionaries({"role": st.just("tool"), "content": words(), "name": names})
+    result = st.fixed_dictionaries(
+        {"role": st.just("tool"), "content": words(), "name": names},
+        optional={"channel": st.sampled_from(["analysis", "commentary"])},
+    )
     return {
         "messages": draw(st.lists(plain | assistant | assistant | result, min_size=1, max_size=8)),
         "tools": draw(st.sampled_from([None, [], TOOLS])),
@@ -283,8 +295,10 @@ def _oracle_messages(message, tools):
             assert arguments == {"location": "Zürich"}
             arguments = '{"location": "Zürich"}'
         made = Message.from_role_and_content(Role.ASSISTANT, arguments).with_channel("commentary")
-        made = made.with_recipient(f"functions.{call['name']}")
-        out.append(made.with_content_type("<|constrain|>json"))
+        name = call["name"] if "." in call["name"] else f"functions.{call['name']}"
+        made = made.with_recipient(name)
+        kind = call.get("content_type", "<|constrain|>json")
+        out.append(made if kind is None else made.with_content_type(kind))
     return out
 
 
@@ -345,3 +359,123 @@ def oracle(messages, tools, reasoning, date):
         return trained, completion
     history = Conversation.from_messages(whole.messages[:turn])
     return encoding.render_conversation(history) + kept, completion
+
+
+# Harmony's own messages, of any role: (role, name, channel, recipient, content_type) and a text.
+_HEADER_WORD = (
+    st.sampled_from(["a", "functions.f", "python", "a\u3000b", "é中🀄", "<|x|>", "x:y", "json"])
+    | st.text(
+        st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="<:="),
+        min_size=1,
+        max_size=8,
+    )
+).filter(lambda word: word != "all")  # the recipient that openai-harmony does not write down
+_CHANNEL = st.sampled_from(["analysis", "commentary", "final"]) | _HEADER_WORD.filter(
+    lambda word: "<" not in word and "\u3000" not in word
+)
+_TYPE = _HEADER_WORD | st.builds("<|constrain|>{}".format, _HEADER_WORD | st.just(""))
+
+
+@st.composite
+def headers(draw):
+    """A header that can be read in one way: a tool is named, and a content type has a recipient."""
+    role = draw(st.sampled_from(["system", "developer", "user", "assistant", "assistant", "tool"]))
+    name = None
+    if role == "tool":
+        plain = _HEADER_WORD.filter(lambda word: word.partition(":")[0] not in ROLES)
+        name = draw(plain)
+    recipient = draw(_HEADER_WORD if role == "tool" else st.none() | _HEADER_WORD)
+    content_type = draw(st.none() | _TYPE) if recipient else None
+    return Header(role, name, draw(st.none() | _CHANNEL), recipient, content_type)
+
+
+def spelled(encoding, text, pieces):
+    """The tokens of a text, cut at some bytes: what a model may sample for it."""
+    data, out = text.encode(), []
+    ranks = load_ranks()
+    for at in sorted({0, *(p % (len(data) + 1) for p in pieces)}):
+        out.append(at)
+    bounds = [*out, len(data)]
+    ids = []
+    for begin, stop in itertools.pairwise(bounds):
+        part = data[begin:stop]
+        try:
+            ids += encoding.encode_ordinary(part.decode())
+        except UnicodeDecodeError:  # a character cut in two: byte by byte
+            ids += [ranks[part[i : i + 1]] for i in range(len(part))]
+    return ids
+
+
+@st.composite
+def turns(draw, encoding):
+    """What a model may sample after a prompt: the ids, and (header, content, end token) of each."""
+    special = functools.partial(special_id, encoding)
+    ids, expected = [], []
+    for i in range(draw(st.integers(1, 4))):
+        header = draw(headers().filter(lambda header: header.role in ("assistant", "tool")))
+        if i == 0:
+            header = dataclasses.replace(header, role="assistant", name=None)
+        text, pieces = draw(words()), draw(st.lists(st.integers(0, 99), max_size=6))
+        stop = draw(st.sampled_from(["<|end|>", "<|call|>", "<|return|>"]))
+        if i:
+            author = header.name if header.role == "tool" else header.role
+            ids += [special("<|start|>"), *spelled(encoding, author, pieces)]
+        to = f" to={header.recipient}" if header.recipient else ""
+        behind = header.channel is not None and draw(st.booleans())
+        if to and not behind:
+            ids += encoding.encode_ordinary(to)
+        if header.channel is not None:
+            ids += [special("<|channel|>"), *spelled(encoding, header.channel, pieces)]
+        if to and behind:
+            ids += spelled(encoding, to, pieces)
+        if header.content_type is not None:
+            kind = header.content_type
+            marked = kind.startswith("<|constrain|>")
+            if not marked or draw(st.booleans()):
+                ids += encoding.encode_ordinary(" ")
+            if marked:
+                ids.append(special("<|constrain|>"))
+                kind = kind.removeprefix("<|constrain|>")
+            ids += spelled(encoding, kind, pieces)
+        ids += [special("<|message|>"), *spelled(encoding, text, pieces), special(stop)]
+        expected.append((header, text, stop))
+    return ids, expected
+
+
+def harmony_message(header, text):
+    """An openai-harmony message."""
+    from openai_harmony import Author, Message, Role, TextContent
+
+    return Message(
+        author=Author(role=Role(header.role), name=header.name),
+        content=[TextContent(text=text)],
+        channel=header.channel,
+        recipient=header.recipient,
+        content_type=header.content_type,
+    )
+
+
+def oracle_render(pairs):
+    """What openai-harmony renders of (header, text) pairs, nothing dropped."""
+    from openai_harmony import Conversation, RenderConversationConfig
+
+    return oracle_encoding().render_conversation(
+        Conversation.from_messages([harmony_message(*pair) for pair in pairs]),
+        config=RenderConversationConfig(auto_drop_analysis=False),
+    )
+
+
+def oracle_parse(ids, role=None):
+    """What openai-harmony parses of ids, as (header, content) pairs."""
+    from openai_harmony import Role
+
+    messages = oracle_encoding().parse_messages_from_completion_tokens(
+        ids, None if role is None else Role(role)
+    )
+    return [
+        (
+            Header(m.author.role.value, m.author.name, m.channel, m.recipient, m.content_type),
+            "".join(part.text for part in m.content),
+        )
+        for m in messages
+    ]

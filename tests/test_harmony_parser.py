@@ -1,19 +1,14 @@
 """The parser of sampled ids: known streams, and any ids at all."""
 
 import importlib.util
-import random
 
 import pytest
-from harmony_cases import CHATS, TOOLS, chats, oracle_encoding
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from gptoss_jax.harmony import StreamParser, render, render_prompt, to_messages
+from gptoss_jax.harmony import StreamParser, to_messages
 from gptoss_jax.harmony_parser import (
     Header,
     MessageEnd,
     MessageStart,
-    ParsedMessage,
     TextDelta,
 )
 from gptoss_jax.tokenizer import decode, get_tokenizer
@@ -93,6 +88,13 @@ def test_a_call_wherever_its_recipient_stands(header):
     assert to_messages(parser.messages) == [{"role": "assistant", "tool_calls": calls}]
 
 
+@pytest.mark.parametrize("channel", ["", "<|channel|>commentary", "<|channel|>comment"])
+def test_a_call_in_no_known_channel_is_a_call(channel):
+    parser, _ = parse(ids_of(f" to=functions.f{channel}<|message|>{{}}<|call|>"))
+    call = {"name": "f", "arguments": "{}", "content_type": None}
+    assert to_messages(parser.messages) == [{"role": "assistant", "tool_calls": [call]}]
+
+
 @pytest.mark.parametrize(
     ("text", "header", "content", "stop"),
     [
@@ -127,7 +129,9 @@ def test_broken_messages(text, header, content, stop):
     ids = ids_of(text)
     parser, events = parse(ids)
     check(parser, events, ids)
-    assert parser.messages == [ParsedMessage(header, content, stop, tuple(ids))]
+    (message,) = parser.messages
+    assert (message.header, message.content, message.stop) == (header, content, stop)
+    assert message.ids == tuple(ids)
 
 
 def test_start_ends_a_message_and_strays_stay_with_the_one_before():
@@ -163,153 +167,6 @@ def test_characters_come_whole():
     parser, events = parse(ids_of("<|channel|>final<|message|>x") + half)
     check(parser, events, parser.messages[0].ids)
     assert parser.messages[0].content == "x\ufffd"
-
-
-@needs_harmony
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(chats())
-def test_whole_chats_parse_as_openai_harmony_parses_them(chat):
-    from openai_harmony import StreamableParser
-
-    tokens, _ = render(chat["messages"], chat["tools"], chat["reasoning"], chat["date"])
-    theirs = StreamableParser(oracle_encoding(), role=None)
-    for token in tokens:
-        theirs.process(token)
-    parser, events = parse(tokens, after_prompt=False)
-    check(parser, events, tokens)
-    for ours, message in zip(parser.messages, theirs.messages, strict=True):
-        assert ours.header == Header(
-            message.author.role.value,
-            message.author.name,
-            message.channel,
-            message.recipient,
-            message.content_type,
-        )
-        assert ours.content == message.content[0].text
-
-
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("encoding", [ENCODING, SMALL], ids=["whole", "cut"])
-def test_what_was_parsed_renders_again(name, encoding):
-    chat = CHATS[name]
-    tools = chat.get("tools")
-    if chat["messages"][-1]["role"] != "assistant":
-        chat = {"messages": [*chat["messages"], {"role": "assistant", "content": "Yes."}]}
-    *history, answer = chat["messages"]
-    prompt = render_prompt(history, tools, tokenizer=encoding)
-    tokens, _ = render(chat["messages"], tools, tokenizer=encoding)
-    if tokens[: len(prompt)] != prompt:
-        pytest.skip("the prompt drops analysis that the last turn keeps")
-    parser, _ = parse(tokens[len(prompt) :], encoding)
-    for keep_ids in (False, True):
-        again = to_messages(parser.messages, keep_ids=keep_ids)
-        assert render([*history, *again], tools, tokenizer=encoding)[0] == tokens
-    assert parser.messages[-1].content in (
-        answer.get("content"),
-        '{"location": "Zürich"}',
-    )
-
-
-def test_a_sampled_call_keeps_its_ids_in_the_history():
-    sampled = ids_of(
-        "<|channel|>analysis<|message|>Call.<|end|><|start|>assistant<|channel|>commentary "
-        'to=functions.get_weather <|constrain|>json<|message|>{"location":  "X"}<|call|>'
-    )
-    parser, _ = parse(sampled)
-    result = {"role": "tool", "content": "Rain."}
-    prompt = render_prompt([USER], TOOLS)
-    kept = to_messages(parser.messages, keep_ids=True)
-    follow = render_prompt([USER, *kept, result], TOOLS)
-    assert follow[: len(prompt) + len(sampled)] == prompt + sampled
-    assert decode(ENCODING, follow[len(prompt) + len(sampled) :]) == (
-        "<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>Rain.<|end|>"
-        "<|start|>assistant"
-    )
-    tokens, weights = render([USER, *kept], TOOLS)
-    assert tokens == prompt + sampled
-    assert weights == [0.0] * len(prompt) + [1.0] * len(sampled)
-
-
-def test_a_sampled_answer_ends_in_end_in_the_history():
-    sampled = ids_of("<|channel|>final<|message|>4<|return|>")
-    parser, _ = parse(sampled)
-    kept = to_messages(parser.messages, keep_ids=True)
-    assert render([USER, *kept])[0][-1] == sampled[-1]
-    text = decode(ENCODING, render_prompt([USER, *kept, USER]))
-    assert "<|message|>4<|end|><|start|>user" in text
-    cut, _ = parse(sampled[:-1])
-    kept = to_messages(cut.messages, keep_ids=True)
-    assert "<|message|>4<|end|><|start|>user" in decode(
-        ENCODING, render_prompt([USER, *kept, USER])
-    )
-
-
-def test_a_header_that_nobody_renders_keeps_its_ids():
-    sampled = ids_of("<|message|>a<|end|><|start|> weird<|channel|>x<|message|>b<|end|>")
-    parser, _ = parse(sampled)
-    kept = to_messages(parser.messages, keep_ids=True)
-    assert kept[1]["name"] == "weird"
-    assert render_prompt([USER, *kept])[-len(sampled) - 2 : -2] == sampled
-
-
-def test_empty_analysis_is_not_lost():
-    sampled = ids_of(
-        "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>4"
-        "<|return|>"
-    )
-    parser, _ = parse(sampled)
-    tokens, _ = render([USER, *to_messages(parser.messages)])
-    assert tokens == render_prompt([USER]) + sampled
-
-
-def streams():
-    """500 streams: random ids, mostly special ones, and good streams mutated and cut short."""
-    rng = random.Random(7)
-    good = [
-        ids_of(
-            "<|channel|>analysis<|message|>Söme 思考 🙂.<|end|><|start|>assistant"
-            '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": "é🀄"}<|call|>'
-            "<|start|>functions.f to=assistant<|channel|>commentary<|message|>ok<|end|>"
-            "<|start|>assistant<|channel|>final<|message|>Dóne.<|return|>",
-            encoding,
-        )
-        for encoding in (ENCODING, SMALL)
-    ]
-    for i in range(500):
-        encoding = (ENCODING, SMALL)[i % 2]
-        size = encoding.n_vocab
-        special = range(size - 32, size) if encoding is SMALL else range(199_998, 200_020)
-        if i % 5 == 0:
-            ids = [rng.randrange(size) for _ in range(rng.randrange(40))]
-        elif i % 5 == 1:
-            ids = [rng.choice(special) for _ in range(rng.randrange(40))]
-        else:
-            ids = good[i % 2][: rng.randrange(1, 120)]
-            for _ in range(rng.randrange(6)):
-                at = rng.randrange(len(ids) + 1)
-                new = [rng.choice(special), rng.randrange(size), rng.randrange(256)]
-                ids[at : at + rng.randrange(3)] = new[: rng.randrange(4)]
-        yield encoding, ids
-
-
-def test_no_stream_raises_or_loses_an_id():
-    kept_text = 0
-    for encoding, ids in streams():
-        for after_prompt in (True, False):
-            parser, events = parse(ids, encoding, after_prompt=after_prompt)
-            check(parser, events, ids)
-            for keep_ids in (False, True):
-                messages = to_messages(parser.messages, keep_ids=keep_ids)
-                tokens = render_prompt([USER, *messages, USER], tokenizer=encoding)
-                kept_text += decode(encoding, tokens).count("思考")
-    assert kept_text > 100
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 201_087) | st.integers(199_998, 200_012), max_size=30))
-def test_any_ids_parse(ids):
-    parser, events = parse(ids)
-    check(parser, events, ids)
 
 
 def test_ids_that_the_tokenizer_lacks_are_no_error():
