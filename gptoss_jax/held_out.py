@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gptoss_jax import data, harmony_parser, tokenizer
+from gptoss_jax import data, harmony, tokenizer
 from gptoss_jax.config import Config
 from gptoss_jax.loss import loss_fn
 from gptoss_jax.model import Transformer
@@ -74,18 +74,12 @@ def _held_out(model: Transformer, params: Params, batch: Batch) -> tuple[jax.Arr
 
 def _final_text(ids: list[int], encoding: Any) -> str | None:
     """Return what sampled ids say in the final channel, None if they never come to it."""
-    parser = harmony_parser.StreamParser(encoding)
-    for token in ids:
-        parser.process(token)
-    parser.finish()
-    final = [m.content for m in parser.messages if m.header.channel == "final"]
+    final = [m.content for m in harmony.parse(ids, encoding) if m.header.channel == "final"]
     return final[-1].strip() if final else None
 
 
 def _last_user_text(prompt: list[int], encoding: Any) -> str:
     """Return what the user said last in a prompt; all of the prompt if no user said anything."""
-    parser = harmony_parser.StreamParser(encoding, after_prompt=False)
-    for token in prompt:
-        parser.process(token)
-    said = [m.content for m in parser.messages if m.header.role == "user"]
+    read = harmony.parse(prompt, encoding, after_prompt=False)
+    said = [m.content for m in read if m.header.role == "user"]
     return said[-1] if said else tokenizer.decode(encoding, prompt)
