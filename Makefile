@@ -29,7 +29,7 @@ test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 -m "not slow and not exhaustive"
 
 slow: $(VENV)/installed
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 2 -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

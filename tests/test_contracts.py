@@ -49,10 +49,11 @@ def lower_step(config: Config) -> str:
         positions=ids,
         sources=jax.ShapeDtypeStruct((B,), jnp.int32) if sources else None,
     )
-    new, measured = jax.eval_shape(program.step, state, batch)
+    lowered = program.step.lower(state, batch)
+    new, measured = lowered.out_info
     assert jax.tree.map(_form, new) == jax.tree.map(_form, state), "the state changes its form"
     assert measured.router.load.shape == (c.num_layers, c.num_experts)
-    return program.step.lower(state, batch).as_text()
+    return lowered.as_text()
 
 
 def _form(x: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], str]:
@@ -143,5 +144,5 @@ def test_options_say_every_kind_of_difference():
 
 
 def test_an_experiment_that_is_none_is_refused_with_those_that_are():
-    with pytest.raises(UserError, match="no experiment 'sink': there are .*sinks"):
+    with pytest.raises(UserError, match=r"no experiment 'sink': there are .*sinks"):
         common.load("sink")

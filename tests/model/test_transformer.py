@@ -251,6 +251,44 @@ def test_router_statistics_leave_padding_out():
     assert alone.load.shape == (3, 5) and (alone.balance_loss > 0.9).all()
 
 
+def test_experts_drop_beyond_their_capacity():
+    model, params = make(dataclasses.replace(TINY, num_layers=2, layer_pattern="full"))
+    tight = Transformer(dataclasses.replace(model.config, capacity_factor=0.4))
+    ids = tokens(2, 20)
+    segments = jnp.ones((2, 20), jnp.int32).at[:, 13:].set(0)
+    options = {"segment_ids": segments, "capture": ("expert_ids", "expert_weights", "moe_out")}
+    all_of, some_of = (forward(m, params, ids, **options) for m in (model, tight))
+    real = np.asarray(segments != 0)
+    assert not np.asarray(all_of.router.dropped).any()
+    taken = np.asarray(some_of.captured["expert_ids"])[:, real]  # [L, R, A]
+    room = int(np.ceil(0.4 * 26 * 4 / 5))
+    for layer, row in enumerate(taken):
+        assert np.bincount(row.ravel(), minlength=6)[:5].max() == room
+        np.testing.assert_allclose(some_of.router.dropped[layer], (row == 5).mean(), rtol=1e-6)
+    # The first layer's routers see the same rows: nothing else than what was dropped differs.
+    asked = np.asarray(all_of.captured["expert_ids"])[:, real]
+    np.testing.assert_array_equal(taken[0], np.where(taken[0] == 5, 5, asked[0]))
+    for name in ("load", "balance_loss", "z_loss"):
+        np.testing.assert_array_equal(
+            getattr(some_of.router, name)[0], getattr(all_of.router, name)[0]
+        )
+    np.testing.assert_allclose(some_of.captured["expert_weights"].sum(-1), 1, rtol=1e-5)
+    added = np.asarray(some_of.captured["moe_out"])[:, real]
+    nothing_left = (taken == 5).all(axis=-1)
+    assert 0 < nothing_left.sum() < nothing_left.size
+    np.testing.assert_array_equal((added == 0).all(axis=-1), nothing_left)
+
+
+def test_without_capacity_the_model_is_the_same_and_dropless_says_so():
+    model, params = make()
+    tight = Transformer(dataclasses.replace(TINY, capacity_factor=0.4))
+    assert model.dropless() is model
+    assert tight.dropless() == model and tight.config.capacity_factor == 0.4
+    ids = tokens(1, 9)
+    text = [str(jax.make_jaxpr(m.forward)(params, ids)) for m in (model, tight, tight.dropless())]
+    assert text[0] == text[2] and text[0].count("sort") < text[1].count("sort")
+
+
 def test_capture_returns_what_it_names():
     model, params = make()
     ids = tokens(2, 9)

@@ -1,6 +1,10 @@
-"""Experts over sorted rows against every expert on every row: values and every gradient."""
+"""Experts over sorted rows against every expert on every row: values and every gradient.
+
+And what an expert of limited capacity drops, against a loop that counts.
+"""
 
 import functools
+import math
 import time
 
 import jax
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.ops.moe import experts
+from gptoss_jax.ops.moe import drop_beyond_capacity, experts
 
 D, F, LIMIT = 64, 96, 1.5  # a limit that many activations meet
 NAMES = ("gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
@@ -153,6 +157,85 @@ def test_all_rows_masked_give_zeros_everywhere() -> None:
     got = everything((args[0] * jnp.nan, *args[1:]), {}, jnp.zeros(20, bool))
     for name, a in got.items():
         np.testing.assert_array_equal(a, 0, err_msg=name)
+
+
+@pytest.mark.parametrize(("rows", "masked"), [(75, False), (300, True)])
+def test_dropped_pairs_add_nothing(rows: int, masked: bool) -> None:
+    num_experts, active = 5, 3
+    args = inputs(rows, num_experts, active)
+    x, ids, shares, weights = args
+    dropped = np.random.default_rng(rows).random((rows, active)) < 0.4
+    dropped[7] = True  # a row of which nothing is left
+    dropped |= np.asarray(ids) == 2  # and an expert
+    mask = jnp.arange(rows) % 4 != 1 if masked else None
+    less = x, jnp.where(dropped, num_experts, ids), shares, weights
+    got = everything(less, {}, mask)
+    check(got, everything(less, {}, mask, implementation="reference"))
+    # The same with the weights of those pairs at zero, which is where their own gradient differs.
+    zero = everything((x, ids, jnp.where(dropped, 0, shares), weights), {}, mask)
+    others = [name for name in got if name != "shares"]
+    check({name: got[name] for name in others}, {name: zero[name] for name in others})
+    kept = ~dropped if mask is None else ~dropped & np.asarray(mask)[:, None]
+    np.testing.assert_allclose(
+        got["shares"], jnp.where(kept, zero["shares"], 0), atol=1e-5 * np.abs(zero["shares"]).max()
+    )
+    for name in ("out", "x"):
+        np.testing.assert_array_equal(got[name][7], 0, err_msg=name)
+    for name in NAMES:
+        np.testing.assert_array_equal(got[name][2], 0, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [7, 75])  # 7 * 2 pairs go one by one
+def test_an_expert_that_lost_all_its_pairs_is_not_read(rows: int) -> None:
+    x, ids, shares, weights = inputs(rows, 5, 2)
+    less = jnp.where(ids == 3, 5, ids)
+    want = forward((x, less, shares, weights), {}, implementation="reference")
+    poisoned = {name: w.at[3].set(jnp.nan) for name, w in weights.items()}
+    got = forward((x, less, shares, poisoned), {})
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    if rows > 16:
+        grads = everything((x, less, shares, poisoned), {})
+        check(grads, everything((x, less, shares, weights), {}, implementation="reference"))
+
+
+def drop_one_by_one(ids: np.ndarray, mask: np.ndarray, num_experts: int, factor: float):
+    """Let the experts take pairs in GShard's order until they are full; what is left out gets E."""
+    room = [math.ceil(factor * mask.sum() * ids.shape[1] / num_experts)] * num_experts
+    taken = np.full_like(ids, num_experts)
+    for a in range(ids.shape[1]):
+        for m in range(ids.shape[0]):
+            if mask[m] and room[ids[m, a]]:
+                room[ids[m, a]] -= 1
+                taken[m, a] = ids[m, a]
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("routing", "factor"),
+    [("even", 1e-6), ("skewed", 0.5), ("even", 1.0), ("skewed", 1.25), ("skewed", 100.0)],
+)
+def test_experts_take_first_choices_first_up_to_their_capacity(routing: str, factor: float) -> None:
+    rows, num_experts = 83, 6
+    ids = np.asarray(inputs(rows, num_experts, 3, routing=routing)[1])
+    mask = np.arange(rows) % 5 != 2
+    drop = jax.jit(drop_beyond_capacity, static_argnames=("num_experts", "factor"))
+    taken, dropped = drop(ids, mask, num_experts=num_experts, factor=factor)
+    want = drop_one_by_one(ids, mask, num_experts, factor)
+    np.testing.assert_array_equal(taken, want)
+    assert dropped.dtype == jnp.float32
+    np.testing.assert_allclose(dropped, (want == num_experts)[mask].mean(), rtol=1e-6)
+    assert (dropped > 0) == (factor < 2)  # no expert can have more than twice the mean
+    counts = np.bincount(np.asarray(taken)[mask].ravel(), minlength=num_experts + 1)[:-1]
+    assert counts.max() == min(
+        math.ceil(factor * mask.sum() * 3 / num_experts), np.bincount(ids[mask].ravel()).max()
+    )
+
+
+def test_capacity_without_a_row() -> None:
+    taken, dropped = drop_beyond_capacity(
+        jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, bool), num_experts=3, factor=1.0
+    )
+    assert np.all(taken == 3) and dropped == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

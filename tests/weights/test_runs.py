@@ -54,6 +54,14 @@ def test_a_run_is_loaded_and_exported(tmp_path: Path) -> None:
         weights.load(tmp_path / "run", step=7)
 
 
+def test_a_run_with_a_capacity_factor_is_loaded_without_one(tmp_path: Path) -> None:
+    model, params = small_model(dtype="float32", param_dtype="float32", capacity_factor=1.25)
+    train(tmp_path / "run", model, params, steps=(0,))
+    loaded, back = weights.load(tmp_path / "run", dtype=jnp.float32)
+    assert loaded.config.capacity_factor == 0 and loaded == model.dropless()
+    same(back, params)
+
+
 def test_a_run_that_no_layout_holds_is_loaded_still(tmp_path: Path) -> None:
     model, params = small_model(qk_norm=True, sinks="off", norm="post", layer_pattern="full")
     train(tmp_path / "run", model, params, steps=(0,))
