@@ -2,9 +2,9 @@
 
     python experiments/run.py balancing
 
-Hardware: any; about half a minute a run on two cores. Result: with nothing, 2 to 4 of a layer's 16
-experts get nearly all tokens within 30 steps; with the auxiliary loss or router-bias updates all
-are used alike.
+Hardware: any; about half a minute a run on two cores. Result: with nothing, two or three of the 16
+experts of a layer get nearly all tokens within 30 steps; with the auxiliary loss or router-bias
+updates all are used alike.
 
 The collapse is provoked: the routers' biases learn 200 times as fast as all else, and so part
 faster than the weights learn to tell tokens apart. All tokens then agree on the same experts, and
