@@ -55,7 +55,9 @@ def run(config: Config, hold: Hold, console: Console) -> None:
 
     # --- Data -------------------------------------------------------------------------------
     if not config.data.train:
-        raise UserError("there is no training data: give --data.train FILE (.jsonl or .txt)")
+        raise UserError(
+            "there is no training data: give --data.train FILE (.jsonl, .parquet, .txt) or hf:NAME"
+        )
     batches = data.train_batches(config)
     console.print(f"\n{data.describe(config)}", soft_wrap=True)
     eval_batches = data.eval_batches(config)
