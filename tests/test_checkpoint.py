@@ -321,6 +321,7 @@ def change(**sections):
     ("sections", "message"),
     [
         ({"model": {"num_layers": 3}}, "another model: model.num_layers 24 -> 3"),
+        ({"model": {"capacity_factor": 1.5}}, "another model: model.capacity_factor 0.0 -> 1.5"),
         ({"model": {"param_dtype": "float32"}}, "model.param_dtype bfloat16 -> float32"),
         ({"optimizer": {"b2": 0.9}}, "another optimizer: optimizer.b2 0.95 -> 0.9"),
         ({"train": {"z_loss": 0.5}}, "another optimizer: train.z_loss 0.0 -> 0.5"),

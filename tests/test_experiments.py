@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import config_cli, data, tokenizer
+from gptoss_jax import config_cli, tokenizer
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.types import take_layer
@@ -118,8 +118,8 @@ def test_symbols_are_copied_from_where_the_analyses_say():
     assert copies > 20
     text = sinks_config.draw_record(random.Random(3))
     tokens = np.array([tokenizer.get_tokenizer(512).encode_ordinary(text)])
-    sources = sinks_analysis.find_sources(tokens, 512)[0]
-    for t in range(1, len(text), 2):
+    sources = sinks_analysis.find_sources(tokens)[0]
+    for t in range(0, len(text), 2):
         expected = text[sources[t]] if sources[t] >= 0 else sinks_config.NOTHING
         assert (sources[t] == -2) == (text[t] == "x")
         assert text[t] == "x" or text[t + 1] == expected
@@ -129,15 +129,17 @@ def test_symbols_are_copied_from_where_the_analyses_say():
 @pytest.mark.parametrize("sinks", ["learned", "off"])
 def test_the_weights_that_the_analysis_makes_again_are_the_models(sinks: str):
     config = sinks_config.get_config(sinks)
-    model = Transformer(dataclasses.replace(config.model, num_layers=2))
-    batch = data.eval_batches(config)[0]
-    batch = jax.tree.map(lambda x: jnp.asarray(x[:3]), batch)
+    model = Transformer(config.model)
+    assert config.model.num_layers == 2
+    batch = jax.tree.map(lambda x: x[:3], sinks_analysis.draw_batch(5, pairs=sinks_config.PAIRS))
+
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), model.abstract_params()
+    )
 
     @jax.jit
-    def both(key):
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        # Away from zero, where biases and sinks begin.
-        params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(key, x.shape), params)
+    def both(params):
         weights, on_sink = sinks_analysis.attention_weights(model, params, batch)
         out = model.forward(
             params,
@@ -154,10 +156,9 @@ def test_the_weights_that_the_analysis_makes_again_are_the_models(sinks: str):
         again = jnp.einsum("BTNH,DNH->BTD", mixed, p["attention"]["o_weight"])
         return weights, on_sink, again + p["attention"]["o_bias"], out.captured["attention_out"][-1]
 
-    weights, on_sink, again, real = jax.device_get(both(jax.random.key(5)))
-    there = np.asarray(batch.segment_ids) != 0
+    weights, on_sink, again, real = jax.device_get(both(params))
     np.testing.assert_allclose(weights.sum(-1) + on_sink, 1.0, rtol=1e-5)
-    np.testing.assert_allclose(again[there], real[there], rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(again, real, rtol=2e-4, atol=2e-4)
     assert (on_sink.max() == 0) == (sinks == "off")
 
 

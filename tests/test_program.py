@@ -42,6 +42,7 @@ def losses(workdir: Path) -> list[float]:
     return [r["loss"] for r in metrics.read(workdir) if "loss" in r]
 
 
+@pytest.mark.slow
 def test_experts_chosen_by_load_are_trained_alone_and_stay_the_same(tmp_path, chats, capsys):
     options = ["--data.train", chats[0], "--optimizer.only", "layers[1]/experts[top2]/*"]
     whole = run(tmp_path / "whole", *options)
@@ -106,6 +107,7 @@ def test_averaged_parameters_are_what_is_evaluated(tmp_path, chats, monkeypatch)
     chex.assert_trees_all_equal(checkpoint.load_params(workdir)[1], average)
 
 
+@pytest.mark.slow
 def test_each_source_of_a_mixture_is_logged(tmp_path, chats):
     options = ["--data.train", f"one={chats[0]}", f"two={chats[1]}", "--data.weights", "3", "1"]
     whole = run(tmp_path / "whole", *options)

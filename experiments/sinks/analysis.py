@@ -1,5 +1,6 @@
 """Where heads put their weight when there is nothing to copy, with sinks and without."""
 
+import random
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 import gptoss_jax
 from experiments import common
 from experiments.common import Measured, Results, Run
-from experiments.sinks.config import LAGS
-from gptoss_jax import data, tokenizer
+from experiments.sinks.config import LAGS, PAIRS, draw_record, get_config
+from gptoss_jax import tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops.attention.reference import MASKED, visible
 from gptoss_jax.ops.norm import rms_norm
@@ -22,6 +23,9 @@ from gptoss_jax.types import Batch, Params, take_layer
 
 # Where a head's weight goes, in the order of the bars.
 PLACES = ("sink", "first token", "itself", "other tokens", "what is copied")
+VOCAB_SIZE = get_config().model.vocab_size
+RECORDS = 128  # that are looked at
+LONGER = 4  # times as long as in training: the row that the length is tried on
 
 
 def attention_weights(
@@ -69,15 +73,26 @@ def _project(p: Params, name: str, x: Float[Array, "B T D"], angles: tuple[Array
     return rotate(heads, *angles)
 
 
-def find_sources(tokens: Int[np.ndarray, "B T"], vocab_size: int) -> Int[np.ndarray, "B T"]:
+def find_sources(tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
     """Say at every letter where the symbol to copy stands; -1: nowhere; -2: not such a letter."""
-    encoding = tokenizer.get_tokenizer(vocab_size)
+    encoding = tokenizer.get_tokenizer(VOCAB_SIZE)
     sources = np.full(tokens.shape, -2)
+    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     for letter, lag in LAGS.items():
-        source = np.broadcast_to(np.arange(tokens.shape[1]) + 1 - 2 * lag, tokens.shape)
         at = tokens == encoding.encode_single_token(letter)
-        sources[at] = np.maximum(source[at], -1)  # the first symbol is token 2
-    return np.where(sources == 0, -1, sources)
+        sources[at] = np.maximum(places[at] + 1 - 2 * lag, -1)
+    return sources
+
+
+def draw_batch(seed: int, *, pairs: int) -> Batch:
+    """Draw records of `pairs` pairs, one a row, of which the training had none."""
+    rng = random.Random(seed)
+    encoding = tokenizer.get_tokenizer(VOCAB_SIZE)
+    text = [draw_record(rng, pairs) for _ in range(RECORDS)]
+    ids = jnp.asarray([encoding.encode_ordinary(t) for t in text])
+    tokens, ones = ids[:, :-1], jnp.ones_like(ids[:, :-1])
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return Batch(tokens, ids[:, 1:], ones.astype(jnp.float32), ones, places)
 
 
 def measure(run: Run) -> Measured:
@@ -90,27 +105,25 @@ def measure(run: Run) -> Measured:
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)
         return nll[..., 0], *attention_weights(model, params, batch)
 
-    loss: dict[str, list[np.ndarray]] = {"copied": [], "nothing": []}
-    shares: dict[str, list[np.ndarray]] = {"copied": [], "nothing": []}
-    for batch in data.eval_batches(run.config):
-        nll, weights, on_sink = (np.asarray(a) for a in look(params, batch))
-        source = find_sources(np.asarray(batch.tokens), run.config.model.vocab_size)
-        places = split_weight(weights, on_sink, source)
-        for kind, at in (("copied", source >= 0), ("nothing", source == -1)):
-            loss[kind].append(nll[at])
-            shares[kind].append(places[:, :, at])
+    batch = draw_batch(2, pairs=PAIRS)
+    nll, weights, on_sink = (np.asarray(a) for a in look(params, batch))
+    source = find_sources(np.asarray(batch.tokens))
     x, y = common.curve(run, "held_out_loss")
-    # Means over heads and letters: a row a place, a column a layer.
-    means = {kind: np.concatenate(s, axis=-1).mean(axis=-1) for kind, s in shares.items()}
-    numbers = {"held-out loss": y[-1]}
-    numbers |= {f"loss, {kind}": float(np.concatenate(n).mean()) for kind, n in loss.items()}
-    for i, place in enumerate(PLACES[:3]):
-        numbers[f"{place}, nothing to copy"] = float(means["nothing"][i].mean())
+    numbers = {"held-out loss": y[-1], "of what is copied": float(nll[source >= 0].mean())}
+    longer = draw_batch(3, pairs=LONGER * PAIRS)
+    far = find_sources(np.asarray(longer.tokens)) >= 0
+    far_nll = np.asarray(look(params, longer)[0])
+    numbers[f"the same, rows x{LONGER}"] = float(far_nll[far].mean())
     curves: dict[str, common.Curve] = {"held_out_loss": (x, y)}
+    places = split_weight(weights, on_sink, source)
     layers = [float(layer) for layer in range(run.config.model.num_layers)]
-    for kind, table in means.items():
+    for kind, at in (("nothing", source == -1), ("copied", source >= 0)):
+        table = places[:, :, at].mean(axis=-1)  # a row a place, a column a layer
         for place, row in zip(PLACES, table, strict=True):
             curves[f"{kind}: {place}"] = layers, row.tolist()
+        if kind == "nothing":
+            means = table.mean(axis=1)
+            numbers |= {f"nothing: {p}": float(m) for p, m in zip(PLACES[:3], means, strict=False)}
     return Measured(numbers, curves)
 
 
@@ -125,6 +138,8 @@ def split_weight(
     copied = np.take_along_axis(mean, np.maximum(source, 0)[None, ..., None], axis=-1)[..., 0]
     copied = np.where(source >= 0, copied, 0.0)
     first, itself = mean[..., 0], mean[..., np.arange(T), np.arange(T)]
+    itself = np.where(np.arange(T) > 0, itself, 0.0)  # that of the first token is `first`
+    # What is copied may be the first symbol, never the first token, which is a letter.
     rest = 1 - sink - first - itself - copied
     return np.stack([sink, first, itself, rest, copied])
 
@@ -134,7 +149,7 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
     common.plot_seeds(left, results, "held_out_loss")
-    left.set(title="held-out loss", xlabel="step", ylabel="nats a token", ylim=(1.2, 2.4))
+    left.set(title="held-out loss", xlabel="step", ylabel="nats a token", ylim=(1.0, 2.0))
     left.legend(title="thin: a seed; thick: the mean")
     _stack(middle, results, "nothing")
     middle.set(title="attention where there is nothing to copy", ylabel="share, mean over heads")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.ops.moe import drop_beyond_capacity, experts
+from gptoss_jax.ops.moe import drop_beyond_capacity, experts, xla
 
 D, F, LIMIT = 64, 96, 1.5  # a limit that many activations meet
 NAMES = ("gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
@@ -186,7 +186,7 @@ def test_dropped_pairs_add_nothing(rows: int, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [7, 75])  # 7 * 2 pairs go one by one
-def test_an_expert_that_lost_all_its_pairs_is_not_read(rows: int) -> None:
+def test_an_expert_that_lost_all_its_pairs_may_hold_anything(rows: int) -> None:
     x, ids, shares, weights = inputs(rows, 5, 2)
     less = jnp.where(ids == 3, 5, ids)
     want = forward((x, less, shares, weights), {}, implementation="reference")
@@ -196,6 +196,16 @@ def test_an_expert_that_lost_all_its_pairs_is_not_read(rows: int) -> None:
     if rows > 16:
         grads = everything((x, less, shares, poisoned), {})
         check(grads, everything((x, less, shares, weights), {}, implementation="reference"))
+
+
+def test_the_loops_go_over_what_is_not_dropped() -> None:
+    """Their trip counts are read off the routes: pairs of an expert, and experts with pairs."""
+    _, ids, shares, _ = inputs(75, 5, 2)
+    less = jnp.where((ids == 3) | (jnp.arange(75)[:, None] % 2 == 0), 5, ids)
+    routes = xla._route(less, shares, num_experts=5, block=16)
+    counts = np.bincount(np.asarray(less).ravel(), minlength=6)[:5]
+    np.testing.assert_array_equal(np.diff(routes.bounds), counts)
+    assert int(routes.num_used) == np.count_nonzero(counts) == 4
 
 
 def drop_one_by_one(ids: np.ndarray, mask: np.ndarray, num_experts: int, factor: float):

@@ -119,6 +119,11 @@ def test_cached_decoding_equals_the_full_forward(changes: dict):
         np.testing.assert_allclose(logprobs, rows.max(-1), atol=1e-5)
 
 
+def test_a_sampler_never_drops():
+    model, params = make(capacity_factor=1.25)
+    assert Sampler(model, params).model == make()[0]
+
+
 def test_sampled_logprobs_are_those_of_the_training_forward():
     model, params = make()
     out = Sampler(model, params).generate(PROMPTS, max_tokens=TOKENS, stop_ids=[], seed=3, **WARM)
