@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     written = experiment.folder if whole and not args.out else runs
 
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are stopped, too
+    signal.signal(signal.SIGTERM, _stop)  # so that runs are stopped, too
     jobs = plan(
         experiment,
         variants=tuple(args.variants or experiment.variants),
@@ -119,6 +119,11 @@ def main(argv: list[str]) -> None:
         path = written / file
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         console.print(f"wrote {shown}", soft_wrap=True)
+
+
+def _stop(*_: Any) -> None:
+    print("stopped by SIGTERM; the same command goes on from there", file=sys.stderr)
+    sys.exit(143)
 
 
 def plan(

@@ -2,7 +2,7 @@
 
     python experiments/run.py layer_patterns
 
-Hardware: any; about 8 minutes on two cores. Result: experiments/README.md.
+Hardware: any; about 10 minutes on two cores. Result: experiments/README.md.
 
 The data: pairs of a letter and a symbol. A letter says from how many pairs back the symbol is
 copied (x: from nowhere, it is drawn at random). The model is trained on every token, and the
