@@ -129,6 +129,7 @@ def read(folder: str | Path) -> Times:
         raise UserError(f"{folder}: no trace in it; record one with --train.profile_start STEP")
     raw = files[-1].read_bytes()
     try:
+        _check_whole(raw)  # jax 0.12 ends the process at a damaged one
         paths = _op_paths(memoryview(raw))
         planes = list(jax.profiler.ProfileData.from_serialized_xspace(raw).planes)
     except (ValueError, IndexError, RuntimeError, UnicodeDecodeError):
@@ -254,6 +255,24 @@ _COMPUTATION_INSTRUCTIONS, _COMPUTATION_ID = 2, 5
 _INSTRUCTION_NAME, _INSTRUCTION_METADATA, _INSTRUCTION_CALLS, _OP_NAME = 1, 7, 38, 2
 _FUSION = b"fusion"
 _INSTRUCTION_OPCODE = 2
+
+
+def _check_whole(raw: bytes) -> None:
+    """Raise ValueError unless the bytes are whole fields of an XSpace (all length-delimited)."""
+    at = 0
+    while at < len(raw):
+        tag, size, shift = raw[at], 0, 0
+        at += 1
+        while True:
+            byte = raw[at]
+            at, size, shift = at + 1, size | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                break
+        at += size
+        if tag >= 128 or tag & 7 != 2 or not 1 <= tag >> 3 <= 4 or at > len(raw):
+            raise ValueError("not whole")
+    if not raw:
+        raise ValueError("empty")
 
 
 def _op_paths(raw: memoryview) -> dict[_Op, str]:
