@@ -129,7 +129,7 @@ def read(folder: str | Path) -> Times:
         raise UserError(f"{folder}: no trace in it; record one with --train.profile_start STEP")
     raw = files[-1].read_bytes()
     try:
-        _check_whole(raw)  # jax 0.12 ends the process at a damaged one
+        _check_whole(raw)
         paths = _op_paths(memoryview(raw))
         planes = list(jax.profiler.ProfileData.from_serialized_xspace(raw).planes)
     except (ValueError, IndexError, RuntimeError, UnicodeDecodeError):
