@@ -127,6 +127,8 @@ def read(folder: str | Path) -> Times:
     files = sorted(Path(folder).glob("**/*.xplane.pb"), key=lambda p: p.stat().st_mtime)
     if not files:
         raise UserError(f"{folder}: no trace in it; record one with --train.profile_start STEP")
+    if jax.__version_info__ >= (0, 12):  # its ProfileData ends the process at an event's stats
+        raise UserError(f"jax {jax.__version__} can't read {files[-1]}: open it in a viewer")
     raw = files[-1].read_bytes()
     try:
         _check_whole(raw)
