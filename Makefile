@@ -4,16 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
+AOT := .venv-aot
+AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3) python3.12)
 
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test slow lint venv clean help
+.PHONY: demo test slow test-aot lint venv clean help
 
 help:
 	@echo "make demo   train a tiny GPT-OSS on this machine, draw its curves, and ask it something"
 	@echo "make test   the fast tests"
 	@echo "make slow   the tests that take minutes"
+	@echo "make test-aot  compile the kernels for TPUs and an H200 that are not here"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove .venv and $(DEMO)"
 
@@ -26,10 +29,20 @@ demo: $(VENV)/installed
 	@echo "Ask it yourself:  $(RUN) -m gptoss_jax.sample --checkpoint $(DEMO) --prompt 'sort 3 1 2' --reasoning low"
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m "not slow and not exhaustive"
+	$(RUN) -m pytest -n 2 -m "not slow and not aot and not exhaustive"
 
 slow: $(VENV)/installed
 	$(RUN) -m pytest -n 2 -m slow
+
+# jax 0.11.2 with the compilers for TPU and H200, on Python 3.12 where there is one.
+test-aot: $(AOT)/installed
+	$(AOT)/bin/python -m pytest -n 2 -m aot tests/aot
+
+$(AOT)/installed: pyproject.toml
+	@test -x $(AOT)/bin/python || $(AOT_PYTHON) -m venv $(AOT)
+	@echo "installing into $(AOT) ..."
+	@$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[aot]'
+	@touch $@
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -45,9 +45,62 @@ class MXFP4:
         return MXFP4(self.blocks[index], self.scales[index])
 
 
+@struct.dataclass
+class Relaid:
+    """An `MXFP4` weight in the order in which a kernel reads it; `ops.mxfp4.layouts` has the orders.
+
+    Stands for an array `[*lead, *rows, C]`, blocks along C. `codes` and `scales` start with the
+    axes `lead`; what follows is the layout's. Lossless: `layouts.restore` gives the `MXFP4` back.
+    """
+
+    codes: Array
+    scales: Array
+    layout: str = struct.field(pytree_node=False)
+    rows: tuple[int, ...] = struct.field(pytree_node=False)
+    columns: int = struct.field(pytree_node=False)  # C
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axes before the matrix: layers, experts. Both arrays end in a matrix."""
+        return self.codes.shape[:-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        return (*self.lead, *self.rows, self.columns)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> Relaid:
+        """Index the axes before the matrix."""
+        return self.replace(codes=self.codes[index], scales=self.scales[index])  # type: ignore[attr-defined]
+
+
+@struct.dataclass
+class LayerOf:
+    """One layer of a stacked weight `[L, ...]`, not cut out of it: a kernel takes stack and index.
+
+    Ops take it where they take the layer's array; no gradient is formed for it.
+    """
+
+    stack: Array | MXFP4 | Relaid
+    layer: Int[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer."""
+        return self.stack.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
 def is_weight(x: Any) -> bool:
     """Say whether `x` is one weight of a parameter tree: for `is_leaf` of `jax.tree.map`."""
-    return isinstance(x, MXFP4) or not isinstance(x, dict)
+    return isinstance(x, MXFP4 | Relaid | LayerOf) or not isinstance(x, dict)
 
 
 def take_layer(layers: Params, i: int) -> Params:

@@ -1,0 +1,49 @@
+"""How every op chooses among its implementations."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from gptoss_jax.ops import chips
+
+log = logging.getLogger(__name__)
+
+
+def choose(
+    op: str,
+    implementation: str | None,
+    *,
+    order: Mapping[str, Sequence[str]],
+    refuse: Callable[[str], str | None],
+) -> str:
+    """Return the name of the implementation that runs.
+
+    A name that is given runs, or ValueError says why it can't. None takes the first name of
+    `order[platform]` that `refuse` gives no reason against, and logs it, once a process for each
+    (op, chip, choice). `order` holds every name there is: those never taken unasked under "named".
+    """
+    known = list(dict.fromkeys(name for names in order.values() for name in names))
+    if implementation is not None:
+        if implementation not in known:
+            names = ", ".join(map(repr, known))
+            raise ValueError(f"{op}: implementation={implementation!r}: use {names} or None")
+        reason = refuse(implementation)
+        if reason is not None:
+            raise ValueError(f"{op}: implementation={implementation!r} can't run: {reason}")
+        return implementation
+    chip = chips.current()
+    reasons = []
+    for name in order[chip.platform]:
+        reason = refuse(name)
+        if reason is None:
+            _report(op, chip.kind, name, "; ".join(reasons))
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"{op}: nothing runs on a {chip.kind}: {'; '.join(reasons)}")
+
+
+@functools.cache
+def _report(op: str, kind: str, name: str, reasons: str) -> None:
+    log.info("%s on %s: %s%s", op, kind, name, f" ({reasons})" if reasons else "")

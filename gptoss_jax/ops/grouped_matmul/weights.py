@@ -1,0 +1,51 @@
+"""The forms that a grouped weight comes in: dense, packed, relaid; alone or as a layer of a stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.ops.mxfp4 import decode
+from gptoss_jax.types import MXFP4, LayerOf, Relaid
+
+Weight = Float[Array, "E *N C"] | MXFP4 | Relaid | LayerOf
+
+
+def as_stack(weight: Any) -> tuple[Array | MXFP4 | Relaid, Int[Array, ""]]:
+    """Return the weight as a stack [L, E, ...] and the index of its layer: what kernels take."""
+    if isinstance(weight, LayerOf):
+        return weight.stack, jnp.asarray(weight.layer, jnp.int32)
+    return weight[None], jnp.int32(0)
+
+
+def layer_of(weight: Any) -> Array | MXFP4 | Relaid:
+    """Return the layer itself, cut out of its stack: a copy, where what reads it can't fuse it."""
+    if not isinstance(weight, LayerOf):
+        return weight
+    stack, i = weight.stack, weight.layer
+
+    def cut(a: Array) -> Array:
+        return lax.dynamic_index_in_dim(a, i, keepdims=False)
+
+    if isinstance(stack, MXFP4):
+        return MXFP4(cut(stack.blocks), cut(stack.scales))
+    if isinstance(stack, Relaid):
+        return stack.replace(codes=cut(stack.codes), scales=cut(stack.scales))  # type: ignore[attr-defined]
+    return cut(stack)
+
+
+def dense(weight: Any, dtype: DTypeLike) -> Float[Array, "E *N C"]:
+    """Return the layer as an array in `dtype`, decoded if need be."""
+    layer = layer_of(weight)
+    if isinstance(layer, MXFP4 | Relaid):
+        return decode(layer, dtype)
+    return layer.astype(dtype)
+
+
+def is_packed(weight: Any) -> bool:
+    """Say whether the weight is one that takes no gradient."""
+    return isinstance(weight, MXFP4 | Relaid | LayerOf)

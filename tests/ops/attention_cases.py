@@ -1,0 +1,83 @@
+"""The cases that every implementation of self-attention meets, and the comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from covering import every, pairwise
+
+from gptoss_jax.ops.attention import attention
+
+AXES: dict[str, list[Any]] = {
+    "length": [1, 5, 127, 128, 129, 130, 300, 1000],
+    "window": [None, 128, 7, 200],
+    "heads": [(4, 4), (6, 3), (8, 1)],  # N, K
+    "H": [64, 80, 128],
+    "segments": ["one", "packed", "padded"],
+    "sinks": [True, False],
+}
+COVERING = pairwise(**AXES)
+EVERY = every(**AXES)
+
+
+def inputs(case: dict[str, Any], dtype: Any = jnp.float32) -> tuple:
+    """Return q, k, v, sinks (float32), segment ids and positions of two rows."""
+    length, (N, K), H = case["length"], case["heads"], case["H"]
+    rng = np.random.default_rng(length * 31 + H)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    q, k, v = (normal(2, length, n, H).astype(dtype) for n in (N, K, K))
+    ids = np.ones((2, length), np.int32)
+    if case["segments"] != "one" and length > 2:
+        ids[0, length // 3 :] = 2
+        ids[1, length // 2 :] = 3
+    if case["segments"] == "padded":
+        ids[:, -max(1, length // 5) :] = 0
+    starts = np.r_["1", np.ones((2, 1), bool), ids[:, 1:] != ids[:, :-1]]
+    index = np.broadcast_to(np.arange(length), ids.shape)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    sinks = normal(N) if case["sinks"] else None
+    return q * 2, k, v, sinks, jnp.asarray(ids), jnp.asarray(positions, jnp.int32)
+
+
+def results(args: tuple, window: int | None, implementation: str | None) -> dict[str, jax.Array]:
+    """Return the output and all gradients of a weighted sum of it, by name."""
+    q, k, v, sinks, segments, positions = args
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def loss(q, k, v, sinks):
+        out = attention(
+            q, k, v, sinks=sinks, window=window, segment_ids=segments, positions=positions,
+            implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(out.astype(jnp.float32) * weight), out
+
+    names = ("q", "k", "v", "sinks")[: 3 + (sinks is not None)]
+    grad = jax.jit(jax.grad(loss, argnums=tuple(range(len(names))), has_aux=True))
+    gradients, out = grad(q, k, v, sinks)
+    return {"out": out, **dict(zip(names, gradients, strict=True))}
+
+
+def expected(args: tuple, window: int | None) -> dict[str, jax.Array]:
+    """Return the reference's results on float32 copies of the arguments."""
+    wide = [a.astype(jnp.float32) if a is not None else None for a in args[:4]]
+    return results((*wide, *args[4:]), window, "reference")
+
+
+def assert_close(got: dict, want: dict, *, dtype: Any = jnp.float32) -> None:
+    """Hold float32 to 1e-5 of the largest entry, and bfloat16 to 2e-2 in relative norm."""
+    assert got.keys() == want.keys()
+    for key, b in want.items():
+        a = got[key].astype(jnp.float32)
+        assert bool(jnp.isfinite(a).all()), key
+        if dtype == jnp.float32:
+            largest = max(float(jnp.abs(b).max()), 1e-3)
+            assert float(jnp.abs(a - b).max()) <= 1e-5 * largest, key
+        else:
+            norm = max(float(jnp.linalg.norm(b)), 1e-3 * b.size**0.5)
+            assert float(jnp.linalg.norm(a - b)) <= 2e-2 * norm, key
