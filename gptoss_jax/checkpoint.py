@@ -26,8 +26,7 @@ from gptoss_jax.config import Config, ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.orbax_reader import UnreadableError, quiet, read_arrays
 from gptoss_jax.train_step import overlay
-from gptoss_jax.types import Params, TrainState
-from gptoss_jax.weights.sources import nest
+from gptoss_jax.types import Params, TrainState, nest, path_name
 
 SCHEMA = 2  # 1 had no checksums; it is read as well
 FOLDER = "checkpoints"
@@ -267,7 +266,7 @@ def _load_params(workdir: str | Path, step: int | None, *, ema: bool) -> tuple[M
     averaged = raw.get("checksums", {}).get("ema", {}) if ema else {}
     if averaged:
         flat = jax.tree_util.tree_flatten_with_path(targets["params"])[0]
-        shapes = {checksums.path_name(path): leaf.shape for path, leaf in flat}
+        shapes = {path_name(path): leaf.shape for path, leaf in flat}
         targets["ema"] = nest(
             {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in averaged}
         )

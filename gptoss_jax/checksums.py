@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt, UInt32
 
+from gptoss_jax.types import path_name
+
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _BLOCK = 512  # elements at least that a CPU sums at once
 
@@ -30,11 +32,6 @@ def checksums(tree: Any) -> dict[str, int]:
 def differences(expected: dict[str, int], found: dict[str, int]) -> list[str]:
     """Name what is not alike in two results of `checksums`, or is in one alone."""
     return sorted(name for name in expected | found if expected.get(name) != found.get(name))
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Write a path of `jax.tree_util` as its keys, names and indices, with slashes between."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _checksum(x: jax.Array) -> UInt32[Array, ""]:

@@ -57,12 +57,15 @@ class ModelConfig:
     # In training, rows an expert takes at most, as a multiple of the mean; the rest are dropped, by
     # microbatch. 0: none are. Evaluation and sampling never drop.
     capacity_factor: float = 0.0
+    # Tokens at a time through the experts, intermediates made again in the backward pass: less
+    # memory for long sequences. 0: all at once.
+    expert_chunk: int = 0
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model has."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type == "int":
+            if f.type == "int" and f.name != "expert_chunk":
                 _check(value > 0, f"model.{f.name} is {value}: it must be positive")
         _check(
             self.num_heads % self.num_kv_heads == 0,
@@ -82,6 +85,10 @@ class ModelConfig:
                     size % 32 == 0,
                     f"model.{name} is {size}: model.experts=mxfp4 needs a multiple of 32",
                 )
+        _check(
+            self.expert_chunk >= 0,
+            f"model.expert_chunk is {self.expert_chunk}: it is 0 (off) or positive",
+        )
         _check(
             0 <= self.capacity_factor < float("inf"),
             f"model.capacity_factor is {self.capacity_factor}: it is 0 (off) or positive",

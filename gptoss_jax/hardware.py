@@ -1,6 +1,6 @@
 """Devices that are not here: the compilers' descriptions of chips, to compile for.
 
-TPUs need libtpu (`pip install "jax[tpu]"`), NVIDIA GPUs JAX's CUDA plug-in (`.[aot]` installs both).
+TPUs need libtpu (`pip install "jax[tpu]"`), NVIDIA GPUs JAX's CUDA plug-in: `.[aot]` has both.
 No program runs on such devices; `.lower(...).compile().memory_analysis()` is the compiler's own.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from importlib import resources
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ ENVIRONMENT = {
 }
 
 
-def devices(target: str) -> list[jax.Device]:
+def devices(target: str) -> list[Any]:
     """Return the devices of `target`: "v5e:4x8", "v5p:2x2x1", "h200:8"; the chip alone is one.
 
     A tpu7x chip shows as two devices. Raises UserError for an unknown chip, a shape that the
@@ -53,7 +54,7 @@ def mesh(target: str, axis: str = "x") -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(devices(target)), (axis,))
 
 
-def _tpus(kind: str, shape: str) -> list[jax.Device]:
+def _tpus(kind: str, shape: str) -> list[Any]:
     shape = shape or ("1x1" if kind in ("v5e", "v6e") else "1x1x1")
     sizes = [int(size) for size in shape.split("x")]
     one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
@@ -64,7 +65,7 @@ def _tpus(kind: str, shape: str) -> list[jax.Device]:
     return list(found)[:1] if math.prod(sizes) == 1 else list(found)
 
 
-def _gpus(kind: str, shape: str) -> list[jax.Device]:
+def _gpus(kind: str, shape: str) -> list[Any]:
     if shape and not shape.isdigit():
         raise UserError(f"target '{kind}:{shape}': give a count, as in {kind}:8")
     text = (resources.files("gptoss_jax") / "targets" / f"{kind}.txtpb").read_text()

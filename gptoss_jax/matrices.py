@@ -14,7 +14,7 @@ import optax
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from gptoss_jax.types import Params
+from gptoss_jax.types import Params, path_name
 
 # Axes that stack matrices, and axes that are a matrix's rows; the others are its columns. Weights
 # are [out..., in...]: rows are outputs.
@@ -32,11 +32,6 @@ _MATRICES = {
 # What Muon orthogonalises: the hidden matrices. Embedding and unembedding have a row a token, and
 # the router has one an expert: they, and all vectors, are AdamW's.
 _HIDDEN = {p for p in _MATRICES if p.startswith(("layers/attention/", "layers/experts/"))}
-
-
-def path_of(path: tuple[Any, ...]) -> str:
-    """Write a path of a parameter tree with slashes."""
-    return "/".join(step.key for step in path)
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:
@@ -87,7 +82,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
 def _view(path: tuple[Any, ...], x: jax.Array) -> tuple[jax.Array, int]:
     """Return a parameter as [stacked..., rows, columns] or [stacked..., n], and how many stack."""
-    name, shape = path_of(path), x.shape
+    name, shape = path_name(path), x.shape
     if name in _MATRICES:
         batch, rows = _MATRICES[name]
         rows, columns = shape[batch : batch + rows], shape[batch + rows :]
@@ -123,7 +118,7 @@ def scale_by_muon_or_adam(
             "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moment_dtype),
         },
         lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: "muon" if path_of(path) in _HIDDEN else "adam", params
+            lambda path, _: "muon" if path_name(path) in _HIDDEN else "adam", params
         ),
     )
 
@@ -132,7 +127,7 @@ def _dimension_numbers(params: Any) -> Any:
     """Say for each matrix which axes are its rows and which its columns; others are stacked."""
 
     def of_leaf(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers:
-        batch, rows = _MATRICES[path_of(path)]
+        batch, rows = _MATRICES[path_name(path)]
         middle = batch + rows
         return MuonDimensionNumbers(
             reduction_axis=tuple(range(middle, x.ndim)), output_axis=tuple(range(batch, middle))

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import OptimizerConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.matrices import path_of, scale_by_adafactor, scale_by_muon_or_adam
+from gptoss_jax.matrices import scale_by_adafactor, scale_by_muon_or_adam
 from gptoss_jax.rounding import in_float32, like
-from gptoss_jax.types import MXFP4, Params, is_weight
+from gptoss_jax.types import MXFP4, Params, is_weight, path_name
 
 Schedule = Callable[[Any], Any]
 
@@ -128,7 +128,7 @@ def split_trainable(params: Params, frozen_paths: Collection[str] = ()) -> tuple
     """
 
     def is_trained(path: tuple[Any, ...], leaf: Any) -> bool:
-        return _is_trainable(leaf) and path_of(path) not in frozen_paths
+        return _is_trainable(leaf) and path_name(path) not in frozen_paths
 
     trained = jax.tree_util.tree_map_with_path(is_trained, params, is_leaf=is_weight)
     return _where(params, trained, True), _where(params, trained, False)
@@ -180,7 +180,7 @@ def _drop_unused(masks: Params | None, balance_bias: float) -> optax.GradientTra
     """Zero the gradient where nothing follows it, so that it counts in no norm and no moment."""
 
     def of_leaf(path: tuple[Any, ...], grad: Array, factor: Any) -> Array:
-        if balance_bias and path_of(path) == _ROUTER_BIAS:
+        if balance_bias and path_name(path) == _ROUTER_BIAS:
             return jnp.zeros_like(grad)
         return grad if np.all(factor) else jnp.where(factor == 0, 0.0, grad)
 
@@ -251,7 +251,7 @@ def _scale_by_factors(masks: Params | None, balance_bias: float) -> optax.Gradie
     """Multiply updates by their factors; a balanced router bias only stays where it is frozen."""
 
     def of_leaf(path: tuple[Any, ...], update: Array, factor: Any) -> Array:
-        if balance_bias and path_of(path) == _ROUTER_BIAS:
+        if balance_bias and path_name(path) == _ROUTER_BIAS:
             factor = np.asarray(factor != 0, np.float32)
         if np.all(factor == 1):
             return update

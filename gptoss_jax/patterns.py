@@ -26,14 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from gptoss_jax.config import OptimizerConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import MXFP4, Params, is_weight
+from gptoss_jax.types import MXFP4, Params, flatten, nest
 
 _BRACKETS = {"layers": "layers[0-3]", "experts": "experts[0,3]"}  # each with an example
 
@@ -94,7 +93,7 @@ def masks(
             learning rate for nothing but packed weights, a factor that is no number of at least 0,
             or nothing left to train.
     """
-    leaves = _leaves(params)
+    leaves = flatten(params)
     sizes = _sizes(leaves)
     rates = _learning_rates(config)
     freeze, only = _parse("freeze", config.freeze), _parse("only", config.only)
@@ -124,12 +123,12 @@ def masks(
             "optimizer.freeze, only and learning_rates leave no parameter to train; `freeze` wins "
             "over `only`, and packed experts are never trained"
         )
-    return _unflatten(flat)
+    return nest(flat)
 
 
 def frozen_paths(factors: Params) -> tuple[str, ...]:
     """Return the paths whose factor is 0 everywhere: for `optimizer.split_trainable`."""
-    return tuple(path for path, factor in _leaves(factors).items() if not np.any(factor))
+    return tuple(path for path, factor in flatten(factors).items() if not np.any(factor))
 
 
 def describe(params: Params, factors: Params) -> list[str]:
@@ -137,9 +136,9 @@ def describe(params: Params, factors: Params) -> list[str]:
 
     A packed weight counts as the numbers that it stands for.
     """
-    flat, rows = _leaves(factors), []
+    flat, rows = flatten(factors), []
     trained = total = 0
-    for path, leaf in _leaves(params).items():
+    for path, leaf in flatten(params).items():
         factor, size = np.asarray(flat[path]), math.prod(leaf.shape)
         count = np.count_nonzero(factor) * (size // factor.size)
         trained, total = trained + count, total + size
@@ -326,22 +325,6 @@ def _ranges(numbers: Sequence[int] | np.ndarray) -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _leaves(tree: Params) -> dict[str, Any]:
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
-    return {"/".join(step.key for step in path): leaf for path, leaf in flat}
-
-
-def _unflatten(flat: dict[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *branches, name = path.split("/")
-        at = tree
-        for branch in branches:
-            at = at.setdefault(branch, {})
-        at[name] = leaf
-    return tree
 
 
 def _sizes(leaves: dict[str, Any]) -> dict[str, int]:

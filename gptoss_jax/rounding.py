@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, BFloat16, Float32, Int, PRNGKeyArray, UInt32
 
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import Params
+from gptoss_jax.types import Params, replace
 
 
 class Float32State(NamedTuple):
@@ -98,7 +98,7 @@ def in_float32(
 
     def update(grads: Params, state: Float32State, params: Params | None = None, **extra: Any):
         assert params is not None
-        exact = _replace(params, state.copies)
+        exact = replace(params, state.copies)
         updates, inner_state = inner.update(_full(grads), state.inner, exact, **extra)
         new = jax.tree.map(lambda x, u: x + u, exact, updates)
         copies = like(new, state.copies)
@@ -175,11 +175,3 @@ def _low_part(tree: Params) -> Params:
         elif below := _low_part(child):
             kept[name] = below
     return kept
-
-
-def _replace(tree: Params, part: Params) -> Params:
-    """Return a tree with the leaves of another in place of those at their paths."""
-    new = dict(tree)
-    for name, child in part.items():
-        new[name] = _replace(tree[name], child) if isinstance(child, dict) else child
-    return new

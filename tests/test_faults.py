@@ -23,6 +23,8 @@ from gptoss_jax import checkpoint, held_out, metrics, train
 from gptoss_jax.errors import UserError
 from gptoss_jax.workdir import Hold
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, "-m", "gptoss_jax.train"]
 POISONED = [sys.executable, str(ROOT / "tests/poisoned.py")]
@@ -30,24 +32,6 @@ SPIKES = str.split(
     "--train.steps 12 --train.on_spike rewind --train.spike_window 3 --train.spike_factor 1.05 "
     "--train.checkpoint_every 3 --train.keep 9 --optimizer.learning_rate 1e-2"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Share compiled code between the runs of this file, in this process and in others."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    old = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILE, FUNCTION = 400, 60
+KERNEL_FILE, KERNEL_FUNCTION = 700, 200  # in files whose names begin with pallas_
 LONGER = {("gptoss_jax/train.py", "run"): 250}  # one straight read, in order
 
 
@@ -20,12 +21,14 @@ def test_files_and_functions_stay_short():
     assert len(files) > 20
     for path in files:
         name, text = str(path.relative_to(ROOT)), path.read_text()
-        if len(text.splitlines()) > FILE:
+        kernel = path.name.startswith("pallas_")
+        if len(text.splitlines()) > (KERNEL_FILE if kernel else FILE):
             too_long.append(f"{name}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > LONGER.get((name, node.name), FUNCTION):
+                limit = KERNEL_FUNCTION if kernel else FUNCTION
+                if lines > LONGER.get((name, node.name), limit):
                     too_long.append(f"{name}: {node.name} has {lines} lines")
     assert not too_long, "\n".join(too_long)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.ops.norm import rms_norm
+from gptoss_jax.types import LayerOf, Relaid
 
 
 class RMSNorm(nn.Module):
@@ -118,15 +119,24 @@ class Experts(nn.Module):
             dense = c.init_std * jax.random.normal(key, shape, jnp.float32)
             return mxfp4.encode(dense) if c.experts == "mxfp4" else dense.astype(dtype)
 
+        def matrix(name: str, shape: tuple[int, ...]):
+            """Take a weight that only an op can read as it is; Linen would check its arrays."""
+            if self.has_variable("params", name):
+                value = self.get_variable("params", name)
+                if isinstance(value, Relaid | LayerOf) and value.shape == shape:
+                    return value
+            return self.param(name, projection, shape)
+
         zeros = nn.initializers.zeros
         return moe.experts(
             x,
             chosen,
             weights,
-            gate_up_weight=self.param("gate_up_weight", projection, (E, 2, F, D)),
+            gate_up_weight=matrix("gate_up_weight", (E, 2, F, D)),
             gate_up_bias=self.param("gate_up_bias", zeros, (E, 2, F), dtype),
-            down_weight=self.param("down_weight", projection, (E, D, F)),
+            down_weight=matrix("down_weight", (E, D, F)),
             down_bias=self.param("down_bias", zeros, (E, D), dtype),
             limit=c.swiglu_limit,
             mask=mask,
+            chunk=c.expert_chunk or None,
         )

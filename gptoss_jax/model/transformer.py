@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +19,19 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.attention import Attention, LayerCache, Sequence
 from gptoss_jax.model.layers import Experts, RMSNorm, Router, Table
+from gptoss_jax.ops import chips
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
-from gptoss_jax.types import KVCache, Output, Params, RouterStats, is_weight, take_layer
+from gptoss_jax.types import (
+    MXFP4,
+    KVCache,
+    Output,
+    Params,
+    Relaid,
+    RouterStats,
+    is_weight,
+    point_at_layer,
+    take_layer,
+)
 
 # What `capture` may name, each [L, B, T, ...] in the result.
 CAPTURES: tuple[str, ...] = (
@@ -80,6 +92,11 @@ class Block(nn.Module):
         per_token = [value.reshape(B, T, -1) for value in routing]
         every = dict(zip(CAPTURES, (x, attended, mixed, *per_token), strict=True))
         return x, cache, stats, {name: every[name] for name in capture}
+
+
+def _picker() -> Callable:
+    """Choose how a layer is taken: kernels read packed stacks in place; a CPU takes them apart."""
+    return take_layer if chips.current().platform == "cpu" else point_at_layer
 
 
 def _remat(block: Callable, how: str) -> Callable:
@@ -193,10 +210,19 @@ class Transformer(nn.Module):
         groups, rest = divmod(c.num_layers, c.period)
         blocks = [_remat(self._block(w, capture), c.remat) for w in c.layer_windows[: c.period]]
 
-        def group(x: Array, params: Params):
+        pick = _picker()
+
+        def group(x: Array, part: tuple[Array, Params]):
+            first, params = part
             results = []
             for i, block in enumerate(blocks):
-                x, _, stats, captured = block(take_layer(params, i), x, sequence, None)
+                layer = jax.tree.map(
+                    lambda stack, cut, i=i: pick(stack, first + i) if cut is None else cut[i],
+                    layers,
+                    params,
+                    is_leaf=is_weight,
+                )
+                x, _, stats, captured = block(layer, x, sequence, None)
                 results.append((stats, captured))
             return x, jax.tree.map(lambda *a: jnp.stack(a), *results)
 
@@ -204,11 +230,18 @@ class Transformer(nn.Module):
             whole = stack[: groups * c.period] if rest else stack
             return whole.reshape(groups, c.period, *stack.shape[1:])
 
-        x, results = jax.lax.scan(group, x, jax.tree.map(grouped, layers))
+        def scanned(stack: Any) -> Any:
+            """Leave out what is read in place: a scan would cut out each layer, which copies."""
+            in_place = pick is point_at_layer and isinstance(stack, MXFP4 | Relaid)
+            return None if in_place else jax.tree.map(grouped, stack)
+
+        firsts = jnp.arange(groups, dtype=jnp.int32) * c.period
+        parts = firsts, jax.tree.map(scanned, layers, is_leaf=is_weight)
+        x, results = jax.lax.scan(group, x, parts)
         results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
         for i in range(c.num_layers - rest, c.num_layers):
             block = blocks[i % c.period]
-            x, _, stats, captured = block(take_layer(layers, i), x, sequence, None)
+            x, _, stats, captured = block(pick(layers, i), x, sequence, None)
             results = jax.tree.map(
                 lambda a, b: jnp.concatenate([a, b[None]]), results, (stats, captured)
             )
@@ -225,7 +258,7 @@ class Transformer(nn.Module):
                 part = LayerCache(*slots, empty=cache.empty)
             # With a cache there is no backward pass, so nothing to recompute.
             block = _remat(self._block(window, capture), "none" if cache is not None else c.remat)
-            x, part, stats, captured = block(take_layer(layers, i), x, sequence, part)
+            x, part, stats, captured = block(_picker()(layers, i), x, sequence, part)
             parts.append(part)
             results.append((stats, captured))
         if cache is not None:

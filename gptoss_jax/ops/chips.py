@@ -21,9 +21,11 @@ KINDS = {
     "H100": "h100",
     "H200": "h200",
     "B200": "b200",
+    "L40": "other",
     "L4": "l4",
     "T4": "t4",
 }
+NAMES = tuple(name for name in KINDS.values() if name != "other")
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 HOPPER = ("h100", "h200")
 MOSAIC_GPU = (0, 11, 2)  # of jax: before it the names of the backend were others
@@ -50,8 +52,8 @@ def named(kind: str, *, interpret: bool = False) -> Chip:
     """Return the chip of a name ("cpu", "v5e", "h200" and the like). Raises ValueError."""
     if kind == "cpu":
         return Chip("cpu", "cpu", interpret)
-    if kind not in KINDS.values():
-        raise ValueError(f"chip {kind!r}: use one of cpu, {', '.join(KINDS.values())}")
+    if kind not in NAMES:
+        raise ValueError(f"chip {kind!r}: use one of cpu, {', '.join(NAMES)}")
     return Chip("tpu" if kind in TPUS else "gpu", kind, interpret)
 
 
@@ -89,8 +91,9 @@ def gpu_interpreter() -> Any:
     """Return `interpret=` of a Mosaic GPU kernel: False, or an interpreter that finds races."""
     if not current().interpret:
         return False
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jax.experimental.pallas import mosaic_gpu
 
+    plgpu: Any = mosaic_gpu  # of a later jax than the types here may be of
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -110,7 +113,7 @@ def refuse_hopper_kernel() -> str | None:
     return None
 
 
-def _of(device: jax.Device) -> Chip:
+def _of(device: Any) -> Chip:
     platform: Any = device.platform
     if platform == "cpu":
         return Chip("cpu", "cpu")

@@ -243,10 +243,9 @@ def _config(runs: list[Run]) -> str:
     heads = ["field", *((run.name for run in runs) if several else ["value"]), "default"]
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
     parts = []
-    by_section = lambda name: name.split(".")[0] if "." in name else "run"  # noqa: E731
-    for section in dict.fromkeys(map(by_section, names)):
+    for section in dict.fromkeys(map(_section, names)):
         rows = []
-        for name in (n for n in names if by_section(n) == section):
+        for name in (n for n in names if _section(n) == section):
             shown = [_value(v[name]) if name in v else "" for v in values]
             default = _value(defaults[name]) if name in defaults else ""
             is_set = len(set(shown)) > 1 if several else shown[0] != default
@@ -273,6 +272,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _section(name: str) -> str:
+    return name.split(".")[0] if "." in name else "run"
 
 
 def _value(value: Any) -> str:

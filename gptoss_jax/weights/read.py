@@ -23,7 +23,7 @@ from jax import lax
 
 from gptoss_jax.config import DType, ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import MXFP4, Params, split_layers
+from gptoss_jax.types import MXFP4, Params, nest, split_layers
 from gptoss_jax.weights import config_io, safetensors_io
 from gptoss_jax.weights.names import (
     PACKABLE,
@@ -41,7 +41,6 @@ from gptoss_jax.weights.sources import (
     ParamsSource,
     check_packable,
     check_scales,
-    nest,
     pieces,
     progress,
     read_as,

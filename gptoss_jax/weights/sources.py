@@ -20,7 +20,7 @@ from jax import lax
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, flatten
 from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
 
 _PIECE = 1 << 24  # bytes of a piece, in float32 where its values are floats
@@ -180,27 +180,6 @@ def check_scales(piece: np.ndarray, name: str) -> None:
     """Refuse MXFP4 scales that are no numbers."""
     if piece.size and piece.max() == 255:
         raise UserError(f"{name} has scale byte 255, which is no number in MXFP4")
-
-
-def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
-    """Return path -> leaf, where a leaf is an array, an MXFP4 value or a tuple of L of these."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        path = f"{prefix}{name}"
-        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
-    return flat
-
-
-def nest(flat: dict[str, Any]) -> Params:
-    """Return the tree of what `flatten` returns."""
-    params: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return params
 
 
 def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:

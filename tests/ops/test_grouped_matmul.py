@@ -15,7 +15,7 @@ def test_xla_matches_the_reference(case):
 
 
 def test_packed_weights_give_what_they_decode_to():
-    rows, weight, sizes = cases.inputs(dict(rows=130, groups="skewed", E=5, N=96, C=160))
+    rows, weight, sizes = cases.inputs({"rows": 130, "groups": "skewed", "E": 5, "N": 96, "C": 160})
     packed = mxfp4.encode(weight)
     got = cases.results((rows, packed, sizes), "xla")
     want = cases.results((rows, mxfp4.decode(packed), sizes), "reference")
@@ -23,7 +23,7 @@ def test_packed_weights_give_what_they_decode_to():
 
 
 def test_a_kernel_for_another_chip_is_refused():
-    args = cases.inputs(dict(rows=5, groups="even", E=5, N=96, C=128))
+    args = cases.inputs({"rows": 5, "groups": "even", "E": 5, "N": 96, "C": 128})
     with pytest.raises(ValueError, match=r"pallas_tpu.*run: it is a TPU kernel"):
         cases.results(args, "pallas_tpu")
     with pytest.raises(ValueError, match="use 'pallas_tpu', 'xla'"):

@@ -13,8 +13,7 @@ import tiny_checkpoint as tiny
 
 from gptoss_jax import weights
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import MXFP4
-from gptoss_jax.weights.sources import flatten
+from gptoss_jax.types import MXFP4, flatten
 
 CASES = [
     # layout, packed, dtype as stored, shards

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops.attention import reference, xla
+from gptoss_jax.ops.dispatch import choose
 
-Implementation = Literal["reference", "xla"]
+# Self-attention over a whole row: training and prefill.
+SELF_ORDER = {
+    "tpu": ("pallas_tpu", "xla"),
+    "gpu": ("pallas_gpu", "cudnn", "xla"),
+    "cpu": ("xla",),
+    "named": ("reference",),
+}
+# Attention of new tokens to a cache.
+CACHED_ORDER = {
+    "tpu": ("pallas_tpu", "xla"),
+    "gpu": ("pallas_gpu", "split", "xla"),
+    "cpu": ("xla",),
+    "named": ("split", "reference"),
+}
 
 
 def attention(
@@ -22,7 +36,7 @@ def attention(
     positions: Int[Array, "B T"],
     kv_segment_ids: Int[Array, "B S"] | None = None,
     kv_positions: Int[Array, "B S"] | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend from each query to the keys that it sees, with one sink logit a query head.
 
@@ -34,27 +48,67 @@ def attention(
 
     Without `kv_segment_ids` and `kv_positions` this is self-attention over rows in which segments
     are contiguous and positions rise by one (so no query sees a later index), which lets the fast
-    form skip work: a banded layer costs O(T W). With them keys may stand in any order, as in a
+    forms skip work: a banded layer costs O(T W). With them keys may stand in any order, as in a
     cache. Source: gpt_oss/torch/model.py, sdpa.
+
+    `implementation` is a name of `SELF_ORDER`, or with a cache of `CACHED_ORDER`: "reference",
+    "xla", "pallas_tpu" (splash, or a decode kernel), "pallas_gpu" (Hopper), "cudnn" (without a
+    cache), "split" (keys in blocks, merged; with a cache). None takes the platform's first that
+    supports the arguments. Raises ValueError for one that can't run, with the reason.
     """
-    self_attention = kv_positions is None
-    if (kv_segment_ids is None) != self_attention:
+    if (kv_segment_ids is None) != (kv_positions is None):
         raise ValueError("give kv_segment_ids and kv_positions together, or neither")
-    if self_attention and implementation != "reference":
-        return xla.self_attention(
-            q, k, v, sinks, window=window, segment_ids=segment_ids, positions=positions
+    if kv_segment_ids is None or kv_positions is None:
+        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
+        return _self(q, k, v, sinks, window=window, **where, implementation=implementation)
+    where = {
+        "segments": (segment_ids, kv_segment_ids),
+        "positions": (positions, kv_positions),
+    }
+    return _cached(q, k, v, sinks, window=window, **where, implementation=implementation)
+
+
+def _self(q, k, v, sinks, *, implementation: str | None, **where) -> Any:
+    def refuse(name: str) -> str | None:
+        return (
+            None if name in ("xla", "reference") else _kernel(name).refuse(q, k, v, sinks, **where)
         )
-    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    kv_positions = positions if kv_positions is None else kv_positions
-    if implementation == "reference":
-        mask = reference.visible(segment_ids, kv_segment_ids, positions, kv_positions, window)
+
+    name = choose("attention", implementation, order=SELF_ORDER, refuse=refuse)
+    if name == "reference":
+        segments, positions = where["segment_ids"], where["positions"]
+        mask = reference.visible(segments, segments, positions, positions, where["window"])
         return reference.attend(q, k, v, sinks, mask)
-    return xla.cached_attention(
-        q,
-        k,
-        v,
-        sinks,
-        window=window,
-        segments=(segment_ids, kv_segment_ids),
-        positions=(positions, kv_positions),
-    )
+    run = xla.self_attention if name == "xla" else _kernel(name).self_attention
+    return run(q, k, v, sinks, **where)
+
+
+def _cached(q, k, v, sinks, *, implementation: str | None, **where) -> Any:
+    def refuse(name: str) -> str | None:
+        if name in ("xla", "split", "reference"):
+            return None
+        return _kernel(name, decode=True).refuse(q, k, v, sinks, **where)
+
+    name = choose("cached attention", implementation, order=CACHED_ORDER, refuse=refuse)
+    if name == "reference":
+        mask = reference.visible(*where["segments"], *where["positions"], where["window"])
+        return reference.attend(q, k, v, sinks, mask)
+    run = xla.cached_attention if name == "xla" else _kernel(name, decode=True).cached_attention
+    return run(q, k, v, sinks, **where)
+
+
+def _kernel(name: str, *, decode: bool = False) -> Any:
+    """Import a module of kernels, which costs time, only where one is asked about."""
+    if name == "split":
+        from gptoss_jax.ops.attention import split as module
+    elif name == "cudnn":
+        from gptoss_jax.ops.attention import cudnn as module
+    elif name == "pallas_tpu" and decode:
+        from gptoss_jax.ops.attention import pallas_tpu_decode as module
+    elif name == "pallas_tpu":
+        from gptoss_jax.ops.attention import pallas_tpu as module
+    elif decode:
+        from gptoss_jax.ops.attention import pallas_gpu_decode as module
+    else:
+        from gptoss_jax.ops.attention import pallas_gpu as module
+    return module

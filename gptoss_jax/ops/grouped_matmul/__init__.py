@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops.dispatch import choose
@@ -32,25 +34,35 @@ def grouped_matmul(
     no gradient, and `rows` gets its own from the same bytes, decoded again.
     """
 
-    def refuse(name: str) -> str | None:
-        if name == "pallas_tpu":
-            from gptoss_jax.ops.grouped_matmul import pallas_tpu
-
-            return pallas_tpu.refuse(rows, weight, group_sizes)
-        if name == "pallas_gpu":
-            from gptoss_jax.ops.grouped_matmul import pallas_gpu
-
-            return pallas_gpu.refuse(rows, weight, group_sizes)
-        return None
-
-    name = choose("grouped_matmul", implementation, order=ORDER, refuse=refuse)
-    if name == "pallas_tpu":
-        from gptoss_jax.ops.grouped_matmul import pallas_tpu
-
-        return pallas_tpu.grouped_matmul(rows, weight, group_sizes)
-    if name == "pallas_gpu":
-        from gptoss_jax.ops.grouped_matmul import pallas_gpu
-
-        return pallas_gpu.grouped_matmul(rows, weight, group_sizes)
-    run = reference.grouped_matmul if name == "reference" else xla.grouped_matmul
+    name = choice(rows, weight, group_sizes, implementation=implementation)
+    if name in ("xla", "reference"):
+        run = reference.grouped_matmul if name == "reference" else xla.grouped_matmul
+    else:
+        run = _kernel(name).grouped_matmul
     return run(rows, weight, group_sizes)
+
+
+def choice(
+    rows: Float[Array, "P C"],
+    weight: Weight,
+    group_sizes: Int[Array, " E"],
+    *,
+    implementation: str | None = None,
+) -> str:
+    """Return the name of the implementation that `grouped_matmul` takes for these arguments."""
+
+    def refuse(name: str) -> str | None:
+        if name in ("xla", "reference"):
+            return None
+        return _kernel(name).refuse(rows, weight, group_sizes)
+
+    return choose("grouped matmul", implementation, order=ORDER, refuse=refuse)
+
+
+def _kernel(name: str) -> Any:
+    """Import a module of kernels, which costs time, only where one is asked about."""
+    if name == "pallas_tpu":
+        from gptoss_jax.ops.grouped_matmul import pallas_tpu as module
+    else:
+        from gptoss_jax.ops.grouped_matmul import pallas_gpu as module
+    return module

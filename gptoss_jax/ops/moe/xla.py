@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from gptoss_jax.ops import chips
 from gptoss_jax.ops.moe.reference import clamped_swiglu
 from gptoss_jax.ops.mxfp4.xla import (
     decode_halves,
@@ -108,7 +109,7 @@ def _block_rows(pairs: int, num_experts: int) -> int:
 
 def _compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """On a CPU multiply in float32: narrow operands would be widened again in every block."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
+    return jnp.dtype(jnp.float32) if chips.current().platform == "cpu" else dtype
 
 
 def _dot(a: Array, b: Array, dims: tuple[int, int]) -> Array:
@@ -200,7 +201,7 @@ def _matvec(weight: Array | MXFP4, e: Array, vector: Array, routed: Array) -> Ar
     columns = weight.shape[-1]
     flat = jax.tree.map(lambda w: w.reshape(w.shape[0], -1, *w.shape[weight.ndim - 1 :]), weight)
     rows = flat.shape[1]
-    tile = min(TILE, rows) if jax.default_backend() == "cpu" else rows
+    tile = min(TILE, rows) if chips.current().platform == "cpu" else rows
 
     def product(part: Array | MXFP4) -> Array:
         if not isinstance(part, MXFP4):
