@@ -20,6 +20,7 @@ from rich.console import Console
 from gptoss_jax import harmony, tokenizer, weights
 from gptoss_jax.errors import Parser, UserError, run_entry
 from gptoss_jax.harmony_parser import MessageEnd, MessageStart, StreamParser, TextDelta
+from gptoss_jax.ops import moe
 from gptoss_jax.sampler import Rules, Sampled, Sampler
 
 _DEFAULT_MAX_TOKENS = 1_024
@@ -69,7 +70,13 @@ def main(argv: list[str]) -> None:
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    model, params = weights.load(args.checkpoint, dtype=dtype, step=args.step, split=on_cpu)
+    model, params = weights.load(
+        args.checkpoint,
+        dtype=dtype,
+        step=args.step,
+        split=on_cpu,
+        layout=moe.layout_for_chip(),
+    )
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)
     ids = _prompt(args, encoding) if given is None else given
     room = model.config.context - len(ids)

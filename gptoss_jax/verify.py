@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import Parser, UserError, run_entry
+from gptoss_jax.ops import moe
 from gptoss_jax.weights.read import find_folder, load, open_checkpoint
 
 PROMPT = "Roses are red, violets"
@@ -65,7 +66,8 @@ def verify(checkpoint: str | Path) -> bool:
     golden = GOLDEN[size_of(open_checkpoint(folder).config)]
     # A CPU computes in float32, from separate arrays; bf16 it would have to widen at every use.
     on_cpu = jax.default_backend() == "cpu"
-    model, params = load(folder, dtype=jnp.float32 if on_cpu else jnp.bfloat16, split=on_cpu)
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    model, params = load(folder, dtype=dtype, split=on_cpu, layout=moe.layout_for_chip())
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)
     prompt = encoding.encode(PROMPT)
     out = Sampler(model, params).generate([prompt], max_tokens=len(golden), stop_ids=())

@@ -326,8 +326,11 @@ class Transformer(nn.Module):
     @nn.nowrap
     def abstract_params(self) -> Params:
         """Return the shapes and dtypes of the parameters without making them."""
-        one = jnp.zeros((1, 1), jnp.int32)
-        return jax.eval_shape(self.init, jax.random.key(0), one)["params"]
+
+        def init() -> Params:
+            return dict(self.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+        return jax.eval_shape(init)
 
     @nn.nowrap
     def num_parameters(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 from gptoss_jax.ops import chips
@@ -22,7 +23,8 @@ def choose(
 
     A name that is given runs, or ValueError says why it can't. None takes the first name of
     `order[platform]` that `refuse` gives no reason against, and logs it, once a process for each
-    (op, chip, choice). `order` holds every name there is: those never taken unasked under "named".
+    (op, chip, choice); or "xla", if kernels are off. `order` holds every name there is: those never
+    taken unasked under "named".
     """
     known = list(dict.fromkeys(name for names in order.values() for name in names))
     if implementation is not None:
@@ -34,6 +36,9 @@ def choose(
             raise ValueError(f"{op}: implementation={implementation!r} can't run: {reason}")
         return implementation
     chip = chips.current()
+    if kernels_are_off() and "xla" in known:
+        _report(op, chip.kind, "xla", "GPTOSS_JAX_KERNELS=off")
+        return "xla"
     reasons = []
     for name in order[chip.platform]:
         reason = refuse(name)
@@ -42,6 +47,11 @@ def choose(
             return name
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"{op}: nothing runs on a {chip.kind}: {'; '.join(reasons)}")
+
+
+def kernels_are_off() -> bool:
+    """Say whether GPTOSS_JAX_KERNELS=off is in the environment: whoever distrusts a kernel."""
+    return os.environ.get("GPTOSS_JAX_KERNELS") == "off"
 
 
 @functools.cache

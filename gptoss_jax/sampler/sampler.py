@@ -14,9 +14,10 @@ import numpy as np
 from gptoss_jax import tokenizer
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
+from gptoss_jax.ops import moe
 from gptoss_jax.sampler.decode import Options, State, decode, prefill
 from gptoss_jax.sampler.rules import Rules
-from gptoss_jax.types import KVCache, Params, is_weight, split_layers
+from gptoss_jax.types import MXFP4, KVCache, Params, is_weight, split_layers
 
 _CHUNK_SECONDS = 0.05  # streaming: decode on the device for about as long before showing tokens
 _MAX_CHUNK = 64
@@ -62,7 +63,8 @@ class Sampler:
 
     Compiled code is shared by all samplers of equal models. On a CPU stacked layers are copied into
     one array a layer, unless they are so already (`weights.load(..., split=True)`): decoding from a
-    stack would copy it at every token.
+    stack would copy it at every token. On an accelerator packed experts are copied into the order
+    that its kernels read, unless they are so already (`weights.load(..., layout=)`).
     """
 
     def __init__(self, model: Transformer, params: Params) -> None:
@@ -71,6 +73,8 @@ class Sampler:
         stacks = jax.tree.leaves(layers, is_leaf=is_weight)
         if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
             params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
+        elif moe.layout_for_chip() and model.config.experts == "mxfp4":
+            params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
         self.model = model.dropless()
         self.params = params
 
@@ -217,6 +221,16 @@ def _bucket(n: int) -> int:
     while size < n:
         size *= 2
     return size * 3 // 4 if size > 32 and n <= size * 3 // 4 else size
+
+
+def _relay(experts: Params) -> Params:
+    """Put packed stacks into the layout that the chip's kernels read."""
+    layout = moe.layout_for_chip()
+    run = jax.jit(moe.relay, static_argnums=0, static_argnames="layout")
+    return {
+        name: run(name, stack, layout=layout) if isinstance(stack, MXFP4) else stack
+        for name, stack in experts.items()
+    }
 
 
 def _on_cpu(params: Params) -> bool:

@@ -23,6 +23,7 @@ from jax import lax
 
 from gptoss_jax.config import DType, ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.ops import moe
 from gptoss_jax.types import MXFP4, Params, nest, split_layers
 from gptoss_jax.weights import config_io, safetensors_io
 from gptoss_jax.weights.names import (
@@ -44,6 +45,7 @@ from gptoss_jax.weights.sources import (
     pieces,
     progress,
     read_as,
+    zeros,
 )
 
 if TYPE_CHECKING:
@@ -220,13 +222,16 @@ def load(
     *,
     step: int | None = None,
     split: bool = False,
+    layout: str | None = None,
 ) -> tuple[Transformer, Params]:
     """Read a checkpoint and return (model, params).
 
     `checkpoint` is a Hugging Face folder, an OpenAI `original/` folder, a name on the hub, or a
     workdir (its latest step, or `step`). `dtype` (float32, bfloat16, float16) is that of float
     parameters and of compute. `experts`: None as stored, "mxfp4" (encoded by the OCP rule if stored
-    dense), "dense" (decoded). `split` gives stacks as tuples of L arrays. With a mesh every leaf is
+    dense), "dense" (decoded). `split` gives stacks as tuples of L arrays. `layout` (a
+    name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`, piece by piece: for sampling by
+    kernels, which then copy nothing. With a mesh every leaf is
     replicated over it; without one it goes to the default device.
 
     Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
@@ -251,7 +256,9 @@ def load(
         source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
     )
     with progress(f"loading {folder.name}", _num_bytes(source, config)) as advance:
-        params = _assemble(source, config, sharding=sharding, split=split, advance=advance)
+        params = _assemble(
+            source, config, sharding=sharding, split=split, layout=layout, advance=advance
+        )
     return Transformer(config), params
 
 
@@ -285,21 +292,25 @@ def _assemble(
     *,
     sharding: jax.NamedSharding | None,
     split: bool,
+    layout: str | None,
     advance: Callable[[int], None],
 ) -> Params:
     """Build the tree of `config` leaf by leaf, in place.
 
     What is already as wanted in memory (a workdir's) is taken as it is.
     """
-    if isinstance(source, ParamsSource) and source.config == config and sharding is None:
+    as_it_is = isinstance(source, ParamsSource) and source.config == config
+    if as_it_is and sharding is None and layout is None:
         params = nest(source.leaves)
         if split:
             params["layers"] = split_layers(params["layers"], config.num_layers)
         return params
     leaves: dict[str, Any] = {}
-    one = partial(_fill, source=source, config=config, sharding=sharding, advance=advance)
+    one = partial(
+        _fill, source=source, config=config, sharding=sharding, layout=layout, advance=advance
+    )
     for path, shape in source.shapes.items():
-        empty = partial(_zeros, config, path, sharding=sharding)
+        empty = partial(zeros, config, path, sharding=sharding, layout=layout)
         if not path.startswith("layers/"):
             leaves[path] = one(empty(shape), path, None)
         elif split:
@@ -328,16 +339,6 @@ def _num_bytes(source: Stored | ParamsSource, config: ModelConfig) -> int:
     return total
 
 
-def _zeros(
-    config: ModelConfig, path: str, shape: tuple[int, ...], *, sharding: jax.NamedSharding | None
-) -> Any:
-    make = partial(jnp.zeros, device=sharding)
-    if path in PACKABLE and config.experts == "mxfp4":
-        blocks, scales = (packed_shape(shape, field) for field in ("blocks", "scales"))
-        return MXFP4(make(blocks, jnp.uint8), make(scales, jnp.uint8))
-    return make(shape, jnp.dtype(config.param_dtype))
-
-
 def _fill(
     leaf: Any,
     path: str,
@@ -346,6 +347,7 @@ def _fill(
     source: Stored | ParamsSource,
     config: ModelConfig,
     sharding: jax.NamedSharding | None,
+    layout: str | None,
     advance: Callable[[int], None],
 ) -> Any:
     """Write one layer of a leaf into its stack, or into an array of its own."""
@@ -355,6 +357,11 @@ def _fill(
         piece = read_as(
             source, path, layer, form=config.experts, rows=rows, dtype=config.param_dtype
         )
+        packed = isinstance(piece, MXFP4)
+        itemsize = 1 if packed else leaf.dtype.itemsize
+        size = sum(part.size for part in jax.tree.leaves(piece)) * itemsize
+        if packed and layout is not None:
+            piece = moe.relay(path, jax.tree.map(jnp.asarray, piece), layout=layout)
         if sharding is not None:
             piece = jax.device_put(piece, sharding)
         lead = (layer,) if in_stack else ()
@@ -362,8 +369,7 @@ def _fill(
         if not finite:  # waits for the write too, so that pieces do not pile up
             name = source.describe(path, layer)
             raise UserError(f"{name} has NaN or infinity as {config.param_dtype}")
-        parts = zip(jax.tree.leaves(piece), jax.tree.leaves(leaf), strict=True)
-        advance(sum(part.size * whole.dtype.itemsize for part, whole in parts))
+        advance(size)
     return leaf
 
 
@@ -375,7 +381,7 @@ def _write(leaf: Any, piece: Any, at: tuple[int, ...]) -> tuple[Any, jax.Array]:
     def put(whole: jax.Array, rows: jax.Array) -> jax.Array:
         nonlocal finite
         rows = rows.astype(whole.dtype)
-        if jnp.issubdtype(rows.dtype, jnp.floating):
+        if jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize > 1:
             finite &= jnp.isfinite(rows).all()
         rows = rows.reshape((1,) * (whole.ndim - rows.ndim) + rows.shape)
         start = (*at, *(0,) * (whole.ndim - len(at)))

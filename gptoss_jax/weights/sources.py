@@ -19,7 +19,7 @@ from jax import lax
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.ops import mxfp4
+from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, flatten
 from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
 
@@ -180,6 +180,26 @@ def check_scales(piece: np.ndarray, name: str) -> None:
     """Refuse MXFP4 scales that are no numbers."""
     if piece.size and piece.max() == 255:
         raise UserError(f"{name} has scale byte 255, which is no number in MXFP4")
+
+
+def zeros(
+    config: ModelConfig,
+    path: str,
+    shape: tuple[int, ...],
+    *,
+    sharding: jax.NamedSharding | None,
+    layout: str | None,
+) -> Any:
+    """Return a leaf of zeros: of a layer or of a stack of them, as `shape` says."""
+    make = partial(jnp.zeros, device=sharding)
+    if path in PACKABLE and config.experts == "mxfp4":
+        blocks, scales = (packed_shape(shape, field) for field in ("blocks", "scales"))
+        if layout is None:
+            return MXFP4(make(blocks, jnp.uint8), make(scales, jnp.uint8))
+        bytes_: list[Any] = [jax.ShapeDtypeStruct(s, jnp.uint8) for s in (blocks, scales)]
+        like = jax.eval_shape(partial(moe.relay, path, layout=layout), MXFP4(*bytes_))
+        return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype), like)
+    return make(shape, jnp.dtype(config.param_dtype))
 
 
 def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:

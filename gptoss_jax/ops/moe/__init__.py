@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gptoss_jax.ops.dispatch import choose
+from gptoss_jax.ops import chips
+from gptoss_jax.ops.dispatch import choose, kernels_are_off
 from gptoss_jax.ops.grouped_matmul.weights import Weight, is_packed, layer_of
 from gptoss_jax.ops.moe import grouped, reference, xla
 from gptoss_jax.ops.moe.capacity import drop_beyond_capacity
-from gptoss_jax.types import LayerOf, Relaid
+from gptoss_jax.types import MXFP4, LayerOf, Relaid
 
 __all__ = ["ORDER", "drop_beyond_capacity", "experts"]
 
@@ -25,6 +26,32 @@ ORDER = {
     "cpu": ("xla",),
     "named": ("grouped", "planes", "reference"),
 }
+
+
+# The order of packed weights in which a chip's kernels read them: give it to `weights.load`.
+LAYOUTS = {
+    "v5e": "columns",
+    "v5p": "columns",
+    "v6e": "columns",
+    "tpu7x": "fp4",
+    "h100": "hopper",
+    "h200": "hopper",
+}
+
+
+def layout_for_chip() -> str | None:
+    """Return the layout of packed experts that sampling on this chip copies nothing of."""
+    chip = chips.current()
+    if chip.platform == "cpu" or kernels_are_off():
+        return None
+    return LAYOUTS.get(chip.kind, "planes")
+
+
+def relay(path: str, packed: MXFP4, *, layout: str) -> Relaid:
+    """Relay out an expert weight, or a stack of them; its path ends in its name."""
+    from gptoss_jax.ops.mxfp4.layouts import relayout
+
+    return relayout(packed, layout, row_axes=2 if path.endswith("gate_up_weight") else 1)
 
 
 def experts(

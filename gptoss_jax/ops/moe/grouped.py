@@ -59,12 +59,21 @@ def experts(
         expert_ids = jnp.where(mask[:, None], expert_ids, num_experts)
     order = _sort(expert_ids, num_experts)
     rows = _spread(x, order)
-    h = grouped_matmul(rows, gate_up_weight, order.sizes)
-    h = _add_bias(h, biases[0].reshape(num_experts, -1), order.expert)
-    act = clamped_swiglu(h[:, :width], h[:, width:], limit=limit).astype(x.dtype)
-    y = _add_bias(grouped_matmul(act, down_weight, order.sizes), biases[1], order.expert)
-    routed = jnp.where(expert_ids < num_experts, expert_weights, 0)
-    return _gather_sum(y, routed, order).astype(x.dtype)
+
+    # What is kept for the backward pass are the two products, in the dtype of x.
+    @jax.checkpoint
+    def activate(h: Array, bias: Array) -> Array:
+        h = _add_bias(h, bias.reshape(num_experts, -1), order.expert)
+        return clamped_swiglu(h[:, :width], h[:, width:], limit=limit).astype(x.dtype)
+
+    @jax.checkpoint
+    def combine(y: Array, bias: Array, shares: Array) -> Array:
+        routed = jnp.where(expert_ids < num_experts, shares, 0)
+        return _gather_sum(_add_bias(y, bias, order.expert), routed, order).astype(x.dtype)
+
+    act = activate(grouped_matmul(rows, gate_up_weight, order.sizes), biases[0])
+    y = grouped_matmul(act, down_weight, order.sizes)
+    return combine(y, biases[1], expert_weights)
 
 
 def _sort(ids: Int[Array, "M A"], num_experts: int) -> Order:

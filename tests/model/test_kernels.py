@@ -1,0 +1,95 @@
+"""The whole model as it would run on chips with kernels, interpreted, against the CPU's forms."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model import Transformer
+from gptoss_jax.ops import chips, moe
+
+pytestmark = pytest.mark.slow  # the interpreters look for races
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    num_layers=3,  # a scan over one pair and a layer left over
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_experts=5,
+    active_experts=2,
+    d_expert=96,
+    window=8,
+    context=64,
+    initial_context=32,
+    experts="mxfp4",
+    dtype="float32",
+    param_dtype="float32",
+)
+
+
+def relaid(params, layout):
+    if layout is None:
+        return params
+    layers = params["layers"]
+    experts = {
+        name: moe.relay(name, leaf, layout=layout) if name.endswith("weight") else leaf
+        for name, leaf in layers["experts"].items()
+    }
+    return {**params, "layers": {**layers, "experts": experts}}
+
+
+@functools.cache
+def model_and_params():
+    model = Transformer(CONFIG)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, params
+
+
+def decode_steps(model, params, tokens):
+    """Return the logits of a prompt's pass and of three steps after it, from the cache."""
+    cache = model.init_cache(1, 32)
+    outs = []
+    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        positions = jnp.arange(start, stop)[None]
+        out = model.forward(params, tokens[:, start:stop], positions=positions, cache=cache)
+        cache = out.cache
+        outs.append(model.unembed(params, out.hidden))
+    return jnp.concatenate(outs, axis=1)
+
+
+@pytest.mark.parametrize("layout", [None, "columns"])
+def test_sampling_on_a_tpu_gives_the_same_logits(layout):
+    model, params = model_and_params()
+    tokens = jnp.arange(12)[None] * 5 % 64
+    want = jax.jit(functools.partial(decode_steps, model))(params, tokens)
+    with chips.assume("v5e", interpret=True):
+        got = jax.jit(functools.partial(decode_steps, model))(relaid(params, layout), tokens)
+    np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+def test_training_on_a_tpu_gives_the_same_gradients():
+    """Without remat: the interpreter has effects, which `jax.checkpoint` does not take."""
+    model, params = model_and_params()
+    tokens = jnp.arange(24).reshape(1, 24) * 7 % 64
+    segments = jnp.array([[1] * 10 + [2] * 12 + [0] * 2])
+
+    def loss(attention, params):
+        layers = {**params["layers"], "attention": attention}
+        out = model.forward({**params, "layers": layers}, tokens, segment_ids=segments)
+        return jnp.sum(jnp.cos(out.hidden) * (segments != 0)[..., None])
+
+    run = functools.partial(jax.value_and_grad(loss), params["layers"]["attention"], params)
+    want = jax.jit(run)()
+    with chips.assume("v5e", interpret=True):
+        got = jax.jit(run)()
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for name, a in want[1].items():
+        largest = max(float(jnp.abs(a).max()), 1e-3)
+        np.testing.assert_allclose(got[1][name], a, atol=2e-5 * largest, err_msg=name)
