@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops.cross_entropy import reference, xla
+from gptoss_jax.ops.cross_entropy import reference, vocabulary, xla
+from gptoss_jax.ops.cross_entropy.vocabulary import sharded
+from gptoss_jax.ops.dispatch import choose
+
+__all__ = ["cross_entropy", "sharded"]
+
+ORDER = {
+    "tpu": ("vocabulary", "xla"),
+    "gpu": ("vocabulary", "xla"),
+    "cpu": ("xla",),
+    "named": ("reference",),
+}
 
 
 def cross_entropy(
@@ -20,14 +31,18 @@ def cross_entropy(
 
     The logits are hidden @ weight.T in the dtype of `hidden`, accumulated in float32. The sum is
     differentiable in `hidden`, `weight` and `weights`; no gradient flows through nll, which is for
-    reports. `d weight` accumulates in float32 and is returned in the weight's dtype. Rows of weight
-    zero cost as much as others: gather first. Targets must be in [0, V).
+    reports. `d weight` is summed over the rows in float32 and returned in the weight's dtype. Rows
+    of weight zero cost as much as others: gather first. Targets must be in [0, V).
 
-    `chunk` rows at a time ("xla"; by default as many as keep the logits of a chunk near 32 MiB, at
-    least 256); "reference" forms all logits. None picks "xla".
+    `implementation`: "xla" takes `chunk` rows at a time and forms both gradients with the loss: the
+    fewest products, for a float32 copy of `d weight` (by default logits near 32 MiB, at least 256
+    rows). "vocabulary" takes `chunk` entries of the vocabulary at a time: one more product and no
+    such copy (by default logits near 256 MiB); what needs no gradient costs none. "reference" forms
+    all logits. None picks "vocabulary" on TPU and GPU, "xla" on a CPU. `sharded` is for a
+    vocabulary spread over devices.
     """
-    if implementation == "reference":
+    name = choose("cross entropy", implementation, order=ORDER, refuse=lambda _: None)
+    if name == "reference":
         return reference.cross_entropy(hidden, weight, targets, weights)
-    if implementation in (None, "xla"):
-        return xla.cross_entropy(hidden, weight, targets, weights, chunk=chunk)
-    raise ValueError(f"implementation={implementation!r}: use 'xla', 'reference' or None")
+    run = vocabulary.cross_entropy if name == "vocabulary" else xla.cross_entropy
+    return run(hidden, weight, targets, weights, chunk=chunk)

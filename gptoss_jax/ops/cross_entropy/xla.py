@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.ops import chips
+
 LOGITS_BYTES = 32 << 20  # of one chunk in float32: stays near the cache
 LEAST_ROWS = 256  # each chunk reads and writes all of d weight: fewer rows would not pay for it
 
@@ -54,7 +56,7 @@ def _summed(
 
 def _compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """On a CPU multiply in float32: a narrow `weight` would be widened again in every chunk."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
+    return jnp.dtype(jnp.float32) if chips.current().platform == "cpu" else dtype
 
 
 def _scan(

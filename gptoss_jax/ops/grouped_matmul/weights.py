@@ -1,4 +1,4 @@
-"""The forms that a grouped weight comes in: dense, packed, relaid; alone or as a layer of a stack."""
+"""The forms of a grouped weight: dense, packed, relaid; alone or as a layer of a stack."""
 
 from __future__ import annotations
 

@@ -9,12 +9,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gptoss_jax.ops.mxfp4 import reference, xla
-from gptoss_jax.types import MXFP4, MXFP4_BLOCK
+from gptoss_jax.ops.mxfp4 import layouts, reference, xla
+from gptoss_jax.ops.mxfp4.layouts import relayout as relayout
+from gptoss_jax.ops.mxfp4.layouts import restore as restore
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Relaid
 
 
 def decode(
-    packed: MXFP4, dtype: DTypeLike = jnp.float32, *, implementation: str | None = None
+    packed: MXFP4 | Relaid, dtype: DTypeLike = jnp.float32, *, implementation: str | None = None
 ) -> Float[Array, "... C"]:
     """Return the array that `packed` stands for, e2m1[nibble] * 2**(scale - 127), in `dtype`.
 
@@ -22,8 +24,13 @@ def decode(
     the like are infinite), then rounded to `dtype`: exact in bfloat16 as well. Bytes 0 and 1 may
     give zeros; 255 gives NaN for zeros and infinities for the rest, as torch.ldexp does.
 
-    `implementation`: "xla" (bits) or "reference" (a table). None picks "xla".
+    `implementation`: "xla" (bits) or "reference" (a table). None picks "xla". The reference takes a
+    relaid weight by restoring it.
     """
+    if isinstance(packed, Relaid):
+        if implementation in (None, "xla"):
+            return layouts.decode(packed, jnp.dtype(dtype))
+        packed = restore(packed)
     if implementation == "reference":
         return reference.decode(packed, jnp.dtype(dtype))
     if implementation in (None, "xla"):
