@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.ops import chips
 from gptoss_jax.ops.cross_entropy import cross_entropy
 from gptoss_jax.types import Batch, Params, RouterStats
 
@@ -65,8 +66,13 @@ def loss_fn(
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         targets = jnp.asarray(batch.targets).reshape(-1)
         weights = jnp.asarray(batch.weights, jnp.float32).reshape(-1)
-        rows, targets, row_weights, goes_to = _trained_first(hidden, targets, weights)
-        nll, each = _nll_sum(rows, params["unembedding"]["weight"], targets, row_weights)
+        table = params["unembedding"]["weight"]
+        if chips.current().platform == "cpu":
+            rows, targets, row_weights, goes_to = _trained_first(hidden, targets, weights)
+            nll, each = _nll_sum(rows, table, targets, row_weights)
+            each = each[goes_to]
+        else:  # all rows: chunks of them would carry a float32 gradient of the whole table
+            nll, each = cross_entropy(hidden, table, targets, weights)
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     penalty = jnp.float32(0)
     if balance_loss:
@@ -75,7 +81,7 @@ def loss_fn(
         penalty += z_loss * jnp.mean(out.router.z_loss)
     by_source = None
     if num_sources:
-        by_source = _by_source(batch, each[goes_to] * weights, num_sources=num_sources)
+        by_source = _by_source(batch, each * weights, num_sources=num_sources)
     return LossSums(nll, jnp.sum(weights), penalty * tokens, tokens, out.router, by_source)
 
 

@@ -105,10 +105,10 @@ def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | N
     keys, values, key_positions = written.keys, written.values, written.positions
     if window is not None and q.shape[1] > 1:
         # Later tokens of the call may have taken the slots of keys that earlier ones still see.
-        keys = jnp.concatenate([cache.keys, k.astype(cache.keys.dtype)], axis=1)
-        values = jnp.concatenate([cache.values, v.astype(cache.values.dtype)], axis=1)
+        keys = _append(cache.keys, k, fill=0)
+        values = _append(cache.values, v, fill=0)
         new = jnp.where(segments != 0, positions, -1)
-        key_positions = jnp.concatenate([cache.positions, new], axis=1)
+        key_positions = _append(cache.positions, new, fill=-1)
     out = attention(
         q,
         keys,
@@ -121,6 +121,13 @@ def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | N
         kv_positions=key_positions,
     )
     return out, written
+
+
+def _append(slots, new, *, fill: int):
+    """Put `new` behind the slots, and empty ones up to a multiple of 8: GPU kernels want that."""
+    spare = -(slots.shape[1] + new.shape[1]) % 8
+    new = jnp.pad(new, [(0, 0), (0, spare)] + [(0, 0)] * (new.ndim - 2), constant_values=fill)
+    return jnp.concatenate([slots, new.astype(slots.dtype)], axis=1)
 
 
 def _write(cache: LayerCache, k, v, *, segments, positions) -> LayerCache:

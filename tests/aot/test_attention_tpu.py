@@ -113,7 +113,7 @@ def test_a_cache_is_read_where_it_lies(compile_for, chip, slots, window):
     compiled = compile_for(chip, decode(window), *cache(slots))
     assert "tpu_custom_call" in compiled.as_text()
     assert not copies(compiled, slots)
-    # Measured: up to 0.72 MB (v5p), where one copy of a cache is 1.05 and 67 MB.
+    # Measured: up to 0.75 MB (v5p), where one copy of a cache is 1.05 and 67 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 0.8 * MB
 
 

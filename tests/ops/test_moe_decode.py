@@ -147,6 +147,10 @@ def test_the_tpu_kernel_decodes_every_code_exactly(chip, layout):
     with chips.assume(chip, interpret=True):
         for arguments, want in codes():
             np.testing.assert_array_equal(run(arguments, layout, "pallas_tpu"), want)
+        for arguments, want in cases.every_code_down():
+            narrow = arguments | {"x": arguments["x"].astype(jnp.bfloat16)}
+            got = run(narrow, layout, "pallas_tpu")
+            np.testing.assert_array_equal(got.astype(jnp.float32), want)
 
 
 def test_the_tpu_kernel_refuses_what_it_would_copy():

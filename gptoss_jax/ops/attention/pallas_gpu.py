@@ -56,7 +56,7 @@ _PLANS = {
         keys=Blocks(32, 64, 3),
     ),
 }
-BLOCKS = dict.fromkeys(chips.HOPPER, _PLANS)
+BLOCKS: dict[str, dict[tuple[str, int], Plan]] = dict.fromkeys(chips.HOPPER, _PLANS)
 NARROW = 512  # the widest window that counts as narrow
 
 

@@ -55,7 +55,7 @@ def packed(
                 layout=plgpu.Layout.WGMMA,
                 optimized=False,
             )
-            for plane, unscaled in enumerate(_e2m1(bytes_, rows.dtype)):
+            for plane, unscaled in enumerate(_e2m1(bytes_)):
                 block = 2 * group + plane
                 scale = load(
                     scale_smem.at[block], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
@@ -82,12 +82,13 @@ def packed(
     )
 
 
-def _e2m1(bytes_: Any, dtype: Any) -> tuple[Any, Any]:
-    """Return the values of the low and of the high nibbles, without scales: both exact."""
-    if dtype == jnp.bfloat16 and not chips.current().interpret:
+def _e2m1(bytes_: Any) -> tuple[Any, Any]:
+    """Return the values of the low and of the high nibbles in bfloat16, without scales: exact."""
+    if not chips.current().interpret:
         return _e2m1_in_pairs(bytes_)
     wide = bytes_.astype(jnp.uint32)
-    return _e2m1_plain(wide & 15).astype(dtype), _e2m1_plain(wide >> 4).astype(dtype)
+    low, high = _e2m1_plain(wide & 15), _e2m1_plain(wide >> 4)
+    return low.astype(jnp.bfloat16), high.astype(jnp.bfloat16)
 
 
 def _e2m1_plain(nibbles: Any) -> Any:

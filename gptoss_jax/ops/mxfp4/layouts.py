@@ -155,12 +155,14 @@ def _nibbles(codes: Array, layout: str, width: int, columns: int) -> UInt8[Array
         bytes_ = codes.reshape(*codes.shape[:-1], -1, 1, MXFP4_BLOCK)
         pairs = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=-2)
         return pairs.reshape(*codes.shape[:-1], -1)[..., :columns]
-    if layout == "fp4":
-        bits = lax.bitcast_convert_type(codes, jnp.uint4)
-        return lax.convert_element_type(bits, jnp.uint8)
-    twice = jnp.abs(codes.astype(jnp.int32))
-    magnitude = jnp.searchsorted(jnp.array(TWICE), jnp.where(codes == MINUS_ZERO, 0, twice))
-    return (magnitude + jnp.where(codes < 0, 8, 0)).astype(jnp.uint8)
+    if layout == "fp4":  # not by its bits: XLA:CPU of jax 0.12 fails to turn them into integers
+        values = codes.astype(jnp.float32)
+        twice, negative = jnp.abs(2 * values).astype(jnp.int32), jnp.signbit(values)
+    else:
+        twice = jnp.where(codes == MINUS_ZERO, 0, jnp.abs(codes.astype(jnp.int32)))
+        negative = codes < 0
+    magnitude = jnp.searchsorted(jnp.array(TWICE), twice)
+    return (magnitude + jnp.where(negative, 8, 0)).astype(jnp.uint8)
 
 
 def _scales(scales: Array, layout: str, width: int, columns: int) -> UInt8[Array, "*lead N B"]:
