@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +13,6 @@ import pytest
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import chips, moe
-
-pytestmark = pytest.mark.slow  # the interpreters look for races
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -64,6 +63,7 @@ def decode_steps(model, params, tokens):
     return jnp.concatenate(outs, axis=1)
 
 
+@pytest.mark.slow  # the interpreters look for races
 @pytest.mark.parametrize("layout", [None, "columns"])
 def test_sampling_on_a_tpu_gives_the_same_logits(layout):
     model, params = model_and_params()
@@ -74,6 +74,7 @@ def test_sampling_on_a_tpu_gives_the_same_logits(layout):
     np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.slow
 def test_training_on_a_tpu_gives_the_same_gradients():
     """Without remat: the interpreter has effects, which `jax.checkpoint` does not take."""
     model, params = model_and_params()
@@ -93,3 +94,24 @@ def test_training_on_a_tpu_gives_the_same_gradients():
     for name, a in want[1].items():
         largest = max(float(jnp.abs(a).max()), 1e-3)
         np.testing.assert_allclose(got[1][name], a, atol=2e-5 * largest, err_msg=name)
+
+
+def no_races(capsys):
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(jax.__version_info__ < chips.MOSAIC_GPU, reason="Mosaic GPU: jax 0.11.2")
+@pytest.mark.parametrize("layout", [None, "hopper"])
+def test_sampling_on_hopper_agrees(layout, capsys):
+    """In bfloat16, so by norm; one layer of each kind."""
+    config = dataclasses.replace(
+        CONFIG, num_layers=2, head_dim=64, dtype="bfloat16", param_dtype="bfloat16"
+    )
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = jnp.arange(12)[None] * 5 % 64
+    want = jax.jit(functools.partial(decode_steps, model))(params, tokens)
+    with chips.assume("h200", interpret=True):
+        got = jax.jit(functools.partial(decode_steps, model))(relaid(params, layout), tokens)
+    assert float(jnp.linalg.norm(got - want)) <= 2e-2 * float(jnp.linalg.norm(want))
+    no_races(capsys)
