@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.ops.attention import attention
+from gptoss_jax.ops.attention.cache import write
 from gptoss_jax.ops.norm import rms_norm
 from gptoss_jax.ops.rope import rotate
 
@@ -142,8 +143,8 @@ def _write(cache: LayerCache, k, v, *, segments, positions) -> LayerCache:
     slot = jnp.where(keep, positions % slots, slots)  # out of range: not written
     row = jnp.arange(k.shape[0])[:, None]
     return LayerCache(
-        cache.keys.at[row, slot].set(k.astype(cache.keys.dtype), mode="drop"),
-        cache.values.at[row, slot].set(v.astype(cache.values.dtype), mode="drop"),
+        write(cache.keys, k, slot),
+        write(cache.values, v, slot),
         cache.positions.at[row, slot].set(positions, mode="drop"),
         empty=False,
     )

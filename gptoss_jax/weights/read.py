@@ -299,8 +299,8 @@ def _assemble(
 
     What is already as wanted in memory (a workdir's) is taken as it is.
     """
-    as_it_is = isinstance(source, ParamsSource) and source.config == config
-    if as_it_is and sharding is None and layout is None:
+    moves = sharding is not None or layout is not None
+    if isinstance(source, ParamsSource) and source.config == config and not moves:
         params = nest(source.leaves)
         if split:
             params["layers"] = split_layers(params["layers"], config.num_layers)

@@ -6,6 +6,8 @@ import itertools
 import random
 from typing import Any
 
+import pytest
+
 
 def every(**axes: list[Any]) -> list[dict[str, Any]]:
     """Return all combinations."""
@@ -34,6 +36,14 @@ def pairwise(**axes: list[Any]) -> list[dict[str, Any]]:
         missing -= pairs(best)
         cases.append(best)
     return cases
+
+
+def part_slow(cases: list[dict[str, Any]], *, every: int) -> list[Any]:
+    """Return parameters for pytest: each `every`-th case as it is, the others marked slow."""
+    return [
+        pytest.param(case, id=name(case), marks=[] if i % every == 0 else [pytest.mark.slow])
+        for i, case in enumerate(cases)
+    ]
 
 
 def name(case: dict[str, Any]) -> str:

@@ -14,7 +14,15 @@ from gptoss_jax.ops.attention import attention
 AXES: dict[str, list[Any]] = {
     "T": [1, 4],
     # Slots, window. 132: a ring of 128 with a call's own tokens behind it, as the model has it.
-    "cache": [(128, 128), (132, 128), (136, 128), (300, None), (1000, None), (1000, 200), (512, None)],
+    "cache": [
+        (128, 128),
+        (132, 128),
+        (136, 128),
+        (300, None),
+        (1000, None),
+        (1000, 200),
+        (512, None),
+    ],
     "heads": [(4, 4), (6, 3), (8, 1)],  # N, K
     "H": [64, 80, 128],
     "sinks": [True, False],

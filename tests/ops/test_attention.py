@@ -5,30 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 
+import attention_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import name
 
 from gptoss_jax.ops.attention import attention, xla
-
-# length, window, sinks, (N, K), H, segments: pairwise over what each axis has.
-CASES = [
-    (1, None, True, (6, 2), 8, "one"),
-    (5, 128, True, (3, 3), 12, "one"),
-    (40, 16, False, (4, 1), 10, "packed"),
-    (40, 16, True, (6, 2), 8, "padded"),
-    (33, 16, True, (8, 4), 6, "packed"),
-    (32, 16, True, (6, 2), 8, "one"),
-    (100, 7, True, (6, 2), 8, "packed"),
-    (61, 1, True, (2, 1), 8, "one"),
-    (50, None, True, (6, 2), 10, "packed"),
-    (50, None, False, (6, 3), 8, "padded"),
-    (127, 128, True, (4, 2), 8, "packed"),
-    (257, 128, True, (6, 2), 8, "packed"),
-    (300, 128, True, (4, 1), 12, "padded"),
-    (300, None, True, (4, 2), 8, "packed"),
-]
 
 
 def make(length: int, heads: tuple[int, int], H: int, segments: str):
@@ -70,20 +54,27 @@ def results(args, window, sinks, implementation):
 
 
 def assert_equal(ours, theirs, tolerance=1e-5):
-    for name, expected in theirs.items():
+    for key, expected in theirs.items():
         largest = max(float(jnp.abs(expected).max()), 1e-3)
-        apart = float(jnp.abs(ours[name] - expected).max())
-        assert apart <= tolerance * largest, f"{name}: {apart / largest:.1e}"
+        apart = float(jnp.abs(ours[key] - expected).max())
+        assert apart <= tolerance * largest, f"{key}: {apart / largest:.1e}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", cases.COVERING, ids=name)
 def test_matches_the_reference(case):
-    length, window, sinks, heads, H, segments = case
-    args = make(length, heads, H, segments)
-    theirs = results(args, window, sinks, "reference")
-    if sinks:
-        assert float(jnp.abs(theirs["dsink"]).max()) > 0
-    assert_equal(results(args, window, sinks, None), theirs)
+    args = cases.inputs(case)
+    want = cases.expected(args, case["window"])
+    if case["sinks"] and case["length"] > 1:
+        assert float(jnp.abs(want["sinks"]).max()) > 0
+    cases.assert_close(cases.results(args, case["window"], "xla"), want)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", cases.EVERY, ids=name)
+def test_every_case_matches_the_reference(case):
+    args = cases.inputs(case)
+    want = cases.expected(args, case["window"])
+    cases.assert_close(cases.results(args, case["window"], "xla"), want)
 
 
 @pytest.mark.parametrize("window", [None, 70])

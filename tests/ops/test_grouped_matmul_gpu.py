@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name
+from covering import name, part_slow
 
 from gptoss_jax.ops import chips, mxfp4
 from gptoss_jax.ops.grouped_matmul import grouped_matmul, pallas_gpu_kernels, pallas_gpu_packed
@@ -56,7 +56,7 @@ def check_case(case, form, capsys, dtype=DTYPE):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("form", ["dense", "packed"])
-@pytest.mark.parametrize("case", QUICK, ids=name)
+@pytest.mark.parametrize("case", part_slow(QUICK, every=2))
 def test_values_and_gradients(case, form, capsys):
     check_case(case, form, capsys)
 

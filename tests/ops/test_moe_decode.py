@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name
+from covering import name, part_slow
 
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.moe import experts, planes
@@ -106,14 +106,14 @@ def on_tpu(chip: str, arguments: cases.Arguments, layout: str) -> jax.Array:
         return run(arguments, layout, "pallas_tpu")
 
 
-@pytest.mark.parametrize("case", cases.COVERING, ids=name)
+@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=4))
 def test_the_tpu_kernel_matches_the_reference(case):
     arguments = cases.inputs(case)
     cases.assert_close(on_tpu("v5e", arguments, "columns"), cases.expected(arguments))
 
 
 # The other layouts differ in how they decode alone; on v5p two cores share the experts.
-@pytest.mark.parametrize("case", cases.COVERING[::4], ids=name)
+@pytest.mark.parametrize("case", part_slow(cases.COVERING[::4], every=5))
 def test_the_tpu_kernel_matches_the_reference_with_int8(case):
     arguments = cases.inputs(case)
     cases.assert_close(on_tpu("v5p", arguments, "int8"), cases.expected(arguments))

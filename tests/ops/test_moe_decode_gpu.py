@@ -51,7 +51,9 @@ def run(arguments):
 
 
 @interpreted
-@pytest.mark.parametrize("case", cases.COVERING[: -len(cases.WIDE)] + WIDE, ids=covering.name)
+@pytest.mark.parametrize(
+    "case", covering.part_slow(cases.COVERING[: -len(cases.WIDE)] + WIDE, every=3)
+)
 def test_is_the_reference(case):
     arguments = cases.inputs(case, jnp.bfloat16)
     cases.assert_close(run(arguments), cases.expected(arguments))

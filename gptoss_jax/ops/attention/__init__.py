@@ -79,7 +79,7 @@ def _self(q, k, v, sinks, *, implementation: str | None, **where) -> Any:
         segments, positions = where["segment_ids"], where["positions"]
         mask = reference.visible(segments, segments, positions, positions, where["window"])
         return reference.attend(q, k, v, sinks, mask)
-    run = xla.self_attention if name == "xla" else _kernel(name).self_attention
+    run: Any = xla.self_attention if name == "xla" else _kernel(name).self_attention
     return run(q, k, v, sinks, **where)
 
 
@@ -93,7 +93,9 @@ def _cached(q, k, v, sinks, *, implementation: str | None, **where) -> Any:
     if name == "reference":
         mask = reference.visible(*where["segments"], *where["positions"], where["window"])
         return reference.attend(q, k, v, sinks, mask)
-    run = xla.cached_attention if name == "xla" else _kernel(name, decode=True).cached_attention
+    run: Any = (
+        xla.cached_attention if name == "xla" else _kernel(name, decode=True).cached_attention
+    )
     return run(q, k, v, sinks, **where)
 
 

@@ -1,0 +1,24 @@
+"""Writing new keys or values into the slots of a cache."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.ops.chips import refuse_tpu_kernel
+from gptoss_jax.ops.dispatch import kernels_are_off
+
+
+def write(
+    cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
+) -> Float[Array, "B S K H"]:
+    """Return the cache with `new` in its rows' slots; what has a slot of S or more is left out.
+
+    One token a row goes, on a TPU, through a kernel that writes in place: see `pallas_tpu_decode`.
+    """
+    if new.shape[1] == 1 and refuse_tpu_kernel() is None and not kernels_are_off():
+        from gptoss_jax.ops.attention import pallas_tpu_decode
+
+        return pallas_tpu_decode.write(cache, new, slots[:, 0])
+    row = jnp.arange(new.shape[0])[:, None]
+    return cache.at[row, slots].set(new.astype(cache.dtype), mode="drop")
