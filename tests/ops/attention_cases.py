@@ -70,13 +70,19 @@ def expected(args: tuple, window: int | None) -> dict[str, jax.Array]:
 
 
 def assert_close(got: dict, want: dict, *, dtype: Any = jnp.float32) -> None:
-    """Hold float32 to 1e-5 of the largest entry, and bfloat16 to 2e-2 in relative norm."""
+    """Hold float32 to 1e-5 of the largest entry, and bfloat16 to 2e-2 in relative norm.
+
+    The gradients in q and k are sums of p * (do . v - do . o). Where all of it cancels (one key to
+    see, and no sink) what is left is the rounding of terms as large as the gradient in v.
+    """
     assert got.keys() == want.keys()
     for key, b in want.items():
         a = got[key].astype(jnp.float32)
         assert bool(jnp.isfinite(a).all()), key
         if dtype == jnp.float32:
             largest = max(float(jnp.abs(b).max()), 1e-3)
+            if key in ("q", "k") and not bool(b.any()):
+                largest = float(jnp.abs(want["v"]).max())
             assert float(jnp.abs(a - b).max()) <= 1e-5 * largest, key
         else:
             norm = max(float(jnp.linalg.norm(b)), 1e-3 * b.size**0.5)

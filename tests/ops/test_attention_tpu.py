@@ -38,13 +38,6 @@ def check_rows(case, dtype=jnp.float32):
     want = attention_cases.expected(args, case["window"])
     with chips.assume("v5e", interpret=True):
         got = attention_cases.results(args, case["window"], "pallas_tpu")
-    if case["length"] == 1 and not case["sinks"]:
-        # One key and no sink: the gradients of q and k are do v - do o, of which the reference's
-        # order of sums leaves exactly nothing. Held to 1e-5 of what is subtracted, v's gradient.
-        for key in ("q", "k"):
-            assert float(jnp.abs(want.pop(key)).max()) == 0
-            largest = float(jnp.abs(want["v"]).max())
-            assert float(jnp.abs(got.pop(key)).max()) <= 1e-5 * largest
     attention_cases.assert_close(got, want, dtype=dtype)
 
 

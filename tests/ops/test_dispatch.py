@@ -94,6 +94,18 @@ def test_a_kernel_of_another_chip_says_so(name):
         )
 
 
+def test_kernels_can_be_turned_off(monkeypatch):
+    from gptoss_jax.ops import moe
+
+    with chips.assume("h200"):
+        assert dispatch.choose("op", None, order=GROUPED_ORDER, refuse=lambda name: None) != "xla"
+        assert moe.layout_for_chip() == "hopper"
+        monkeypatch.setenv("GPTOSS_JAX_KERNELS", "off")
+        assert dispatch.choose("op", None, order=GROUPED_ORDER, refuse=lambda name: None) == "xla"
+        assert moe.layout_for_chip() is None
+    assert moe.layout_for_chip() is None
+
+
 def test_every_order_ends_in_what_runs_anywhere():
     for order in (SELF_ORDER, CACHED_ORDER, GROUPED_ORDER, EXPERTS_ORDER):
         assert set(order) == {"tpu", "gpu", "cpu", "named"}

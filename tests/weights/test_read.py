@@ -13,6 +13,7 @@ import tiny_checkpoint as tiny
 
 from gptoss_jax import weights
 from gptoss_jax.errors import UserError
+from gptoss_jax.ops import mxfp4
 from gptoss_jax.types import MXFP4, flatten
 
 CASES = [
@@ -112,6 +113,26 @@ def test_pieces_smaller_than_a_tensor_change_nothing(tmp_path: Path, monkeypatch
         _, again = weights.load(tmp_path / f"{layout}2")
         assert_tree(again, tree)
         assert len(tensors) > 20
+
+
+@pytest.mark.parametrize("order", ["planes", "columns", "int8", "hopper"])
+def test_packed_experts_are_relaid_while_they_are_read(tmp_path: Path, order, monkeypatch) -> None:
+    tiny.write(tmp_path / "c", tiny.make_tree(packed=True, dtype="bfloat16"), "openai")
+    monkeypatch.setattr("gptoss_jax.weights.sources._PIECE", 4096)  # an expert or so at a time
+    model, as_stored = weights.load(tmp_path / "c")
+    _, params = weights.load(tmp_path / "c", layout=order)
+    for name, leaf in params["layers"]["experts"].items():
+        stored = as_stored["layers"]["experts"][name]
+        if not name.endswith("weight"):
+            np.testing.assert_array_equal(leaf, stored)
+            continue
+        assert leaf.layout == order and leaf.shape == stored.shape
+        back = mxfp4.restore(leaf)
+        np.testing.assert_array_equal(back.blocks, stored.blocks)
+        np.testing.assert_array_equal(back.scales, stored.scales)
+    tokens = jnp.arange(5)[None]
+    want = model.apply({"params": as_stored}, tokens)
+    np.testing.assert_array_equal(model.apply({"params": params}, tokens), want)
 
 
 def test_onto_a_mesh_is_replicated(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def _cached(q, k, v, sinks, *, implementation: str | None, **where) -> Any:
 
     name = choose("cached attention", implementation, order=CACHED_ORDER, refuse=refuse)
     if name == "reference":
-        mask = reference.visible(*where["segments"], *where["positions"], where["window"])
+        (q_ids, k_ids), (q_places, k_places) = where["segments"], where["positions"]
+        mask = reference.visible(q_ids, k_ids, q_places, k_places, where["window"])
         return reference.attend(q, k, v, sinks, mask)
     run: Any = (
         xla.cached_attention if name == "xla" else _kernel(name, decode=True).cached_attention
