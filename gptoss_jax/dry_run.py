@@ -16,7 +16,7 @@ from rich.console import Console
 from gptoss_jax import data, metrics
 from gptoss_jax.config import Config
 from gptoss_jax.program import Program, make_program
-from gptoss_jax.types import MXFP4, Batch, Params, TrainState, is_weight
+from gptoss_jax.types import MXFP4, Batch, Params, Relaid, TrainState, is_weight
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def parameter_table(run: Shapes) -> list[str]:
         factor: Float[Array, "..."] | Float[np.ndarray, "..."] = np.asarray(factors[path])
         size = math.prod(leaf.shape)
         moving = np.count_nonzero(factor) * (size // factor.size)
-        packed = isinstance(leaf, MXFP4)
+        packed = isinstance(leaf, MXFP4 | Relaid)
         how = "packed" if packed else "frozen" if not moving else f"{moving:,}"
         how = "all" if moving == size else how
         shape = " x ".join(map(str, leaf.shape))

@@ -15,7 +15,7 @@ from gptoss_jax.config import OptimizerConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.matrices import scale_by_adafactor, scale_by_muon_or_adam
 from gptoss_jax.rounding import in_float32, like
-from gptoss_jax.types import MXFP4, Params, is_weight, path_name
+from gptoss_jax.types import MXFP4, Params, Relaid, is_weight, path_name
 
 Schedule = Callable[[Any], Any]
 
@@ -155,7 +155,7 @@ def _where(tree: Params, flags: Params, wanted: bool) -> Params:
 
 
 def _is_trainable(leaf: Any) -> bool:
-    if isinstance(leaf, MXFP4):
+    if isinstance(leaf, MXFP4 | Relaid):
         return False
     return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(leaf))
 

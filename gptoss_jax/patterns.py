@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float
 
 from gptoss_jax.config import OptimizerConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import MXFP4, Params, flatten, nest
+from gptoss_jax.types import MXFP4, Params, Relaid, flatten, nest
 
 _BRACKETS = {"layers": "layers[0-3]", "experts": "experts[0,3]"}  # each with an example
 
@@ -114,7 +114,7 @@ def masks(
             factor = factor * np.any(np.broadcast_arrays(*wanted), axis=0)
         for pattern in freeze:
             factor = np.where(chosen(pattern), np.float32(0), factor)
-        if isinstance(leaf, MXFP4) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if isinstance(leaf, MXFP4 | Relaid) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             factor = np.zeros((1,) * leaf.ndim, np.float32)
         uniform = np.all(factor == factor.flat[0])
         flat[path] = float(factor.flat[0]) if uniform else factor.astype(np.float32)
@@ -142,7 +142,7 @@ def describe(params: Params, factors: Params) -> list[str]:
         factor, size = np.asarray(flat[path]), math.prod(leaf.shape)
         count = np.count_nonzero(factor) * (size // factor.size)
         trained, total = trained + count, total + size
-        packed = isinstance(leaf, MXFP4)
+        packed = isinstance(leaf, MXFP4 | Relaid)
         note = "packed: never trained" if packed else _describe_factor(factor)
         rows.append((path, f"{count:,}", f"{size:,}", note))
     rows.append(("all", f"{trained:,}", f"{total:,}", ""))
@@ -227,7 +227,9 @@ def _check(pattern: _Pattern, leaves: dict[str, Any], sizes: dict[str, int]) -> 
                 raise pattern.error(f"top{item.top} of {size} experts")
             if not item.top and highest >= size:
                 raise pattern.error(f"there is no {highest}: the {axis} are 0 to {size - 1}")
-    if pattern.field != "freeze" and all(isinstance(leaves[path], MXFP4) for path in matched):
+    if pattern.field != "freeze" and all(
+        isinstance(leaves[path], MXFP4 | Relaid) for path in matched
+    ):
         raise pattern.error(
             "all that it names is packed (MXFP4), which is never trained; "
             "--model.experts dense unpacks it"

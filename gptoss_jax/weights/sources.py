@@ -20,7 +20,7 @@ from jax import lax
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import moe, mxfp4
-from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, flatten
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, Relaid, flatten
 from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
 
 _PIECE = 1 << 24  # bytes of a piece, in float32 where its values are floats
@@ -114,7 +114,10 @@ class ParamsSource:
     def __init__(self, config: ModelConfig, params: Params) -> None:
         """Take the parameters of a model. UserError if they are not those of `config`."""
         self.config = config
-        self.leaves = flatten(params)
+        self.leaves = {
+            path: mxfp4.restore(leaf) if isinstance(leaf, Relaid) else leaf
+            for path, leaf in flatten(params).items()
+        }
         check_params(config, self.leaves)
 
     def read(

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import ModelConfig, OptimizerConfig
+from gptoss_jax.loss import loss_fn
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import chips, moe
+from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.train_step import init_state, make_train_step
+from gptoss_jax.types import Batch
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -61,6 +65,35 @@ def decode_steps(model, params, tokens):
         cache = out.cache
         outs.append(model.unembed(params, out.hidden))
     return jnp.concatenate(outs, axis=1)
+
+
+def test_a_train_step_takes_relaid_experts():
+    """They are frozen, and take no optimizer memory, as in the checkpoint's order."""
+    model, params = model_and_params()
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01), 10)
+    step = make_train_step(model, optimizer, loss_fn)
+    tokens = jnp.arange(24).reshape(1, 24) * 7 % 64
+    ones = jnp.ones_like(tokens)
+    places = jnp.arange(24)[None]
+    batch = Batch(tokens, jnp.roll(tokens, -1, 1), jnp.ones((1, 24)), ones, places)
+    states = []
+    for layout in (None, "columns"):
+        copies = jax.tree.map(jnp.copy, relaid(params, layout))
+        state = init_state(model, optimizer, copies)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        states.append((state, metrics))
+    (plain, a), (other, b) = states
+    assert a.loss == b.loss
+    np.testing.assert_array_equal(
+        plain.params["layers"]["attention"]["q_weight"],
+        other.params["layers"]["attention"]["q_weight"],
+    )
+    sizes = [sum(x.size for x in jax.tree.leaves(s.opt_state)) for s in (plain, other)]
+    assert sizes[0] == sizes[1]
+    want = relaid(params, "columns")["layers"]["experts"]["down_weight"]
+    got = other.params["layers"]["experts"]["down_weight"]
+    np.testing.assert_array_equal(got.codes, want.codes)
 
 
 @pytest.mark.slow  # the interpreters look for races

@@ -68,6 +68,14 @@ def test_stacks_as_tuples_are_written_alike(tmp_path: Path) -> None:
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
+@pytest.mark.parametrize("order", ["columns", "hopper"])
+def test_relaid_experts_are_written_alike(tmp_path: Path, order) -> None:
+    tiny.write(tmp_path / "c", tiny.make_tree(packed=True), "openai")
+    model, params = weights.load(tmp_path / "c", layout=order)
+    weights.save(tmp_path / "again", model, params, to="openai")
+    assert read_all(tmp_path / "again") == read_all(tmp_path / "c")
+
+
 def test_sharded_leaves_are_written_alike(tmp_path: Path) -> None:
     """What lies on several devices is fetched a piece at a time."""
     tiny.write(tmp_path / "c", tiny.make_tree(packed=True), "openai")
