@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name
+from covering import name, part_slow
 
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.attention import attention, pallas_tpu, pallas_tpu_decode, reference
@@ -55,7 +55,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setitem(pallas_tpu_decode.BLOCKS, "v5e", pallas_tpu_decode.Blocks(1, 1))
 
 
-@pytest.mark.parametrize("case", FEW, ids=name)
+@pytest.mark.parametrize("case", part_slow(FEW, every=2))
 def test_rows_match_the_reference(case):
     check_rows(case)
 
@@ -146,7 +146,7 @@ def test_blocks_divide_the_row_and_pad_it_little():
         assert pallas_tpu.fit(4096, 128, jnp.bfloat16)[0] == pallas_tpu.BLOCKS["v5p"]["banded"]
 
 
-@pytest.mark.parametrize("case", DECODE_FEW, ids=name)
+@pytest.mark.parametrize("case", part_slow(DECODE_FEW, every=2))
 def test_caches_match_the_reference(case, small_blocks):
     check_cache(case)
 

@@ -53,7 +53,7 @@ def codes() -> list[Any]:
     return [*cases.every_code_down(), *cases.every_code_gate_up()]
 
 
-@pytest.mark.parametrize("case", cases.COVERING, ids=name)
+@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=3))
 def test_planes_match_the_reference(case):
     arguments = cases.inputs(case)
     cases.assert_close(run(arguments, "planes", "planes"), cases.expected(arguments))
