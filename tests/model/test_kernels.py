@@ -67,6 +67,7 @@ def decode_steps(model, params, tokens):
     return jnp.concatenate(outs, axis=1)
 
 
+@pytest.mark.slow
 def test_a_train_step_takes_relaid_experts():
     """They are frozen, and take no optimizer memory, as in the checkpoint's order."""
     model, params = model_and_params()
