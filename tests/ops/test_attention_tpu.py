@@ -61,6 +61,7 @@ def test_rows_match_the_reference(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", attention_cases.COVERING, ids=name)
 def test_rows_of_all_lengths_match_the_reference(case):
     check_rows(case)
