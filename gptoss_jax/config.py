@@ -19,6 +19,32 @@ def _check(ok: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside weights that stay as they are: see `gptoss_jax/adapters.py`."""
+
+    # What gets one: q, k, v, o, attention (these four), gate_up, down, experts (both), router,
+    # embedding, unembedding; gate_up[3,7], experts[top4] choose experts; or a pattern of paths as
+    # in optimizer.only. Empty: nothing, the model itself is trained.
+    targets: tuple[str, ...] = ()
+    rank: int = 16
+    alpha: float = 32.0  # an adapter's product counts alpha / rank times
+    rslora: bool = False  # alpha / sqrt(rank) instead
+
+    def __post_init__(self) -> None:
+        """Refuse ranks and scales that adapt nothing."""
+        _check(self.rank > 0, f"model.lora.rank is {self.rank}: it must be positive")
+        _check(
+            0 < self.alpha < float("inf"),
+            f"model.lora.alpha is {self.alpha}: it must be positive",
+        )
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture, and the form in which it computes. The defaults are gpt-oss-20b."""
 
@@ -60,12 +86,19 @@ class ModelConfig:
     # Tokens at a time through the experts, intermediates made again in the backward pass: less
     # memory for long sequences. 0: all at once.
     expert_chunk: int = 0
+    # How rows get to experts on other devices: every device gets all rows of its group (simplest,
+    # best for up to 8 devices along mesh.expert), or each row goes where its experts are.
+    expert_exchange: Literal["all_gather", "all_to_all"] = "all_gather"
+    # Zero columns that d_expert is filled up with, so that packed blocks divide over mesh.tensor:
+    # set from the mesh, and left out of what is saved.
+    expert_padding: int = 0
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model has."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and f.name != "expert_chunk":
+            if f.type == "int" and f.name not in ("expert_chunk", "expert_padding"):
                 _check(value > 0, f"model.{f.name} is {value}: it must be positive")
         _check(
             self.num_heads % self.num_kv_heads == 0,
@@ -85,10 +118,9 @@ class ModelConfig:
                     size % 32 == 0,
                     f"model.{name} is {size}: model.experts=mxfp4 needs a multiple of 32",
                 )
-        _check(
-            self.expert_chunk >= 0,
-            f"model.expert_chunk is {self.expert_chunk}: it is 0 (off) or positive",
-        )
+        for name in ("expert_chunk", "expert_padding"):
+            value = getattr(self, name)
+            _check(value >= 0, f"model.{name} is {value}: it is 0 (off) or positive")
         _check(
             0 <= self.capacity_factor < float("inf"),
             f"model.capacity_factor is {self.capacity_factor}: it is 0 (off) or positive",
@@ -135,7 +167,7 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what function the model is; the rest say how it computes."""
         compute = {"experts", "dtype", "param_dtype", "remat", "init_std", "context"}
-        compute.add("capacity_factor")
+        compute |= {"capacity_factor", "expert_chunk", "expert_exchange", "expert_padding", "lora"}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values = {k: v for k, v in values.items() if k not in compute}
         values["rope_factor"] = self.yarn_factor
@@ -207,6 +239,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of the global gradient; 0 is off
     accumulate: int = 1  # microbatches a step
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    second_moment_dtype: Literal["float32", "bfloat16"] = "float32"  # as stored, of AdamW
     # Of parameters kept in less than float32: "float32", a copy that is what is updated, or
     # "stochastic", no copy: updates are rounded up or down by chance, right on average.
     masters: Literal["float32", "stochastic"] = "float32"
@@ -231,6 +264,13 @@ class OptimizerConfig:
             self.name != "adafactor" or self.moment_dtype == "float32",
             "optimizer.moment_dtype is bfloat16, of a first moment, and optimizer.name is "
             "adafactor, which has none: leave it out",
+        )
+        coarse = self.second_moment_dtype == "bfloat16"
+        _check(
+            not coarse or (self.name == "adamw" and self.b2 <= 0.99),
+            "optimizer.second_moment_dtype is bfloat16: that is for optimizer.name adamw, b2 up to "
+            "0.99 (beyond, a step changes it by less than bfloat16 can tell, 1 in 256); make it "
+            "float32",
         )
 
 
@@ -282,6 +322,45 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How a run is spread over its devices: sizes of the mesh's axes, one of which may be -1.
+
+    All 1: the first device alone. See `gptoss_jax/parallel/sharding.py` for what is spread how.
+    """
+
+    data: int = 1  # batch rows; parameters are the same on all
+    fsdp: int = 1  # batch rows, and each parameter and its optimizer state in as many parts
+    expert: int = 1  # batch rows, and the experts
+    context: int = 1  # the tokens of each row, and parameters as fsdp does
+    tensor: int = 1  # attention heads, the experts' hidden dimension, the vocabulary
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no mesh has."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in sizes.items():
+            _check(
+                value > 0 or value == -1,
+                f"mesh.{name} is {value}: it is positive, or -1 for what the others leave",
+            )
+        free = [name for name, value in sizes.items() if value == -1]
+        _check(len(free) < 2, f"mesh: {' and '.join(free)} are both -1: one may be")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run on several hosts find each other; all None: by the environment.
+
+    Cloud TPU, Slurm, Kubernetes and Open MPI tell; elsewhere give the three. See
+    `gptoss_jax/distributed.py`.
+    """
+
+    coordinator: str | None = None  # HOST:PORT of process 0, a free port that the others reach
+    num_processes: int | None = None  # 1 alone: one process, whatever the environment says
+    process_id: int | None = None  # of this process, from 0
+    wait_seconds: int = 300  # that processes wait for each other when they start
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: what `configs/*.py` return and the command line overrides."""
 
@@ -294,6 +373,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.cross_entropy import cross_entropy
+from gptoss_jax.parallel import context, mesh, vocabulary
 from gptoss_jax.types import Batch, Params, RouterStats
 
 # The unembedding runs over chunks of an eighth of the rows, or of this many where that is less.
@@ -59,15 +61,22 @@ def loss_fn(
     are averaged over layers; with coefficients of 0 they are no part of the gradient. `model` has
     the `forward` of `model.Transformer`. With `num_sources` the sums come for each source, too.
     """
+    where = {}
+    if mesh.size("context") > 1:  # the order of tokens changes no sum
+        batch = _balance(batch)
+        where["balanced"] = True
     out = model.forward(
-        params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
+        params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, **where
     )
     with jax.named_scope("loss"):
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         targets = jnp.asarray(batch.targets).reshape(-1)
         weights = jnp.asarray(batch.weights, jnp.float32).reshape(-1)
         table = params["unembedding"]["weight"]
-        if chips.current().platform == "cpu":
+        if mesh.current() is not None:
+            weights = weights.reshape(batch.tokens.shape)
+            nll, each = vocabulary.cross_entropy(out.hidden, table, batch.targets, weights)
+        elif chips.current().platform == "cpu":
             rows, targets, row_weights, goes_to = _trained_first(hidden, targets, weights)
             nll, each = _nll_sum(rows, table, targets, row_weights)
             each = each[goes_to]
@@ -83,6 +92,12 @@ def loss_fn(
     if num_sources:
         by_source = _by_source(batch, each * weights, num_sources=num_sources)
     return LossSums(nll, jnp.sum(weights), penalty * tokens, tokens, out.router, by_source)
+
+
+def _balance(batch: Batch) -> Batch:
+    """Put the tokens of each row into the order in which they are split over `context`."""
+    order = partial(context.balance, shards=mesh.size("context"))
+    return jax.tree.map(lambda x: order(x) if jnp.ndim(x) > 1 else x, batch)
 
 
 def _by_source(batch: Batch, nll: Float[Array, " M"], *, num_sources: int) -> SourceSums:

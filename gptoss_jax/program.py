@@ -19,6 +19,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.loss import loss_fn
 from gptoss_jax.model import Transformer
 from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.parallel import sharding
 from gptoss_jax.train_step import StepMetrics, init_params, init_state, make_train_step
 from gptoss_jax.types import Batch, Params, TrainState
 from gptoss_jax.workdir import write_text
@@ -34,6 +35,16 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     begin: Callable[[Params | None], TrainState]  # from parameters, or None: random ones
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+    def abstract_state(self) -> TrainState:
+        """Return the shapes of the first state, spread over the mesh that is set, if there is one.
+
+        Raises:
+            UserError: a parameter that the mesh does not divide.
+        """
+        state = jax.eval_shape(self.begin, None)
+        mesh = jax.sharding.get_mesh()
+        return state if mesh.empty else sharding.place(state, mesh)
 
     def describe_trained(self) -> list[str]:
         """Return lines that say which parameters are trained, if not all are, and alike."""
@@ -53,7 +64,7 @@ def make_program(
     Raises:
         UserError: patterns of the optimizer's fields that say nothing about this model.
     """
-    model = Transformer(config.model)
+    model = Transformer(sharding.padded(config.model))
     factors = patterns.masks(model.abstract_params(), config.optimizer, load=load)
     frozen, averages = patterns.frozen_paths(factors), config.optimizer.ema > 0
     optimizer = make_optimizer(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.loss import LossSums, SourceSums
 from gptoss_jax.optimizer import merge, split_trainable, update_ema
+from gptoss_jax.parallel import mesh, sharding
 from gptoss_jax.types import Batch, Params, RouterStats, TrainState
 
 
@@ -33,9 +34,15 @@ class StepMetrics:
 
 
 def init_params(model: Any, *, seed: int = 0) -> Params:
-    """Make random parameters; the same seed gives the same ones."""
+    """Make random parameters; the same seed gives the same ones, on a mesh each in its shards."""
     key = jax.random.split(jax.random.key(seed))[0]
-    return jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def init(key: Any) -> Params:
+        with mesh.alone():
+            params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return sharding.constrain_tree(params)
+
+    return jax.jit(init)(key)
 
 
 def init_state(
@@ -55,7 +62,11 @@ def init_state(
     key = jax.random.split(jax.random.key(seed))[1]
     params = init_params(model, seed=seed) if params is None else params
     trainable = split_trainable(params, frozen_paths)[0]
-    opt_state = jax.jit(optimizer.init)(trainable)  # pyright: ignore[reportArgumentType]
+
+    def init(trainable: Params) -> Any:
+        return sharding.constrain_tree(optimizer.init(trainable))  # pyright: ignore[reportArgumentType]
+
+    opt_state = jax.jit(init)(trainable)
     # Copied, since the step gives up the parameters and the average, each for itself.
     ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable) if average else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, ema)  # pyright: ignore[reportArgumentType]
@@ -135,7 +146,7 @@ def make_train_step(
             average = update_ema(average, new, decay=ema, step=state.step)  # pyright: ignore[reportArgumentType]
         params = merge(new, frozen)  # pyright: ignore[reportArgumentType]
         state = TrainState(state.step + 1, params, opt_state, state.rng, average)
-        return state, metrics
+        return sharding.constrain_tree(state), sharding.replicate(metrics)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -166,17 +177,22 @@ def _gradient(
     one = jax.grad(objective, has_aux=True)
     if accumulate == 1:
         grads, sums = one(trainable, batch)
+        grads = sharding.constrain_tree(grads)
     else:
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(sharding.microbatches, parts)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(one, trainable, first)[1]
         zeros = (
-            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable),
+            sharding.constrain_tree(
+                jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
+            ),
             jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         )
 
         def add(total: tuple[Params, LossSums], part: Batch) -> tuple[Any, None]:
-            more = one(trainable, part)
+            grads, sums = one(trainable, part)
+            more = sharding.constrain_tree(grads), sums
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more), None
 
         (grads, sums), _ = jax.lax.scan(add, zeros, parts)

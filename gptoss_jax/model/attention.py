@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.ops.attention import attention
-from gptoss_jax.ops.attention.cache import write
 from gptoss_jax.ops.norm import rms_norm
 from gptoss_jax.ops.rope import rotate
+from gptoss_jax.parallel import context, mesh, sharding
+from gptoss_jax.parallel.cache import write
 
 
 class Sequence(NamedTuple):
@@ -56,10 +57,12 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         q = rotate(q, sequence.cos, sequence.sin)
         k = rotate(k, sequence.cos, sequence.sin)
+        q, k, v = (_by_head(a, decoding=cache is not None) for a in (q, k, v))
         out, cache = _attend(q, k, v, self._sinks(), sequence, window=window, cache=cache)
         dtype = jnp.dtype(c.param_dtype)
         init = nn.initializers.normal(c.init_std)
         weight = self.param("o_weight", init, (c.d_model, c.num_heads, c.head_dim), dtype)
+        weight = sharding.gathered("layers/attention/o_weight", weight)
         bias = self.param("o_bias", nn.initializers.zeros, (c.d_model,), dtype)
         flat = weight.reshape(c.d_model, -1).astype(x.dtype)
         out = jnp.einsum("BTC,DC->BTD", out.reshape(*out.shape[:2], -1), flat)
@@ -70,6 +73,7 @@ class Attention(nn.Module):
         dtype = jnp.dtype(c.param_dtype)
         init = nn.initializers.normal(c.init_std)
         weight = self.param(f"{name}_weight", init, (heads, c.head_dim, c.d_model), dtype)
+        weight = sharding.gathered(f"layers/attention/{name}_weight", weight)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim), dtype)
         # As a matrix: a product with [N, H, D] has XLA transpose the weight at every call.
         flat = weight.reshape(-1, c.d_model).astype(x.dtype)
@@ -89,13 +93,22 @@ class Attention(nn.Module):
         return jnp.zeros((c.num_heads,), jnp.float32) if c.sinks == "zero" else None
 
 
+def _by_head(x: Float[Array, "B T N H"], *, decoding: bool) -> Float[Array, "B T N H"]:
+    """Spread heads over the mesh, where its axis `tensor` divides them."""
+    heads = "tensor" if x.shape[2] % mesh.size("tensor") == 0 else None
+    return sharding.constrain(x, mesh.ROWS, None if decoding else "context", heads, None)
+
+
 def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | None):
     """Attend to the tokens of the call and to the cache; return the cache with them in it."""
     segments, positions = sequence.segment_ids, sequence.positions
 
     def self_attention():
-        return attention(
-            q, k, v, sinks=sinks, window=window, segment_ids=segments, positions=positions
+        where: Any = {"segment_ids": segments, "positions": positions}
+        if mesh.current() is None:
+            return attention(q, k, v, sinks=sinks, window=window, **where)
+        return context.attention(
+            q, k, v, sinks=sinks, window=window, **where, over_context=cache is None
         )
 
     if cache is None:
@@ -110,7 +123,8 @@ def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | N
         values = _append(cache.values, v, fill=0)
         new = jnp.where(segments != 0, positions, -1)
         key_positions = _append(cache.positions, new, fill=-1)
-    out = attention(
+    run = attention if mesh.current() is None else context.cached_attention
+    out = run(
         q,
         keys,
         values,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.ops.norm import rms_norm
+from gptoss_jax.parallel import mesh, sharding
 from gptoss_jax.types import LayerOf, Relaid
 
 
@@ -47,8 +48,8 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "M D"], mask: Bool[Array, " M"]
-    ) -> tuple[Int[Array, "M A"], Float[Array, "M A"], Float[Array, "M E"], dict[str, Array]]:
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], Float[Array, "B T E"], dict[str, Array]]:
         """Return the chosen experts, their weights, all logits, and the layer's statistics.
 
         The linear layer accumulates in float32; the weights are a softmax over the chosen logits
@@ -62,36 +63,42 @@ class Router(nn.Module):
         dtype = jnp.dtype(c.param_dtype)
         init = nn.initializers.normal(c.init_std)
         weight = self.param("weight", init, (c.num_experts, c.d_model), dtype)
+        weight = sharding.gathered("layers/router/weight", weight)
         bias = self.param("bias", nn.initializers.zeros, (c.num_experts,), dtype)
         logits = jnp.einsum(
-            "MD,ED->ME", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
+            "BTD,ED->BTE", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
         )
         logits = logits + bias.astype(jnp.float32)
         _, chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), c.active_experts)
         # Reading by one-hot rather than by index keeps the gradient a product and not a scatter.
         one_hot = jax.nn.one_hot(chosen, c.num_experts, dtype=jnp.float32)
-        weights = jax.nn.softmax(jnp.einsum("MAE,ME->MA", one_hot, logits), axis=-1)
+        weights = jax.nn.softmax(jnp.einsum("BTAE,BTE->BTA", one_hot, logits), axis=-1)
         stats = _statistics(logits, one_hot, mask)
         if c.capacity_factor:
-            chosen, stats["dropped"] = moe.drop_beyond_capacity(
-                chosen, mask, num_experts=c.num_experts, factor=c.capacity_factor
+            # In the order of rows and tokens, over the whole batch: ids are few bytes to gather.
+            kept, stats["dropped"] = moe.drop_beyond_capacity(
+                chosen.reshape(-1, c.active_experts),
+                mask.reshape(-1),
+                num_experts=c.num_experts,
+                factor=c.capacity_factor,
             )
+            chosen = kept.reshape(chosen.shape)
         return chosen, weights, logits, stats
 
 
 def _statistics(
-    logits: Float[Array, "M E"], one_hot: Float[Array, "M A E"], mask: Bool[Array, " M"]
+    logits: Float[Array, "B T E"], one_hot: Float[Array, "B T A E"], mask: Bool[Array, "B T"]
 ) -> dict[str, Array]:
     """Return load [E], balancing loss and z-loss of one layer, over the unmasked rows; no drops.
 
     Balancing: E * sum_e load_e * mean_prob_e (Fedus et al. 2021, arXiv:2101.03961, equation 4, with
     load over all active slots). z-loss: Zoph et al. 2022, arXiv:2202.08906, equation 5.
     """
-    E, A = logits.shape[1], one_hot.shape[1]
+    E, A = logits.shape[-1], one_hot.shape[-2]
     real = mask.astype(jnp.float32)
     count = jnp.maximum(real.sum(), 1.0)
-    load = jnp.einsum("MAE,M->E", one_hot, real) / (count * A)
-    prob = jnp.einsum("ME,M->E", jax.nn.softmax(logits, axis=-1), real) / count
+    load = jnp.einsum("BTAE,BT->E", one_hot, real) / (count * A)
+    prob = jnp.einsum("BTE,BT->E", jax.nn.softmax(logits, axis=-1), real) / count
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / count
     return {"load": load, "balance_loss": E * jnp.sum(load * prob), "z_loss": z, "dropped": 0 * z}
 
@@ -104,19 +111,26 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "M D"],
-        chosen: Int[Array, "M A"],
-        weights: Float[Array, "M A"],
+        x: Float[Array, "B T D"],
+        chosen: Int[Array, "B T A"],
+        weights: Float[Array, "B T A"],
         *,
-        mask: Bool[Array, " M"],
-    ) -> Float[Array, "M D"]:
-        """Return the weighted sum of the chosen experts' outputs; see `ops.moe.experts`."""
+        mask: Bool[Array, "B T"],
+        decoding: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Return the weighted sum of the chosen experts' outputs; see `ops.moe.experts`.
+
+        On a mesh by `parallel.experts`; in `decoding` tokens are not split over `context`.
+        """
         c = self.config
-        E, D, F = c.num_experts, c.d_model, c.d_expert
+        E, D, F = c.num_experts, c.d_model, c.d_expert + c.expert_padding
         dtype = jnp.dtype(c.param_dtype)
 
         def projection(key: Array, shape: tuple[int, ...]):
-            dense = c.init_std * jax.random.normal(key, shape, jnp.float32)
+            # F is axis 2 of both. Made without the padding: the same numbers on any mesh.
+            real = (*shape[:2], c.d_expert, *shape[3:])
+            dense = c.init_std * jax.random.normal(key, real, jnp.float32)
+            dense = jnp.pad(dense, [(0, n - m) for n, m in zip(shape, real, strict=True)])
             return mxfp4.encode(dense) if c.experts == "mxfp4" else dense.astype(dtype)
 
         def matrix(name: str, shape: tuple[int, ...]):
@@ -128,15 +142,35 @@ class Experts(nn.Module):
             return self.param(name, projection, shape)
 
         zeros = nn.initializers.zeros
-        return moe.experts(
-            x,
-            chosen,
-            weights,
-            gate_up_weight=matrix("gate_up_weight", (E, 2, F, D)),
-            gate_up_bias=self.param("gate_up_bias", zeros, (E, 2, F), dtype),
-            down_weight=matrix("down_weight", (E, D, F)),
-            down_bias=self.param("down_bias", zeros, (E, D), dtype),
+        parts = {
+            "gate_up_weight": matrix("gate_up_weight", (E, 2, F, D)),
+            "gate_up_bias": self.param("gate_up_bias", zeros, (E, 2, F), dtype),
+            "down_weight": matrix("down_weight", (E, D, F)),
+            "down_bias": self.param("down_bias", zeros, (E, D), dtype),
+        }
+        chunk = c.expert_chunk or None
+        if mesh.current() is not None:
+            from gptoss_jax.parallel import experts
+
+            return experts.experts(
+                x,
+                chosen,
+                weights,
+                weights=parts,
+                mask=mask,
+                limit=c.swiglu_limit,
+                chunk=chunk,
+                exchange=c.expert_exchange,
+                row_axes=(mesh.ROWS, None) if decoding else None,
+            )
+        rows = x.shape[0] * x.shape[1]
+        out = moe.experts(
+            x.reshape(rows, D),
+            chosen.reshape(rows, -1),
+            weights.reshape(rows, -1),
+            **parts,
             limit=c.swiglu_limit,
-            mask=mask,
-            chunk=c.expert_chunk or None,
+            mask=mask.reshape(-1),
+            chunk=chunk,
         )
+        return out.reshape(x.shape)

@@ -21,6 +21,7 @@ from gptoss_jax.model.attention import Attention, LayerCache, Sequence
 from gptoss_jax.model.layers import Experts, RMSNorm, Router, Table
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
+from gptoss_jax.parallel import context, mesh, sharding, vocabulary
 from gptoss_jax.types import (
     MXFP4,
     KVCache,
@@ -61,23 +62,24 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array], dict[str, Array]]:
         """Return the residual stream, the cache, the router's statistics and what was captured."""
         c = self.config
-        B, T, D = x.shape
-        dtype = jnp.dtype(c.dtype)
+        D, dtype = c.d_model, jnp.dtype(c.dtype)
+        spread = sharding.tokens if cache is None else sharding.rows
         attention_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="attention_norm")
         moe_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="moe_norm")
         attend = Attention(c, name="attention")
-        mask = (sequence.segment_ids != 0).reshape(-1)
+        mask = sequence.segment_ids != 0
+        decoding = cache is not None
 
         def mix(h: Float[Array, "B T D"]):
-            rows = h.reshape(B * T, D)
             with jax.named_scope("router"):
-                chosen, weights, logits, stats = Router(c, name="router")(rows, mask)
+                chosen, weights, logits, stats = Router(c, name="router")(h, mask)
             with jax.named_scope("experts"):
-                out = Experts(c, name="experts")(rows, chosen, weights, mask=mask)
-            return out.reshape(B, T, D), (logits, chosen, weights), stats
+                experts = Experts(c, name="experts")
+                out = experts(h, chosen, weights, mask=mask, decoding=decoding)
+            return out, (logits, chosen, weights), stats
 
         def add(x: Array, y: Array, norm: RMSNorm) -> Array:
-            x = x + y.astype(x.dtype)
+            x = spread(x + y.astype(x.dtype))
             return norm(x) if c.norm == "post" else x
 
         def into(x: Array, norm: RMSNorm) -> Array:
@@ -89,8 +91,7 @@ class Block(nn.Module):
             x = add(x, attended, attention_norm)
         mixed, routing, stats = mix(into(x, moe_norm))
         x = add(x, mixed, moe_norm)
-        per_token = [value.reshape(B, T, -1) for value in routing]
-        every = dict(zip(CAPTURES, (x, attended, mixed, *per_token), strict=True))
+        every = dict(zip(CAPTURES, (x, attended, mixed, *routing), strict=True))
         return x, cache, stats, {name: every[name] for name in capture}
 
 
@@ -144,9 +145,14 @@ class Transformer(nn.Module):
         return self.to_logits(out.hidden)
 
     def to_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Unembed: logits in float32 from the dtype of `hidden`."""
+        """Unembed: logits in float32 from the dtype of `hidden`.
+
+        On a mesh each device forms those of its part of the vocabulary for all of `hidden`.
+        """
+        hidden = sharding.constrain(hidden, *(None,) * hidden.ndim)
         weight = self.unembedding().astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+        return sharding.constrain(logits, *(None,) * (hidden.ndim - 1), sharding.VOCABULARY)
 
     def run(
         self,
@@ -156,6 +162,7 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         capture: Iterable[str] = (),
+        balanced: bool = False,
     ) -> Output:
         """Run all layers on bound parameters; see `forward`."""
         c = self.config
@@ -169,19 +176,32 @@ class Transformer(nn.Module):
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = restarting_positions(segment_ids)
+        reorders = cache is None and mesh.size("context") > 1 and not balanced
+        if reorders:
+            order = partial(context.balance, shards=mesh.size("context"))
+            tokens, segment_ids, positions = map(order, (tokens, segment_ids, positions))
         sequence = Sequence(segment_ids, positions, *self._angles(positions))
         residual = jnp.dtype("float32" if c.dtype == "float16" else c.dtype)
         table = self.embedding()
         self.unembedding()  # declared even where only hidden states are asked for
         with jax.named_scope("embedding"):
-            x = table[tokens].astype(residual)
+            x = self._embed(table, tokens, decoding=cache is not None).astype(residual)
         layers = self.get_variable("params", "layers")
         if cache is None and not isinstance(_a_stack(layers), tuple):
             x, stats, captured = self._scan(layers, x, sequence, capture)
         else:
             x, cache, stats, captured = self._unroll(layers, x, sequence, capture, cache=cache)
         hidden = self.final_norm(x).astype(jnp.dtype(c.dtype))
+        if reorders:
+            hidden = context.unbalance(hidden, shards=mesh.size("context"))
+            back = partial(context.unbalance, shards=mesh.size("context"), axis=2)
+            captured = {name: back(value) for name, value in captured.items()}
         return Output(hidden, cache, RouterStats(**stats), captured)
+
+    def _embed(self, table: Array, tokens: Int[Array, "B T"], *, decoding: bool) -> Array:
+        if mesh.current() is None:
+            return table[tokens]
+        return vocabulary.embed(table, tokens, whole_rows=decoding)
 
     def _angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
         c = self.config
@@ -276,6 +296,7 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         capture: Iterable[str] = (),
+        balanced: bool = False,
     ) -> Output:
         """Return hidden states, cache, router statistics and captures: trainer and sampler both.
 
@@ -283,6 +304,10 @@ class Transformer(nn.Module):
         each segment. With a cache `positions` are absolute, padding is not written, and a query
         sees what the cache holds and the tokens before it; an `empty` cache is filled by the very
         pass that training runs. `capture` names intermediates, see `CAPTURES`.
+
+        On a mesh that splits tokens over `context`, they are put into the order in which its shards
+        have equal work (`parallel.context.balance`), and results back; with `balanced` tokens,
+        segments and positions come in that order, and results stay in it.
 
         Raises ValueError for an unknown capture, or a cache without positions.
         """
@@ -293,6 +318,7 @@ class Transformer(nn.Module):
             positions=positions,
             cache=cache,
             capture=capture,
+            balanced=balanced,
             method="run",
         )  # type: ignore[return-value]
 
@@ -321,7 +347,8 @@ class Transformer(nn.Module):
             )
 
         positions = tuple(jnp.full((batch_size, s), -1, jnp.int32) for s in slots)
-        return KVCache(zeros(), zeros(), positions, empty=True)
+        cache = KVCache(zeros(), zeros(), positions, empty=True)
+        return sharding.constrain_cache(cache)
 
     @nn.nowrap
     def abstract_params(self) -> Params:
@@ -330,7 +357,8 @@ class Transformer(nn.Module):
         def init() -> Params:
             return dict(self.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
-        return jax.eval_shape(init)
+        with mesh.alone():
+            return jax.eval_shape(init)
 
     @nn.nowrap
     def num_parameters(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gptoss_jax.model import Transformer
+from gptoss_jax.parallel import sharding
 from gptoss_jax.sampler.rules import Mode, RuleValues, choose
 from gptoss_jax.types import KVCache, Params
 
@@ -47,6 +48,7 @@ def _record(
     def row_key(seed: Array, position: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), position)
 
+    logits = sharding.rows(sharding.replicate(logits))  # gathered; then each device has its rows
     keys = jax.vmap(row_key)(options.seeds, options.lengths + state.steps)
     token, logprob = choose(logits, keys, options.rules, mode=mode)
     stops = jnp.any(token[:, None] == options.stop_ids, axis=-1)
@@ -57,7 +59,7 @@ def _record(
         counts=state.counts + ~state.done,
         steps=state.steps + 1,
     )
-    return after, token
+    return sharding.replicate(after), token
 
 
 @partial(jax.jit, static_argnames=("model", "cache_length", "out_length", "mode"))
@@ -94,7 +96,7 @@ def prefill(
         steps=jnp.int32(0),
     )
     state, _ = _record(state, model.unembed(params, last)[:, 0], options, mode=mode)
-    return out.cache, state
+    return sharding.constrain_cache(out.cache), state
 
 
 @partial(jax.jit, static_argnames=("model", "mode"), donate_argnames=("cache",))
@@ -132,4 +134,4 @@ def decode(
 
     token = jnp.take(state.tokens, state.steps - 1, axis=1)
     cache, state, _ = jax.lax.while_loop(going, step, (cache, state, token))
-    return cache, state
+    return sharding.constrain_cache(cache), sharding.replicate(state)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -56,13 +57,14 @@ class Rules:
         return "draw" if self.top_k is None and self.top_p == 1 else "sorted"
 
     def values(self, vocab_size: int) -> RuleValues:
-        """Return the rules as arrays."""
-        return RuleValues(
-            temperature=jnp.float32(self.temperature),
-            top_k=jnp.int32(min(self.top_k or vocab_size, vocab_size)),
-            top_p=jnp.float32(self.top_p),
-            min_p=jnp.float32(self.min_p),
+        """Return the rules as numbers of the host, which every host of a run has alike."""
+        values: Any = (
+            np.float32(self.temperature),
+            np.int32(min(self.top_k or vocab_size, vocab_size)),
+            np.float32(self.top_p),
+            np.float32(self.min_p),
         )
+        return RuleValues(*values)
 
 
 @struct.dataclass

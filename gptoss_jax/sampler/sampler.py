@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax import tokenizer
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import moe
+from gptoss_jax.parallel import mesh
 from gptoss_jax.sampler.decode import Options, State, decode, prefill
 from gptoss_jax.sampler.rules import Rules
 from gptoss_jax.types import MXFP4, KVCache, Params, is_weight, split_layers
@@ -64,19 +65,26 @@ class Sampler:
     Compiled code is shared by all samplers of equal models. On a CPU stacked layers are copied into
     one array a layer, unless they are so already (`weights.load(..., split=True)`): decoding from a
     stack would copy it at every token. On an accelerator packed experts are copied into the order
-    that its kernels read, unless they are so already (`weights.load(..., layout=)`).
+    that its kernels read, unless they are so already (`weights.load(..., layout=)`). Of parameters
+    that are spread over a mesh (`parallel.mesh`) each device samples with its part; on many hosts
+    all have to call alike, and all get the result.
     """
 
     def __init__(self, model: Transformer, params: Params) -> None:
         """Take a model and its parameters, which stay where they are otherwise."""
         layers = params["layers"]
         stacks = jax.tree.leaves(layers, is_leaf=is_weight)
-        if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
-            params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
-        elif moe.layout_for_chip() and model.config.experts == "mxfp4":
-            params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
+        self._mesh = _mesh_of(params)
+        with self._on_mesh():
+            if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
+                params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
+            elif _can_relay(model):
+                params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
         self.model = model.dropless()
         self.params = params
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def generate(
         self,
@@ -112,10 +120,8 @@ class Sampler:
         self._decode(run, max_tokens)
         state = jax.device_get(run.state)
         return Generation(
-            tokens=[row[:n].tolist() for row, n in zip(state.tokens, state.counts, strict=True)],
-            logprobs=[
-                row[:n].tolist() for row, n in zip(state.logprobs, state.counts, strict=True)
-            ],
+            tokens=_lists(state.tokens, state.counts, rows=len(prompts)),
+            logprobs=_lists(state.logprobs, state.counts, rows=len(prompts)),
             prefill_seconds=prefilled - start,
             decode_seconds=time.perf_counter() - compiled,
         )
@@ -172,6 +178,12 @@ class Sampler:
         """Check everything, read the prompts and sample their first tokens."""
         config = self.model.config
         rows = _check_prompts(prompts, config.vocab_size)
+        seeds = _row_seeds(seed, len(rows))
+        if self._mesh is not None:  # as many rows as it divides, of which the last are let go of
+            with self._on_mesh():
+                spare = -len(rows) % mesh.size(*mesh.ROWS)
+            rows += rows[:1] * spare
+            seeds = np.concatenate([seeds, np.repeat(seeds[:1], spare, axis=0)])
         longest = max(map(len, rows))
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}: it is at least 1")
@@ -182,37 +194,37 @@ class Sampler:
             )
         if stops is None:
             stops = tokenizer.stop_ids(tokenizer.get_tokenizer(config.vocab_size))
-        stops = [*stops, *[-1] * (8 - len(stops) % 8)]  # lengths that recur: nothing compiles anew
+        # Lengths that recur: nothing compiles anew.
+        padded_stops = np.asarray([*stops, *[-1] * (8 - len(stops) % 8)], np.int32)
         padded = np.zeros((len(rows), min(_bucket(longest), config.context)), np.int32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
-        options = Options(
-            rules=rules.values(config.vocab_size),
-            seeds=jnp.asarray(_row_seeds(seed, len(rows))),
-            stop_ids=jnp.asarray(stops, jnp.int32),
-            lengths=jnp.asarray([len(row) for row in rows], jnp.int32),
-        )
-        cache, state = prefill(
-            self.model,
-            self.params,
-            jnp.asarray(padded),
-            options=options,
-            cache_length=min(_bucket(longest + max_tokens), config.context),
-            out_length=_bucket(max_tokens),
-            mode=rules.mode,
-        )
+        # Arrays of the host: being alike on every host they are for all devices.
+        arrays: Any = seeds, padded_stops, np.asarray([len(row) for row in rows], np.int32)
+        options = Options(rules.values(config.vocab_size), *arrays)
+        with self._on_mesh():
+            cache, state = prefill(
+                self.model,
+                self.params,
+                padded,
+                options=options,
+                cache_length=min(_bucket(longest + max_tokens), config.context),
+                out_length=_bucket(max_tokens),
+                mode=rules.mode,
+            )
         return _Run(cache, state, options, rules)
 
     def _decode(self, run: _Run, until: int) -> None:
-        run.cache, run.state = decode(
-            self.model,
-            self.params,
-            run.cache,
-            state=run.state,
-            options=run.options,
-            until=jnp.int32(until),
-            mode=run.rules.mode,
-        )
+        with self._on_mesh():
+            run.cache, run.state = decode(
+                self.model,
+                self.params,
+                run.cache,
+                state=run.state,
+                options=run.options,
+                until=np.int32(until),  # pyright: ignore[reportArgumentType]
+                mode=run.rules.mode,
+            )
 
 
 def _bucket(n: int) -> int:
@@ -221,6 +233,25 @@ def _bucket(n: int) -> int:
     while size < n:
         size *= 2
     return size * 3 // 4 if size > 32 and n <= size * 3 // 4 else size
+
+
+def _lists(values: np.ndarray, counts: np.ndarray, *, rows: int) -> list[list[Any]]:
+    return [row[:n].tolist() for row, n in zip(values[:rows], counts[:rows], strict=True)]
+
+
+def _mesh_of(params: Params) -> jax.sharding.Mesh | None:
+    """Return the mesh of `parallel.mesh` that parameters are spread over, if they are."""
+    leaf = jax.tree.leaves(params)[0]
+    spread = getattr(leaf, "sharding", None)
+    if isinstance(spread, jax.NamedSharding) and tuple(spread.mesh.axis_names) == mesh.AXES:
+        return spread.mesh if spread.mesh.size > 1 else None  # pyright: ignore[reportReturnType]
+    return None
+
+
+def _can_relay(model: Transformer) -> bool:
+    """Say whether the chip has a layout, and the mesh splits packed experts by expert alone."""
+    packed = model.config.experts == "mxfp4" and mesh.size("tensor", *mesh.EXPERT) == 1
+    return packed and moe.layout_for_chip() is not None
 
 
 def _relay(experts: Params) -> Params:

@@ -8,24 +8,21 @@ an accelerator one piece, whatever the checkpoint's size.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gptoss_jax.config import DType, ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.ops import moe
-from gptoss_jax.types import MXFP4, Params, nest, split_layers
-from gptoss_jax.weights import config_io, safetensors_io
+from gptoss_jax.parallel import sharding
+from gptoss_jax.parallel.mesh import AXES
+from gptoss_jax.types import Params, split_layers
+from gptoss_jax.weights import assemble, config_io, safetensors_io
 from gptoss_jax.weights.names import (
     PACKABLE,
     Field,
@@ -33,7 +30,6 @@ from gptoss_jax.weights.names import (
     Layout,
     Part,
     Tensor,
-    packed_shape,
     shapes,
     tensors,
 )
@@ -42,10 +38,7 @@ from gptoss_jax.weights.sources import (
     ParamsSource,
     check_packable,
     check_scales,
-    pieces,
     progress,
-    read_as,
-    zeros,
 )
 
 if TYPE_CHECKING:
@@ -231,8 +224,9 @@ def load(
     parameters and of compute. `experts`: None as stored, "mxfp4" (encoded by the OCP rule if stored
     dense), "dense" (decoded). `split` gives stacks as tuples of L arrays. `layout` (a
     name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`, piece by piece: for sampling by
-    kernels, which then copy nothing. With a mesh every leaf is
-    replicated over it; without one it goes to the default device.
+    kernels, which then copy nothing. With a mesh of `parallel.mesh` every leaf goes straight into
+    its shards, and a host reads no more than those of its devices need; over another mesh it is
+    replicated; without one it goes to the default device.
 
     Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
     finite checkpoint of this model.
@@ -244,7 +238,6 @@ def load(
         raise UserError(f"experts is {experts!r}: it is None, 'dense' or 'mxfp4'")
     from gptoss_jax.model import Transformer
 
-    sharding = None if mesh is None else jax.NamedSharding(mesh, jax.P())
     folder = find_folder(checkpoint)
     if (folder / "checkpoints").is_dir():
         source = open_workdir(folder, step)
@@ -255,10 +248,21 @@ def load(
     config = dataclasses.replace(
         source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
     )
-    with progress(f"loading {folder.name}", _num_bytes(source, config)) as advance:
-        params = _assemble(
-            source, config, sharding=sharding, split=split, layout=layout, advance=advance
-        )
+    spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
+    if spread and layout is not None:
+        sharding.check_layout(mesh)
+    with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:
+        if mesh is not None and spread:
+            with jax.set_mesh(mesh):
+                config = sharding.padded(config)
+            params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
+            if split:
+                params["layers"] = split_layers(params["layers"], config.num_layers)
+        else:
+            everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+            params = assemble.on_device(
+                source, config, sharding=everywhere, split=split, layout=layout, advance=advance
+            )
     return Transformer(config), params
 
 
@@ -284,107 +288,3 @@ def open_workdir(folder: Path, step: int | None) -> ParamsSource:
 
     config, params = training.load_params(folder, step=step)
     return ParamsSource(dataclasses.replace(config, capacity_factor=0.0), params)
-
-
-def _assemble(
-    source: Stored | ParamsSource,
-    config: ModelConfig,
-    *,
-    sharding: jax.NamedSharding | None,
-    split: bool,
-    layout: str | None,
-    advance: Callable[[int], None],
-) -> Params:
-    """Build the tree of `config` leaf by leaf, in place.
-
-    What is already as wanted in memory (a workdir's) is taken as it is.
-    """
-    moves = sharding is not None or layout is not None
-    if isinstance(source, ParamsSource) and source.config == config and not moves:
-        params = nest(source.leaves)
-        if split:
-            params["layers"] = split_layers(params["layers"], config.num_layers)
-        return params
-    leaves: dict[str, Any] = {}
-    one = partial(
-        _fill, source=source, config=config, sharding=sharding, layout=layout, advance=advance
-    )
-    for path, shape in source.shapes.items():
-        empty = partial(zeros, config, path, sharding=sharding, layout=layout)
-        if not path.startswith("layers/"):
-            leaves[path] = one(empty(shape), path, None)
-        elif split:
-            stack = [one(empty(shape), path, n) for n in range(config.num_layers)]
-            leaves[path] = tuple(stack)
-        else:
-            stack = empty((config.num_layers, *shape))
-            for n in range(config.num_layers):
-                stack = one(stack, path, n)
-            leaves[path] = stack
-    return nest(leaves)
-
-
-def _num_bytes(source: Stored | ParamsSource, config: ModelConfig) -> int:
-    """Return the size of all parameters of `config`."""
-    total = 0
-    for path, shape in source.shapes.items():
-        layers = config.num_layers if path.startswith("layers/") else 1
-        if path in PACKABLE and config.experts == "mxfp4":
-            size = math.prod(packed_shape(shape, "blocks")) + math.prod(
-                packed_shape(shape, "scales")
-            )
-        else:
-            size = math.prod(shape) * jnp.dtype(config.param_dtype).itemsize
-        total += layers * size
-    return total
-
-
-def _fill(
-    leaf: Any,
-    path: str,
-    layer: int | None,
-    *,
-    source: Stored | ParamsSource,
-    config: ModelConfig,
-    sharding: jax.NamedSharding | None,
-    layout: str | None,
-    advance: Callable[[int], None],
-) -> Any:
-    """Write one layer of a leaf into its stack, or into an array of its own."""
-    shape = source.shapes[path]
-    in_stack = len(leaf.shape) > len(shape)
-    for rows in pieces(path, source.config, config.experts, shape):
-        piece = read_as(
-            source, path, layer, form=config.experts, rows=rows, dtype=config.param_dtype
-        )
-        packed = isinstance(piece, MXFP4)
-        itemsize = 1 if packed else leaf.dtype.itemsize
-        size = sum(part.size for part in jax.tree.leaves(piece)) * itemsize
-        if packed and layout is not None:
-            piece = moe.relay(path, jax.tree.map(jnp.asarray, piece), layout=layout)
-        if sharding is not None:
-            piece = jax.device_put(piece, sharding)
-        lead = (layer,) if in_stack else ()
-        leaf, finite = _write(leaf, piece, (*lead, rows.start))
-        if not finite:  # waits for the write too, so that pieces do not pile up
-            name = source.describe(path, layer)
-            raise UserError(f"{name} has NaN or infinity as {config.param_dtype}")
-        advance(size)
-    return leaf
-
-
-@partial(jax.jit, donate_argnums=0)
-def _write(leaf: Any, piece: Any, at: tuple[int, ...]) -> tuple[Any, jax.Array]:
-    """Put a piece where its leading indices say, in place; say whether all of it is finite."""
-    finite = jnp.array(True)
-
-    def put(whole: jax.Array, rows: jax.Array) -> jax.Array:
-        nonlocal finite
-        rows = rows.astype(whole.dtype)
-        if jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize > 1:
-            finite &= jnp.isfinite(rows).all()
-        rows = rows.reshape((1,) * (whole.ndim - rows.ndim) + rows.shape)
-        start = (*at, *(0,) * (whole.ndim - len(at)))
-        return lax.dynamic_update_slice(whole, rows, start)
-
-    return jax.tree.map(put, leaf, piece), finite

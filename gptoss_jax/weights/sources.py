@@ -6,6 +6,7 @@ that reordering, casting and re-coding it costs little beside the leaf.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from jax import lax
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import moe, mxfp4
+from gptoss_jax.parallel import padding
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, Relaid, flatten
 from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
 
@@ -112,7 +114,12 @@ class ParamsSource:
     """Parameters in memory, stacks [L, ...] or tuples of L arrays, on any device."""
 
     def __init__(self, config: ModelConfig, params: Params) -> None:
-        """Take the parameters of a model. UserError if they are not those of `config`."""
+        """Take the parameters of a model, but for what a mesh filled them up with.
+
+        UserError if they are not those of `config`.
+        """
+        params = padding.resize(params, by=-config.expert_padding)
+        config = dataclasses.replace(config, expert_padding=0)
         self.config = config
         self.leaves = {
             path: mxfp4.restore(leaf) if isinstance(leaf, Relaid) else leaf

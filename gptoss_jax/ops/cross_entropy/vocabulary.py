@@ -50,10 +50,12 @@ def sharded(
     targets: Int[Array, " M"],
     weights: Float[Array, " M"],
     *,
-    axis: str,
+    axis: str | tuple[str, ...],
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " M"]]:
     """Return what `cross_entropy` does where device i of mesh axis `axis` has the i-th V/n rows.
+
+    Of several axes the last counts fastest.
 
     To be called inside `jax.shard_map`, with all but `weight_shard` the same along `axis`; so are
     the results. Two sums and a maximum of [M] are exchanged, never logits or weights. Backward,

@@ -1,0 +1,1 @@
+"""Many devices: the mesh, the sharding table, and the ops that exchange data over the mesh."""

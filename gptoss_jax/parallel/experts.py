@@ -1,0 +1,333 @@
+"""The experts spread over the mesh: expert parallelism, with tensor parallelism and FSDP.
+
+Each shard of the axis `expert` holds E / X whole experts, and rows travel to them: the weights
+never do. Along `tensor` an expert's hidden dimension is split, and the parts of its output are
+summed. Over `fsdp` and `context` matrices are only stored split: they are gathered where they are
+used, packed ones as they are, and their gradients summed and scattered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from gptoss_jax.errors import UserError
+from gptoss_jax.ops import chips, moe
+from gptoss_jax.ops.grouped_matmul.weights import is_packed, layer_of
+from gptoss_jax.parallel.collectives import sum_once
+from gptoss_jax.parallel.exchange import (
+    Exchange,
+    Way,
+    combine,
+    gather,
+    receive_rows,
+    route,
+    scatter,
+    send,
+    spread,
+)
+from gptoss_jax.parallel.mesh import EXPERT, ROWS, current
+from gptoss_jax.parallel.sharding import TABLE
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
+
+# The axis of a layer's matrix that is stored split over EXPERT: F, and D.
+STORED = {"gate_up_weight": 2, "down_weight": 1}
+# For a policy of `jax.checkpoint`: what it is called that was gathered and need not be kept.
+GATHERED = "gathered_experts"
+
+
+def experts(
+    x: Float[Array, "B T D"],
+    ids: Int[Array, "B T A"],
+    shares: Float[Array, "B T A"],
+    *,
+    weights: dict[str, Any],
+    mask: Bool[Array, "B T"],
+    limit: float,
+    chunk: int | None = None,
+    exchange: Exchange = "all_gather",
+    row_axes: tuple[Any, Any] | None = None,
+    ragged: bool | None = None,
+) -> Float[Array, "B T D"]:
+    """Return `ops.moe.experts` of global arrays that are spread over the current mesh.
+
+    `weights` are that op's four, in any form it takes, spread as the sharding table says; a layer
+    of a stack with the axis of layers in front, not split. `Relaid` ones can be split by expert
+    only. The op's `adapters` may be among them. `row_axes` are the mesh axes of B and T, `ROWS` and
+    "context" by default; along axes that they leave out, rows are the same everywhere.
+
+    `exchange` is how rows reach their experts: "all_gather" brings all rows of the axis to each of
+    its shards and sums what these make of them in float32; "all_to_all" sends a row once to each
+    shard that has any of its experts, and sums what comes back in float32. Both are exact for any
+    routing, and in both a shard has to have room for all rows of the axis: `chunk` of these are
+    taken at a time. `ragged` says whether only real rows are sent, which a CPU can't do: None asks
+    for it where the backend can.
+
+    Without a mesh this is the op itself.
+
+    Raises:
+        UserError: sizes that the mesh does not divide.
+        ValueError: `Relaid` weights split over anything but `expert`; an unknown exchange.
+    """
+    if exchange not in ("all_gather", "all_to_all"):
+        raise ValueError(f"exchange={exchange!r}: use 'all_gather' or 'all_to_all'")
+    mesh = current()
+    if mesh is None:
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, ids, shares))
+        out = moe.experts(*rows, **weights, limit=limit, mask=mask.reshape(-1), chunk=chunk)
+        return out.reshape(x.shape)
+    check(weights, mesh)
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    if ragged is None:
+        ragged = chips.current().platform != "cpu"
+    where = P(*(row_axes or (ROWS, "context")))
+    rows = P(*where, None)
+    local = partial(_on_one_device, limit=limit, chunk=chunk, exchange=exchange, ragged=ragged)
+    return jax.shard_map(
+        local,
+        in_specs=(rows, rows, rows, where, _specs(weights)),
+        out_specs=rows,
+        check_vma=False,
+    )(x, ids, shares, mask, weights)
+
+
+def _on_one_device(
+    x: Float[Array, "B T D"],
+    ids: Int[Array, "B T A"],
+    shares: Float[Array, "B T A"],
+    mask: Bool[Array, "B T"],
+    weights: dict[str, Any],
+    *,
+    limit: float,
+    chunk: int | None,
+    exchange: Exchange,
+    ragged: bool,
+) -> Float[Array, "B T D"]:
+    """Do what one device has to: inside `shard_map`, on its rows and its part of the weights."""
+    shape, shards = x.shape, lax.axis_size("expert")
+    num_experts = weights["gate_up_bias"].shape[0] * shards
+    x, ids, shares = (a.reshape(-1, a.shape[-1]) for a in (x, ids, shares))
+    ids = jnp.where(mask.reshape(-1, 1), ids, num_experts)
+    held = _local_weights(weights)
+    run = partial(_run, limit=limit)
+    if shards == 1:
+        out: Any = run(x, ids, shares, held, chunk=chunk)
+    elif exchange == "all_gather":
+        out = scatter(run(*_gather_rows(x, ids, shares), held, chunk=chunk), "expert")
+    else:
+        options = {"num_experts": num_experts, "chunk": chunk, "ragged": ragged}
+        out = _by_all_to_all(run, x, ids, shares, weights=held, **options)
+    if lax.axis_size("tensor") > 1:
+        out = sum_once(out.astype(jnp.float32), "tensor")
+    return out.astype(x.dtype).reshape(shape)
+
+
+def _run(
+    x: Float[Array, "M D"],
+    ids: Int[Array, "M A"],
+    shares: Float[Array, "M A"],
+    weights: dict[str, Any],
+    *,
+    limit: float,
+    chunk: int | None = None,
+) -> Float[Array, "M D"]:
+    """Run this shard's experts on rows of which only some pairs, or none, are its own."""
+    num_local = weights["gate_up_bias"].shape[0]
+    mine = ids - lax.axis_index("expert") * num_local
+    mine = jnp.where((mine >= 0) & (mine < num_local), mine, num_local)
+    needed = jnp.any(mine < num_local, axis=1)
+    return moe.experts(x, mine, shares, **weights, limit=limit, mask=needed, chunk=chunk)
+
+
+def check(weights: dict[str, Any], mesh: Any) -> None:
+    """Refuse weights that the mesh can't split; see `experts`."""
+    num_experts, _, hidden = weights["gate_up_bias"].shape
+    expert, tensor = mesh.shape["expert"], mesh.shape["tensor"]
+    stored = mesh.shape["fsdp"] * mesh.shape["context"]
+    if num_experts % expert:
+        raise UserError(
+            f"mesh: {num_experts} experts can't be split over expert {expert}: choose a size of "
+            f"that axis that divides {num_experts}"
+        )
+    for name in STORED:
+        held = _held(weights[name])
+        if isinstance(held, Relaid) and tensor * stored > 1:
+            raise ValueError(
+                f"{name} is in layout {held.layout!r} for a kernel, which can be split over the "
+                "axis expert alone, not over tensor, fsdp or context: load it without a layout"
+            )
+    packed = isinstance(_held(weights["down_weight"]), MXFP4)
+    if hidden % tensor or (packed and hidden // MXFP4_BLOCK % tensor):
+        unit = f" of {MXFP4_BLOCK} x {tensor}, since it is packed in blocks" if packed else ""
+        raise UserError(
+            f"mesh: the experts' hidden dimension {hidden} can't be split over tensor {tensor}: "
+            f"pad it to a multiple{unit or f' of {tensor}'}"
+        )
+    for axis, parts in ((hidden, tensor * stored), (weights["down_weight"].shape[1], stored)):
+        if axis % parts:
+            raise UserError(
+                f"mesh: an axis of {axis} of the experts' matrices can't be split over "
+                f"{parts} devices (fsdp x context, and tensor for the hidden dimension): choose "
+                f"sizes whose product divides {axis}"
+            )
+
+
+def _held(weight: Any) -> Any:
+    return weight.stack if isinstance(weight, LayerOf) else weight
+
+
+def _specs(weights: dict[str, Any]) -> dict[str, Any]:
+    """Return how the weights are spread, and adapters, which are small, with them."""
+    specs = {name: _spec(name, w) for name, w in weights.items() if name != "adapters"}
+    if weights.get("adapters") is None:
+        return specs
+    hidden = P("expert", None, None, "tensor"), P("expert", "tensor")  # F in B of one, A of other
+    gate_up, down = weights["adapters"]
+    gate_up = gate_up and gate_up._replace(a=P("expert"), b=hidden[0])
+    down = down and down._replace(a=hidden[1], b=P("expert"))
+    return {**specs, "adapters": weights["adapters"]._replace(gate_up=gate_up, down=down)}
+
+
+def _spec(name: str, weight: Any) -> Any:
+    """Return how a weight is spread; for packed ones the spec of their arrays' first axes."""
+    axes = TABLE[f"layers/experts/{name}"]
+    if isinstance(_held(weight), Relaid):
+        axes = axes[:1]
+    if isinstance(weight, LayerOf):
+        spec: Any = P(None, *axes)
+        return LayerOf(spec, P())  # type: ignore[arg-type]
+    return P(*axes)
+
+
+def _local_weights(weights: dict[str, Any]) -> dict[str, Any]:
+    """Gather what is only stored split, and leave one shard of `tensor` to add the last bias."""
+    weights = dict(weights)
+    if lax.axis_size(EXPERT) > 1:
+        for name, axis in STORED.items():
+            weights[name] = jax.tree.map(
+                lambda w, axis=axis: checkpoint_name(
+                    lax.all_gather(w, EXPERT, axis=axis, tiled=True), GATHERED
+                ),
+                layer_of(weights[name]),
+            )
+    if lax.axis_size("tensor") > 1:
+        bias: Any = layer_of(weights["down_bias"])
+        weights["down_bias"] = jnp.where(lax.axis_index("tensor") == 0, bias, 0)
+    return weights
+
+
+def _gather_rows(x: Array, ids: Array, shares: Array) -> tuple[Array, Array, Array]:
+    """Bring the rows of all shards, and what goes with them, to each."""
+    rows: Any = gather(x, "expert")
+    tags: Any = gather(_tags(ids, shares), "expert")
+    return rows, *_untag(tags)
+
+
+def _by_all_to_all(
+    run: Callable[..., Array],
+    x: Float[Array, "M D"],
+    ids: Int[Array, "M A"],
+    shares: Float[Array, "M A"],
+    *,
+    weights: dict[str, Any],
+    num_experts: int,
+    chunk: int | None,
+    ragged: bool,
+) -> Float[Array, "M D"]:
+    """Return in float32 what `run(x, ids, shares, weights)` makes of rows on other shards."""
+    plan = route(ids, num_experts=num_experts, axis="expert")
+    size = receive_rows(x.shape[0], lax.axis_size("expert"))
+    chunk = min(chunk or size, size)
+    there = Way("expert", -(-size // chunk) * chunk, x.shape[0], ragged)
+    back = there._replace(size=plan.rows.shape[0])
+    rows = send(spread(x, plan), plan.counts, there)
+    tags: Any = send(spread(_tags(ids, shares), plan), plan.counts, there)
+    count = jnp.sum(plan.counts[:, lax.axis_index("expert")])
+    real = (jnp.arange(there.size) < count)[:, None]
+    ids, shares = _untag(jnp.where(real, tags, num_experts))
+    if chunk < size:
+        out: Any = _in_chunks(run, chunk, (rows, ids, shares), count, weights)
+    else:
+        out = run(rows, ids, shares, weights)
+    summed: Any = combine(send(jnp.where(real, out, 0), plan.counts.T, back), plan)
+    return summed
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_chunks(
+    run: Callable[..., Array],
+    chunk: int,
+    rows: tuple[Array, Array, Array],
+    count: Int[Array, ""],
+    weights: dict[str, Any],
+) -> Float[Array, "R D"]:
+    """Run on the first `count` rows, `chunk` at a time: what it costs follows the rows there are.
+
+    Their number is a multiple of `chunk`; those past `count` in no chunk give zeros. Nothing but
+    the arguments is kept for the backward pass, and gradients of weights add up in their dtype.
+    """
+
+    def step(i: Array, out: Array) -> Array:
+        return _put(out, i * chunk, run(*_take(rows, i * chunk, chunk), weights))
+
+    return lax.fori_loop(0, -(-count // chunk), step, jnp.zeros_like(rows[0]))
+
+
+def _in_chunks_fwd(run, chunk: int, rows, count, weights) -> tuple[Array, Any]:
+    return _in_chunks(run, chunk, rows, count, weights), (rows, count, weights)
+
+
+def _in_chunks_bwd(run, chunk: int, saved: Any, d_out: Array) -> tuple[Any, None, Any]:
+    (x, ids, shares), count, weights = saved
+    leaves, tree = jax.tree.flatten(weights, is_leaf=is_packed)
+    free = [i for i, leaf in enumerate(leaves) if not is_packed(leaf)]
+
+    def again(x: Array, ids: Array, shares: Array, values: list[Array]) -> Array:
+        everything = list(leaves)
+        for i, value in zip(free, values, strict=True):
+            everything[i] = value
+        return run(x, ids, shares, jax.tree.unflatten(tree, everything))
+
+    def step(i: Array, d: tuple[Array, Array, list[Array]]) -> tuple[Array, Array, list[Array]]:
+        at = i * chunk
+        x_i, ids_i, shares_i, d_out_i = _take((x, ids, shares, d_out), at, chunk)
+        values = [leaves[i] for i in free]
+        _, pull = jax.vjp(lambda x, s, v: again(x, ids_i, s, v), x_i, shares_i, values)
+        d_x, d_shares, d_values = pull(d_out_i)
+        added = [a + b for a, b in zip(d[2], d_values, strict=True)]
+        return _put(d[0], at, d_x), _put(d[1], at, d_shares), added
+
+    start = (jnp.zeros_like(x), jnp.zeros_like(shares), [jnp.zeros_like(leaves[i]) for i in free])
+    d_x, d_shares, d_values = lax.fori_loop(0, -(-count // chunk), step, start)
+    by_leaf = dict(zip(free, d_values, strict=True))
+    d_weights = [by_leaf.get(i) for i in range(len(leaves))]
+    return (d_x, None, d_shares), None, jax.tree.unflatten(tree, d_weights)
+
+
+_in_chunks.defvjp(_in_chunks_fwd, _in_chunks_bwd)
+
+
+def _take(arrays: tuple[Array, ...], at: Array, size: int) -> list[Array]:
+    return [lax.dynamic_slice_in_dim(a, at, size) for a in arrays]
+
+
+def _put(array: Array, at: Array, part: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(array, part, at, 0)
+
+
+def _tags(ids: Int[Array, "M A"], shares: Float[Array, "M A"]) -> Float[Array, "M 2*A"]:
+    """Put what goes with a row into one array; float32 holds every integer up to 2**24."""
+    return jnp.concatenate([ids.astype(jnp.float32), shares.astype(jnp.float32)], axis=1)
+
+
+def _untag(tags: Float[Array, "M 2*A"]) -> tuple[Int[Array, "M A"], Float[Array, "M A"]]:
+    ids, shares = jnp.split(tags, 2, axis=1)
+    return ids.astype(jnp.int32), shares

@@ -1,0 +1,238 @@
+"""The one table of what is spread how over the mesh: parameters, optimizer state, cache, batch.
+
+An entry says for each axis of a parameter (without the axis of layers) which mesh axes it is split
+over. What an op needs whole along `fsdp` (and the axes that FSDP goes over besides, see
+`mesh.DENSE`) is gathered where it is used, a layer at a time, and its gradient is summed and
+scattered again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.parallel.mesh import DENSE, EXPERT, ROWS, current
+from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache, path_name
+
+# An axis of an array: not split, or split over one or several mesh axes.
+Axis = str | tuple[str, ...] | None
+Spec = tuple[Axis, ...]
+
+HEADS = "tensor"
+VOCABULARY = ("tensor", *DENSE)
+TABLE: dict[str, Spec] = {
+    "embedding/weight": ("tensor", DENSE),  # [V, D]
+    "unembedding/weight": (VOCABULARY, None),
+    "final_norm/scale": (None,),
+    "layers/attention_norm/scale": (None,),
+    "layers/moe_norm/scale": (None,),
+    "layers/attention/q_weight": (HEADS, None, DENSE),  # [N, H, D]
+    "layers/attention/k_weight": (HEADS, None, DENSE),  # [K, H, D]; see `_fits`
+    "layers/attention/v_weight": (HEADS, None, DENSE),
+    "layers/attention/o_weight": (DENSE, HEADS, None),  # [D, N, H]
+    "layers/attention/q_bias": (HEADS, None),
+    "layers/attention/k_bias": (HEADS, None),
+    "layers/attention/v_bias": (HEADS, None),
+    "layers/attention/o_bias": (None,),
+    "layers/attention/sinks": (HEADS,),
+    "layers/attention/q_norm": (None,),
+    "layers/attention/k_norm": (None,),
+    "layers/router/weight": (None, DENSE),  # [E, D]
+    "layers/router/bias": (None,),
+    "layers/experts/gate_up_weight": ("expert", None, ("tensor", *EXPERT), None),  # [E, 2, F, D]
+    "layers/experts/gate_up_bias": ("expert", None, "tensor"),
+    "layers/experts/down_weight": ("expert", EXPERT, "tensor"),  # [E, D, F]
+    "layers/experts/down_bias": ("expert", None),
+}
+# With more tensor shards than kv heads these are the same on all of them.
+_KV = tuple(f"layers/attention/{x}_{part}" for x in "kv" for part in ("weight", "bias"))
+_PACKED = ("blocks", "scales")  # of MXFP4: an axis of blocks, and one of their bytes, at the end
+_RELAID = ("codes", "scales")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Return how an array is spread, by the parameter's path that its own path holds.
+
+    The path may be longer at both ends: that of an optimizer's moment begins with the optimizer's
+    own names, that of a packed weight ends in `blocks`. A moment with other axes than its parameter
+    (Adafactor's rows and columns) is split over layers and experts alone; a number or a short
+    vector that belongs to no parameter not at all.
+
+    Raises:
+        ValueError: a path that the table does not know.
+        UserError: an axis that the mesh does not divide.
+    """
+    name = next((name for name in TABLE if f"/{name}/" in f"/{path}/"), None)
+    if name is None:
+        if len(shape) <= 1 and not path.startswith(("params/", "layers/", "lora/")):
+            return PartitionSpec()
+        raise ValueError(f"the sharding table (gptoss_jax/parallel/sharding.py) has no {path}")
+    axes = TABLE[name]
+    if name.startswith("layers/"):
+        axes = (None, *axes)
+    rest = f"/{path}/".split(f"/{name}/", 1)[1].strip("/")
+    is_expert = "/experts/" in name
+    if not rest and path in (name, f"params/{name}") and len(shape) != len(axes):
+        raise ValueError(f"{path} has {len(shape)} axes, and the sharding table {len(axes)}")
+    if rest in _PACKED and len(shape) in (len(axes), len(axes) + 1):
+        axes = (*axes, None)[: len(shape)]
+    elif rest in (*_PACKED, *_RELAID) or len(shape) != len(axes):
+        axes = (None, "expert") if is_expert and len(shape) > 1 else ()
+    kv_heads = shape[1] if name in _KV and len(shape) == len(axes) > 1 else 0
+    if kv_heads % mesh.shape["tensor"]:
+        axes = tuple(None if axis == HEADS else axis for axis in axes)
+    _check(path, shape, axes, mesh)
+    return PartitionSpec(*axes)
+
+
+def _check(path: str, shape: tuple[int, ...], axes: Spec, mesh: Any) -> None:
+    for i, axis in enumerate(axes):
+        names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+        parts = math.prod(mesh.shape[name] for name in names)
+        if shape[i] % parts:
+            on = " x ".join(f"{name} {mesh.shape[name]}" for name in names if mesh.shape[name] > 1)
+            raise UserError(
+                f"mesh: axis {i} of {path}, of {shape[i]}, can't be split over {on}: choose sizes "
+                f"whose product divides {shape[i]}"
+            )
+
+
+def specs(tree: Any, mesh: Any) -> Any:
+    """Return the `spec` of each array of a tree: parameters, or a state that holds some."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: spec(path_name(path), x.shape, mesh) if x.ndim else PartitionSpec(), tree
+    )
+
+
+def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Return the sharding of each array of a tree, see `spec`."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s),
+        specs(tree, mesh),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Give the shapes of a tree the shardings of the table."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
+    )
+
+
+def padded(config: ModelConfig) -> ModelConfig:
+    """Return a model's config with `expert_padding` as the current mesh needs it.
+
+    Packed experts' hidden dimension is filled up so that each shard along `tensor` has whole
+    blocks (90 of them divide by neither 4 nor 8), and FSDP can split its rows. Zero rows and blocks
+    change no result, and their gradients are zero.
+    """
+    mesh = current()
+    padding = 0
+    if mesh is not None and config.experts == "mxfp4":
+        whole = math.lcm(MXFP4_BLOCK, math.prod(mesh.shape[axis] for axis in EXPERT))
+        padding = -config.d_expert % (mesh.shape["tensor"] * whole)
+    return dataclasses.replace(config, expert_padding=padding)
+
+
+def check_layout(mesh: Any) -> None:
+    """Refuse a mesh that splits more of packed experts than a relaid one can be split by."""
+    axes = [axis for axis in ("tensor", *EXPERT) if mesh.shape[axis] > 1]
+    if axes:
+        raise UserError(
+            f"experts in a kernel's layout can be spread over mesh.expert alone, and the mesh has "
+            f"{', '.join(axes)}: load them without layout="
+        )
+
+
+def batch_spec(x: Any) -> PartitionSpec:
+    """Return how an array of a batch is spread: [B, T], or [B]."""
+    return PartitionSpec(ROWS, "context") if x.ndim > 1 else PartitionSpec(ROWS)
+
+
+def batch_shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """Return the shardings of a batch's arrays."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, batch_spec(x)), batch)
+
+
+def cache_spec(x: Any, mesh: Any) -> PartitionSpec:
+    """Return how an array of a cache is spread: keys and values [B, S, K, H], positions [B, S]."""
+    if x.ndim == 2:
+        return PartitionSpec(ROWS, None)
+    split = x.shape[2] % mesh.shape["tensor"] == 0
+    return PartitionSpec(ROWS, None, HEADS if split else None, None)
+
+
+def constrain_cache(cache: KVCache) -> KVCache:
+    """Say that a cache is spread as `cache_spec` says."""
+    mesh = current()
+    if mesh is None:
+        return cache
+    return jax.tree.map(lambda x: constrain(x, *cache_spec(x, mesh)), cache)
+
+
+def check_batch(rows: int, length: int, mesh: Any) -> None:
+    """Refuse a batch that the mesh does not divide. Raises UserError."""
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % parts:
+        raise UserError(
+            f"data.batch_size over optimizer.accumulate is {rows}, and the mesh spreads rows over "
+            f"{parts} devices (data x fsdp x expert): make it a multiple of {parts}"
+        )
+    chunks = 2 * mesh.shape["context"]
+    if chunks > 2 and length % chunks:
+        raise UserError(
+            f"data.sequence_length is {length}: with mesh.context {chunks // 2} it has to be a "
+            f"multiple of {chunks}"
+        )
+
+
+def constrain(x: Any, *axes: Axis) -> Any:
+    """Say how an array under jit is spread over the current mesh; without a mesh, nothing."""
+    if current() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def constrain_tree(tree: Any) -> Any:
+    """Say that arrays of a tree of parameters, or of a state, are spread by the table."""
+    mesh = current()
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
+
+
+def replicate(tree: Any) -> Any:
+    """Say that arrays under jit are whole on every device of the current mesh."""
+    return jax.tree.map(constrain, tree)
+
+
+def microbatches(x: Any) -> Any:
+    """Say that an array [microbatches, B, T] or [microbatches, B] is spread as a batch is."""
+    return constrain(x, None, ROWS, *(("context",) if x.ndim > 2 else ()))
+
+
+def tokens(x: Any) -> Any:
+    """Say that an array [B, T, ...] is spread as a batch is."""
+    return constrain(x, ROWS, "context", *(None,) * (x.ndim - 2))
+
+
+def rows(x: Any) -> Any:
+    """Say that the rows of an array [B, T, ...] are spread as a batch's, and its tokens are not."""
+    return constrain(x, ROWS, *(None,) * (x.ndim - 1))
+
+
+def gathered(path: str, weight: Any) -> Any:
+    """Gather a layer's weight, under its path, over the axes that FSDP splits it by."""
+    mesh = current()
+    if mesh is None:
+        return weight
+    axes = TABLE[path]
+    if path in _KV and weight.shape[0] % mesh.shape["tensor"]:
+        axes = (None,) * len(axes)
+    kept = tuple("tensor" if axis == HEADS else None for axis in axes)
+    return constrain(weight, *kept)

@@ -1,0 +1,108 @@
+"""Embedding and loss with tables that are spread over the mesh, and never gathered.
+
+The embedding is split over D (FSDP) and over the vocabulary (`tensor`): a device looks up its part
+of D for the tokens of all devices of its group, and an all-to-all brings each token's parts
+together. The unembedding is split over the vocabulary: the hidden states of a group are gathered, a
+chunk at a time, and each device forms the logits of its part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.ops.cross_entropy import sharded
+from gptoss_jax.parallel.collectives import sum_once
+from gptoss_jax.parallel.mesh import DENSE, ROWS
+from gptoss_jax.parallel.sharding import TABLE
+
+GATHERED_ROWS = 16_384  # hidden states that a group gathers at a time
+
+
+def embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, whole_rows: bool = False
+) -> Float[Array, "B T D"]:
+    """Look tokens up in a table that is spread by the sharding table, in the table's dtype.
+
+    With `whole_rows` tokens are not split over `context`, as in decoding.
+    """
+    where = P(ROWS, None if whole_rows else "context")
+    # Groups that have tokens of their own exchange; along the other axes a device gathers its part.
+    others = tuple(axis for axis in DENSE if not (whole_rows and axis == "context"))
+
+    def local(table: Array, tokens: Array) -> Array:
+        if whole_rows:
+            table = lax.all_gather(table, "context", axis=1, tiled=True)
+        asked = lax.all_gather(tokens, others)  # [X, B, T]
+        rows = table.shape[0]
+        mine = asked - lax.axis_index("tensor") * rows
+        inside = (mine >= 0) & (mine < rows)
+        found = jnp.where(inside[..., None], table[jnp.where(inside, mine, 0)], 0)
+        found = lax.all_to_all(found, others, split_axis=0, concat_axis=3, tiled=True)
+        return sum_once(found[0], "tensor")
+
+    if whole_rows:  # D is split over context innermost, so that gathering it keeps the order
+        assert DENSE[-1] == "context"
+    return jax.shard_map(
+        local,
+        in_specs=(P(*TABLE["embedding/weight"]), where),
+        out_specs=P(*where, None),
+        check_vma=False,
+    )(table, tokens)
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Return (sum of weights * nll, nll) as `ops.cross_entropy`, with a vocabulary that is spread.
+
+    Chunks of tokens are gathered over the group that shares a copy of the table, once more in the
+    backward pass, whose sum over chunks is float32.
+    """
+    tokens = P(ROWS, "context")
+    shards = ("tensor", *DENSE)
+
+    def local(hidden: Array, table: Array, targets: Array, weights: Array):
+        rows = targets.size
+        chunks = _chunks(rows, math.prod(lax.axis_size(axis) for axis in DENSE))
+        parts: Any = (
+            hidden.reshape(chunks, rows // chunks, -1),
+            *(x.reshape(chunks, rows // chunks) for x in (targets, weights.astype(jnp.float32))),
+        )
+        table = table if chunks == 1 else table.astype(jnp.float32)
+        first = lax.axis_index(DENSE) * (rows // chunks)
+
+        @jax.checkpoint
+        def one(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            gathered = [lax.all_gather(x, DENSE, tiled=True) for x in part]
+            total, nll = sharded(gathered[0], table, *gathered[1:], axis=shards)
+            return total, lax.dynamic_slice_in_dim(nll, first, rows // chunks)
+
+        def step(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            more, nll = one(part)
+            return total + more, nll
+
+        total, nll = lax.scan(step, jnp.float32(0), parts)
+        return sum_once(total, "data"), nll.reshape(targets.shape)
+
+    return jax.shard_map(
+        local,
+        in_specs=(P(*tokens, None), P(*TABLE["unembedding/weight"]), tokens, tokens),
+        out_specs=(P(), tokens),
+        check_vma=False,
+    )(hidden, table, targets, weights)
+
+
+def _chunks(rows: int, group: int) -> int:
+    """Return the fewest equal chunks of a device's rows of which a group gathers few enough."""
+    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * group <= GATHERED_ROWS)
+    return next(fits, rows)
