@@ -15,6 +15,8 @@ from gptoss_jax.types import MXFP4_BLOCK, path_name
 
 # The axis of F, with that of layers in front, and how many columns an entry stands for.
 _HIDDEN = {
+    "lora/layers/experts/gate_up_weight/b": 4,  # [L, E, r, 2, F]
+    "lora/layers/experts/down_weight/a": 2,  # [L, E, F, r]
     "layers/experts/gate_up_weight": 3,  # [L, E, 2, F, ...]
     "layers/experts/gate_up_bias": 3,
     "layers/experts/down_weight": 3,  # [L, E, D, F], packed [L, E, D, F/32, ...]
@@ -33,7 +35,7 @@ def resize(tree: Any, *, by: int) -> Any:
     def one(path: tuple[Any, ...], x: Any) -> Any:
         full = f"/{path_name(path)}/"
         name = next((name for name in _HIDDEN if f"/{name}/" in full), None)
-        if name is None:
+        if name is None or ("/lora/" in full and not name.startswith("lora/")):
             return x
         rest = full.split(f"/{name}/", 1)[1].strip("/").split("/")
         axis = _HIDDEN[name] - rest[0].isdigit()  # of a tuple of layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +50,25 @@ TABLE: dict[str, Spec] = {
     "layers/experts/gate_up_bias": ("expert", None, "tensor"),
     "layers/experts/down_weight": ("expert", EXPERT, "tensor"),  # [E, D, F]
     "layers/experts/down_bias": ("expert", None),
+    # Adapters (see `model/lora.py`), r their rank: small, and split only as their op is.
+    "lora/layers/attention/q_weight/a": (None, None),  # [D, r]
+    "lora/layers/attention/q_weight/b": (None, HEADS, None),  # [r, N, H]
+    "lora/layers/attention/k_weight/a": (None, None),
+    "lora/layers/attention/k_weight/b": (None, None, None),  # [r, K, H]
+    "lora/layers/attention/v_weight/a": (None, None),
+    "lora/layers/attention/v_weight/b": (None, None, None),
+    "lora/layers/attention/o_weight/a": (HEADS, None, None),  # [N, H, r]
+    "lora/layers/attention/o_weight/b": (None, None),
+    "lora/layers/router/weight/a": (None, None),
+    "lora/layers/router/weight/b": (None, None),
+    "lora/layers/experts/gate_up_weight/a": ("expert", None, None),  # [E, D, r]
+    "lora/layers/experts/gate_up_weight/b": ("expert", None, None, "tensor"),  # [E, r, 2, F]
+    "lora/layers/experts/down_weight/a": ("expert", "tensor", None),  # [E, F, r]
+    "lora/layers/experts/down_weight/b": ("expert", None, None),  # [E, r, D]
+    "lora/embedding/weight/a": (None, None),
+    "lora/embedding/weight/b": (None, None),
+    "lora/unembedding/weight/a": (None, None),
+    "lora/unembedding/weight/b": (None, None),
 }
 # With more tensor shards than kv heads these are the same on all of them.
 _KV = tuple(f"layers/attention/{x}_{part}" for x in "kv" for part in ("weight", "bias"))
@@ -68,13 +88,13 @@ def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
         ValueError: a path that the table does not know.
         UserError: an axis that the mesh does not divide.
     """
-    name = next((name for name in TABLE if f"/{name}/" in f"/{path}/"), None)
+    name = max((name for name in TABLE if f"/{name}/" in f"/{path}/"), key=len, default=None)
     if name is None:
         if len(shape) <= 1 and not path.startswith(("params/", "layers/", "lora/")):
             return PartitionSpec()
         raise ValueError(f"the sharding table (gptoss_jax/parallel/sharding.py) has no {path}")
     axes = TABLE[name]
-    if name.startswith("layers/"):
+    if name.startswith(("layers/", "lora/layers/")):
         axes = (None, *axes)
     rest = f"/{path}/".split(f"/{name}/", 1)[1].strip("/")
     is_expert = "/experts/" in name
@@ -84,18 +104,29 @@ def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
         axes = (*axes, None)[: len(shape)]
     elif rest in (*_PACKED, *_RELAID) or len(shape) != len(axes):
         axes = (None, "expert") if is_expert and len(shape) > 1 else ()
-    kv_heads = shape[1] if name in _KV and len(shape) == len(axes) > 1 else 0
-    if kv_heads % mesh.shape["tensor"]:
+    heads = shape[1:2] if name in _KV and len(shape) == len(axes) else ()
+    if any(n % mesh.shape["tensor"] for n in heads):
         axes = tuple(None if axis == HEADS else axis for axis in axes)
-    _check(path, shape, axes, mesh)
+    if rest in ("", *_PACKED, *_RELAID):
+        _check(path, shape, axes, mesh)
+    else:  # Adafactor's; what it does not need is one zero
+        axes = tuple(
+            axis if n % _parts(axis, mesh) == 0 else None
+            for axis, n in zip(axes, shape, strict=False)
+        )
     return PartitionSpec(*axes)
+
+
+def _parts(axis: Axis, mesh: Any) -> int:
+    """Return in how many parts an axis is split."""
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _check(path: str, shape: tuple[int, ...], axes: Spec, mesh: Any) -> None:
     for i, axis in enumerate(axes):
         names = () if axis is None else (axis,) if isinstance(axis, str) else axis
-        parts = math.prod(mesh.shape[name] for name in names)
-        if shape[i] % parts:
+        if shape[i] % _parts(axis, mesh):
             on = " x ".join(f"{name} {mesh.shape[name]}" for name in names if mesh.shape[name] > 1)
             raise UserError(
                 f"mesh: axis {i} of {path}, of {shape[i]}, can't be split over {on}: choose sizes "
@@ -224,6 +255,17 @@ def tokens(x: Any) -> Any:
 def rows(x: Any) -> Any:
     """Say that the rows of an array [B, T, ...] are spread as a batch's, and its tokens are not."""
     return constrain(x, ROWS, *(None,) * (x.ndim - 1))
+
+
+def each_token(f: Callable[[Any], Any], x: Any, *, whole_rows: bool = False) -> Any:
+    """Run `f` on each device's tokens of an array [B, T, ...]: for what XLA would gather it for.
+
+    With `whole_rows` tokens are not split over `context`, as in decoding.
+    """
+    if current() is None:
+        return f(x)
+    where = PartitionSpec(ROWS, None if whole_rows else "context")
+    return jax.shard_map(f, in_specs=where, out_specs=where, check_vma=False)(x)
 
 
 def gathered(path: str, weight: Any) -> Any:

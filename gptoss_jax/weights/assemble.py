@@ -59,6 +59,16 @@ def on_device(
     return nest(leaves)
 
 
+def adapters(tree: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+    """Place a workdir's adapters: they stay in float32, whatever the dtype of the weights."""
+    tree = padding.resize({"lora": tree}, by=config.expert_padding)
+    if mesh is None:
+        return tree["lora"]
+    spread = mesh.axis_names == table.AXES and mesh.size > 1
+    where: Any = table.shardings(tree, mesh) if spread else jax.NamedSharding(mesh, jax.P())
+    return jax.device_put(tree, where)["lora"]
+
+
 def over_mesh(
     source: Any,
     config: ModelConfig,
