@@ -7,6 +7,7 @@ equal model compiles nothing. Parameters are arguments, never constants of the p
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def _record(
     return sharding.replicate(after), token
 
 
-@partial(jax.jit, static_argnames=("model", "cache_length", "out_length", "mode"))
+@partial(jax.jit, static_argnames=("model", "cache_length", "out_length", "mode", "piece"))
 def prefill(
     model: Transformer,
     params: Params,
@@ -72,22 +73,19 @@ def prefill(
     cache_length: int,
     out_length: int,
     mode: Mode,
+    piece: int | None = None,
 ) -> tuple[KVCache, State]:
     """Read the prompts, padded on the right, and sample the first token of each.
 
-    The last position of each prompt alone meets the unembedding.
+    The last position of each prompt alone meets the unembedding. `piece`: tokens at a time, each
+    piece attending to the cache, so that memory does not grow with the prompt but by its cache.
     """
-    batch, length = prompts.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), prompts.shape)
-    out = model.forward(
-        params,
-        prompts,
-        segment_ids=(positions < options.lengths[:, None]).astype(jnp.int32),
-        positions=positions,
-        cache=model.init_cache(batch, cache_length),
-    )
-    assert out.cache is not None
-    last = jnp.take_along_axis(out.hidden, options.lengths[:, None, None] - 1, axis=1)
+    batch = prompts.shape[0]
+    into: dict[str, Any] = {"cache": model.init_cache(batch, cache_length), "options": options}
+    if piece is None or piece >= prompts.shape[1]:
+        cache, last = _read(model, params, prompts, start=jnp.int32(0), **into)
+    else:
+        cache, last = _read_in_pieces(model, params, prompts, piece=piece, **into)
     state = State(
         tokens=jnp.zeros((batch, out_length), jnp.int32),
         logprobs=jnp.zeros((batch, out_length), jnp.float32),
@@ -95,8 +93,58 @@ def prefill(
         counts=jnp.zeros((batch,), jnp.int32),
         steps=jnp.int32(0),
     )
-    state, _ = _record(state, model.unembed(params, last)[:, 0], options, mode=mode)
-    return sharding.constrain_cache(out.cache), state
+    state, _ = _record(state, model.unembed(params, last[:, None])[:, 0], options, mode=mode)
+    return sharding.constrain_cache(cache), state
+
+
+def _read(
+    model: Transformer,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    start: Int[Array, ""],
+    cache: KVCache,
+    options: Options,
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """Read the tokens from `start` on; return what stands where a prompt ends, if it does here."""
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    out = model.forward(
+        params,
+        tokens,
+        segment_ids=(positions < options.lengths[:, None]).astype(jnp.int32),
+        positions=positions,
+        cache=cache,
+    )
+    assert out.cache is not None
+    at = jnp.clip(options.lengths - 1 - start, 0, tokens.shape[1] - 1)
+    return out.cache, jnp.take_along_axis(out.hidden, at[:, None, None], axis=1)[:, 0]
+
+
+def _read_in_pieces(
+    model: Transformer,
+    params: Params,
+    prompts: Int[Array, "B T"],
+    *,
+    piece: int,
+    cache: KVCache,
+    options: Options,
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    batch, length = prompts.shape
+    count = -(-length // piece)
+    padded = jnp.pad(prompts, [(0, 0), (0, count * piece - length)])
+    parts = jnp.moveaxis(padded.reshape(batch, count, piece), 1, 0)
+    starts = jnp.arange(count, dtype=jnp.int32) * piece
+
+    def read(carry: tuple[KVCache, Array], part: tuple[Array, Array]):
+        cache, last = carry
+        tokens, start = part
+        cache, hidden = _read(model, params, tokens, start=start, cache=cache, options=options)
+        ends = (options.lengths > start) & (options.lengths <= start + piece)
+        return (cache, jnp.where(ends[:, None], hidden, last)), None
+
+    last = jnp.zeros((batch, model.config.d_model), jnp.dtype(model.config.dtype))
+    start = (cache.replace(empty=False), last)  # type: ignore[attr-defined]
+    return jax.lax.scan(read, start, (parts, starts))[0]
 
 
 @partial(jax.jit, static_argnames=("model", "mode"), donate_argnames=("cache",))

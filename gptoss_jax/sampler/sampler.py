@@ -14,7 +14,7 @@ import numpy as np
 from gptoss_jax import tokenizer
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
-from gptoss_jax.ops import moe
+from gptoss_jax.ops import chips, moe
 from gptoss_jax.parallel import mesh
 from gptoss_jax.sampler.decode import Options, State, decode, prefill
 from gptoss_jax.sampler.rules import Rules
@@ -22,6 +22,10 @@ from gptoss_jax.types import MXFP4, KVCache, Params, is_weight, split_layers
 
 _CHUNK_SECONDS = 0.05  # streaming: decode on the device for about as long before showing tokens
 _MAX_CHUNK = 64
+# Tokens of a prompt at a time on chips that just hold the weights of 20b, and little besides; on
+# others a prompt is read at once, by the kernels that training has.
+PIECE = 512
+SMALL_CHIPS = ("v5e", "t4", "l4")
 
 _split_layers = jax.jit(split_layers, static_argnums=1)  # one program instead of one a slice
 
@@ -78,6 +82,9 @@ class Sampler:
         with self._on_mesh():
             if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
                 params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
+                if "layers" in (own := params.get("lora", {})):
+                    split = _split_layers(own["layers"], model.config.num_layers)
+                    params["lora"] = {**own, "layers": split}
             elif _can_relay(model):
                 params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
         self.model = model.dropless()
@@ -211,6 +218,7 @@ class Sampler:
                 cache_length=min(_bucket(longest + max_tokens), config.context),
                 out_length=_bucket(max_tokens),
                 mode=rules.mode,
+                piece=prefill_piece(),
             )
         return _Run(cache, state, options, rules)
 
@@ -246,6 +254,11 @@ def _mesh_of(params: Params) -> jax.sharding.Mesh | None:
     if isinstance(spread, jax.NamedSharding) and tuple(spread.mesh.axis_names) == mesh.AXES:
         return spread.mesh if spread.mesh.size > 1 else None  # pyright: ignore[reportReturnType]
     return None
+
+
+def prefill_piece() -> int | None:
+    """Return how many tokens of a prompt are read at a time; None: all, where memory is plenty."""
+    return PIECE if chips.current().kind in SMALL_CHIPS else None
 
 
 def _can_relay(model: Transformer) -> bool:

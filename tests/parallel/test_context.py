@@ -53,12 +53,15 @@ CASES: list[dict[str, Any]] = [
     {"mesh": {"tensor": 8}, "rows": 3, "T": 50, "window": 7, "segments": "padded"},
 ]  # fmt: skip
 MORE: list[dict[str, Any]] = [
+    # A halo of one key more than 128, and of just as many.
+    {"mesh": {"context": 2}, "rows": 1, "T": 1040, "window": 130, "segments": "one"},
+    {"mesh": {"context": 2}, "rows": 1, "T": 1040, "window": 129, "segments": "packed"},
     {"mesh": {"context": 2, "data": 4}, "rows": 4, "T": 92, "window": 11, "segments": "packed"},
     {"mesh": {"context": 4, "fsdp": 2}, "rows": 6, "T": 136, "window": None, "segments": "packed"},
     {"mesh": {"context": 8}, "rows": 3, "T": 304, "window": 17, "segments": "many"},
     {"mesh": {"context": 8}, "rows": 2, "T": 304, "window": None, "segments": "empty"},
     {"mesh": {"context": 8}, "rows": 1, "T": 304, "window": None, "segments": "one"},
-    {"mesh": {"context": 8}, "rows": 2, "T": 48, "window": 8, "segments": "padded"},
+    {"mesh": {"context": 8}, "rows": 2, "T": 48, "window": 5, "segments": "padded"},
     {"mesh": {"context": 8}, "rows": 1, "T": 16, "window": None, "segments": "one"},
     {"mesh": {"context": 8}, "rows": 1, "T": 16, "window": 2, "segments": "packed"},
     {"mesh": {"context": 8}, "rows": 1, "T": 16, "window": 1, "segments": "one"},

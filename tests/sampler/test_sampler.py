@@ -299,3 +299,19 @@ def test_id_201088_is_refused_by_a_real_vocabulary():
 def test_a_stream_checks_before_it_starts():
     with pytest.raises(UserError, match="prompt 0 is empty"):
         Sampler(*make()).stream([], max_tokens=3)
+
+
+@pytest.mark.parametrize("piece", [4, 7])
+def test_a_prompt_read_in_pieces_gives_what_it_gives_at_once(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+):
+    """Pieces shorter and longer than the window; prompts end in each, and at the end of one."""
+    from gptoss_jax.sampler import sampler as module
+
+    model, params = make()
+    want = Sampler(model, params).generate(PROMPTS, max_tokens=TOKENS, stop_ids=[])
+    monkeypatch.setattr(module, "prefill_piece", lambda: piece)
+    got = Sampler(model, params).generate(PROMPTS, max_tokens=TOKENS, stop_ids=[])
+    assert got.tokens == want.tokens
+    for a, b in zip(got.logprobs, want.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

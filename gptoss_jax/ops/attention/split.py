@@ -114,7 +114,7 @@ def partial_attention(
     weights = jnp.exp(logits - largest[..., None])
     total = jnp.sum(weights, axis=-1)
     out = _outputs(weights.astype(v.dtype), v) / jnp.maximum(total, 1e-30)[..., None]
-    seen = total > 0
+    seen = total != 0  # a NaN too, which is not to become zero
     return out, jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
 
@@ -129,7 +129,7 @@ def merge(
     largest = jnp.maximum(jnp.max(lses, axis=0), MASKED)
     weights = jnp.exp(lses - largest)
     total = jnp.sum(weights, axis=0)
-    seen = total > 0
+    seen = total != 0  # a NaN too, which is not to become zero
     out = jnp.sum(weights[..., None] * outs, axis=0) / jnp.maximum(total, 1e-30)[..., None]
     return out, jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
