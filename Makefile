@@ -10,13 +10,14 @@ AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test slow test-aot lint venv clean help
+.PHONY: demo test slow test-aot plan lint venv clean help
 
 help:
 	@echo "make demo   train a tiny GPT-OSS on this machine, draw its curves, and ask it something"
 	@echo "make test   the fast tests"
 	@echo "make slow   the tests that take minutes"
 	@echo "make test-aot  compile the kernels for TPUs and an H200 that are not here"
+	@echo "make plan   what a run takes on hardware that is not here: ARGS='--config FILE --target v5p:4x4x4'"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove .venv and $(DEMO)"
 
@@ -37,6 +38,10 @@ slow: $(VENV)/installed
 # jax 0.11.2 with the compilers for TPU and H200, on Python 3.12 where there is one.
 test-aot: $(AOT)/installed
 	$(AOT)/bin/python -m pytest -n 2 -m aot tests/aot
+
+# Does it fit? make plan ARGS="--config configs/20b_v5e_4x8.py --target v5e:4x8"
+plan: $(AOT)/installed
+	@$(AOT)/bin/python -m gptoss_jax.plan $(ARGS)
 
 $(AOT)/installed: pyproject.toml
 	@test -x $(AOT)/bin/python || $(AOT_PYTHON) -m venv $(AOT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gptoss_jax import checksums, config_cli
+from gptoss_jax import checksums, config_cli, distributed
 from gptoss_jax.config import Config, ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.orbax_reader import UnreadableError, quiet, read_arrays
@@ -32,6 +34,7 @@ SCHEMA = 2  # 1 had no checksums; it is read as well
 FOLDER = "checkpoints"
 HELD_OUT = "held_out_loss"
 
+_PADDING = "expert_padding"
 _HASH = "sha256"  # the record's field for the hash of the rest of it
 
 
@@ -97,11 +100,13 @@ def save(
     fingerprint: dict[str, Any],
     spikes: dict[str, Any] | None = None,
     held_out_loss: float | None = None,
+    expert_padding: int = 0,
 ) -> None:
     """Begin to write a checkpoint of `state.step`; it is whole after `wait_until_finished`.
 
     The arrays are copied before this returns, so the state may be donated at once. The loss is what
-    the best checkpoint is chosen by.
+    the best checkpoint is chosen by. `expert_padding` is what the mesh added to experts: the record
+    says so, and whoever reads it leaves it out, or has as much of it as another mesh needs.
     """
     items: dict[str, Any] = {
         "params": state.params,
@@ -119,7 +124,11 @@ def save(
         "spikes": spikes or {},
         HELD_OUT: held_out_loss,
         "rng": np.asarray(jax.random.key_data(state.rng)).tolist(),
-        "checksums": {name: checksums.checksums(item) for name, item in items.items()},
+        _PADDING: expert_padding,
+        "checksums": {
+            name: checksums.checksums(item, expert_padding=expert_padding)
+            for name, item in items.items()
+        },
     }
     manager.save(
         int(state.step),
@@ -167,31 +176,41 @@ def read_record(workdir: str | Path, step: int | None = None) -> Record:
 
 
 def newest_record(workdir: str | Path) -> Record | None:
-    """Read the newest record that is whole; None if there is no checkpoint.
+    """Read the newest record that is whole, on the first process for all; None if there is none.
 
     Raises:
         UserError: no record is whole, or another schema version.
     """
-    for step in reversed(steps(workdir)):
-        with contextlib.suppress(DamagedError):
-            return read_record(workdir, step)
-    if steps(workdir):
-        raise UserError(_none_is_whole(workdir))
-    return None
+
+    def newest() -> Record | None:
+        for step in reversed(steps(workdir)):
+            with contextlib.suppress(DamagedError):
+                return read_record(workdir, step)
+        if steps(workdir):
+            raise UserError(_none_is_whole(workdir))
+        return None
+
+    return distributed.from_first(newest)
 
 
 def restore(
-    workdir: str | Path, abstract: TrainState, *, step: int | None = None
+    workdir: str | Path,
+    abstract: TrainState,
+    *,
+    step: int | None = None,
+    expert_padding: int = 0,
 ) -> tuple[TrainState, Record]:
     """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
-    `abstract` is a state of arrays or of `jax.ShapeDtypeStruct`s. The newest if no step is given.
+    `abstract` is a state of arrays or of `jax.ShapeDtypeStruct`s, spread over any mesh, whatever
+    mesh and number of processes wrote it, and with so much of `expert_padding`. The newest if no
+    step is given. Several processes do this together: where one finds damage, all raise it.
 
     Raises:
         DamagedError: what is there is not what was written, or arrays of other shapes.
         UserError: as `read_record`.
     """
-    raw, folder = _read_json(workdir, step)
+    raw, folder = distributed.from_first(lambda: _read_json(workdir, step))
     record = _parse_record(raw, folder)
     targets = {
         "params": abstract.params,
@@ -199,18 +218,28 @@ def restore(
     }
     if abstract.ema is not None:
         targets["ema"] = abstract.ema
-    items = _restore_items(raw, folder, targets)
+    items = _restore_items(raw, folder, targets, expert_padding=expert_padding)
     state = TrainState(
         step=items["opt_state"]["step"],
         params=items["params"],
         opt_state=items["opt_state"]["state"],
-        rng=jax.random.wrap_key_data(jnp.asarray(raw["rng"], jnp.uint32)),  # pyright: ignore[reportArgumentType]
+        rng=_place_key(np.asarray(raw["rng"], np.uint32), abstract.rng),
         ema=items.get("ema"),
     )
     return state, record
 
 
-def restore_newest(workdir: str | Path, abstract: TrainState) -> Restored:
+def _place_key(data: np.ndarray, like: Any) -> Any:
+    where, placed = getattr(like, "sharding", None), jnp.asarray(data)
+    if isinstance(where, NamedSharding):
+        whole = NamedSharding(where.mesh, PartitionSpec())
+        placed = jax.make_array_from_callback(data.shape, whole, lambda _: data)
+    return jax.random.wrap_key_data(placed)
+
+
+def restore_newest(
+    workdir: str | Path, abstract: TrainState, *, expert_padding: int = 0
+) -> Restored:
     """Read the newest checkpoint that is whole, for a run to go on from.
 
     Damaged ones after it are renamed to `<step>.damaged`, so that nothing takes them for
@@ -220,14 +249,15 @@ def restore_newest(workdir: str | Path, abstract: TrainState) -> Restored:
         UserError: none is whole, or as `restore`.
     """
     damaged: list[str] = []
-    for step in reversed(steps(workdir)):
+    there = distributed.from_first(lambda: steps(workdir))
+    for step in reversed(there):
         try:
-            state, record = restore(workdir, abstract, step=step)
+            state, record = restore(workdir, abstract, step=step, expert_padding=expert_padding)
         except DamagedError as error:
             damaged.append(str(error))
             continue
-        for bad in [s for s in steps(workdir) if s > step]:
-            _set_aside(Path(workdir) / FOLDER / str(bad))
+        bad = [Path(workdir) / FOLDER / str(s) for s in there if s > step]
+        distributed.from_first(functools.partial(_set_aside, bad))
         return Restored(state, record, damaged)
     raise UserError("; ".join([*damaged[:1], _none_is_whole(workdir)]))
 
@@ -275,24 +305,22 @@ def _load_params(workdir: str | Path, step: int | None, *, ema: bool) -> tuple[M
     return config, overlay(params, items["ema"]) if averaged else params
 
 
-def _restore_items(raw: dict[str, Any], folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _restore_items(
+    raw: dict[str, Any], folder: Path, targets: dict[str, Any], *, expert_padding: int = 0
+) -> dict[str, Any]:
     """Restore arrays and hold them against the record's checksums.
 
     Whatever goes wrong within becomes one line that names the checkpoint.
     """
     restored: dict[str, Any] = {}
+    resize = raw.get(_PADDING, 0) != expert_padding
     for name, target in targets.items():
-        if not (folder / name).is_dir():
+        if not distributed.from_first((folder / name).is_dir):
             raise DamagedError(f"checkpoint {folder} has no {name}: it is not whole")
-        try:
-            restored[name] = read_arrays(folder / name, target)
-        except UnreadableError as error:
-            where = f"checkpoint {folder}: its {name}"
-            if error.is_damage:
-                raise DamagedError(f"{where} is cut short or damaged ({error})") from None
-            raise UserError(f"{where} can't be read ({error})") from None
+        read = functools.partial(_read_item, folder, name, target, resize=resize)
+        restored[name] = distributed.together(read)
         if "checksums" in raw:
-            found = checksums.checksums(restored[name])
+            found = checksums.checksums(restored[name], expert_padding=expert_padding)
             wrong = checksums.differences(raw["checksums"].get(name, {}), found)
             if wrong:
                 more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
@@ -303,6 +331,16 @@ def _restore_items(raw: dict[str, Any], folder: Path, targets: dict[str, Any]) -
     return restored
 
 
+def _read_item(folder: Path, name: str, target: Any, *, resize: bool) -> Any:
+    try:
+        return read_arrays(folder / name, target, resize=resize)
+    except UnreadableError as error:
+        where = f"checkpoint {folder}: its {name}"
+        if error.is_damage:
+            raise DamagedError(f"{where} is cut short or damaged ({error})") from None
+        raise UserError(f"{where} can't be read ({error})") from None
+
+
 def _none_is_whole(workdir: str | Path) -> str:
     folders = ", ".join(map(str, steps(workdir)))
     return (
@@ -311,13 +349,14 @@ def _none_is_whole(workdir: str | Path) -> str:
     )
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint to a name that is no step's."""
-    name, n = f"{folder.name}.damaged", 1
-    while (folder.parent / name).exists():
-        n += 1
-        name = f"{folder.name}.damaged-{n}"
-    folder.rename(folder.parent / name)
+def _set_aside(folders: list[Path]) -> None:
+    """Rename damaged checkpoints to names that are no step's."""
+    for folder in folders:
+        name, n = f"{folder.name}.damaged", 1
+        while (folder.parent / name).exists():
+            n += 1
+            name = f"{folder.name}.damaged-{n}"
+        folder.rename(folder.parent / name)
 
 
 def _read_folder(workdir: str | Path, step: int | None) -> Path:

@@ -96,6 +96,21 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Return name -> value of every field, but for how processes find each other."""
+    found: dict[str, Any] = {}
+
+    def collect(record: dict[str, Any], prefix: str) -> None:
+        for name, value in record.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = value
+
+    collect(dataclasses.asdict(config), "")
+    return {name: value for name, value in found.items() if not name.startswith("distributed.")}
+
+
 def from_json(text: str, *, where: str = "config.json") -> Config:
     """Read a config from JSON; fields left out have their defaults.
 

@@ -32,7 +32,8 @@ def evaluate(
     `MetricsLog.write_samples`. An answer is what the final channel says, or all that was sampled
     where it never came to it.
     """
-    sums = jax.device_get([_held_out(model, params, batch) for batch in batches])
+    # One after the other, as CPUs of several processes need it: see `checksums`.
+    sums = [jax.device_get(_held_out(model, params, batch)) for batch in batches]
     nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
     loss = nll / weight if weight else math.nan
     scores: dict[str, Any] = {

@@ -76,6 +76,22 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog:
+    """The log of a process that leaves it to the first one."""
+
+    def __init__(self, *, step: int | None = None) -> None:
+        """Take what `MetricsLog` takes."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def read(workdir: str | Path, file: str = FILE) -> list[dict[str, Any]]:
     """Read the records of a run, or its samples; a last line that was cut short is left out."""
     path = Path(workdir) / file

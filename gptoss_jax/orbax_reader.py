@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from gptoss_jax import distributed
 
 # Of what orbax and tensorstore leave behind in other threads when one of many reads or writes
 # fails: each of the others says later, in many lines, that nobody waited for it.
@@ -25,22 +28,37 @@ class UnreadableError(Exception):
         self.is_damage = not isinstance(error, machine)
 
 
-def read_arrays(folder: Path, target: Any) -> Any:
+def read_arrays(folder: Path, target: Any, *, resize: bool = False) -> Any:
     """Read a tree into the shapes, dtypes and shardings of `target` (by default the first device).
+
+    Arrays of other shapes are an error; with `resize` they are cut short, or filled up with zeros.
+    Each process of several reads what its own devices need, and waits for no other.
 
     Raises:
         UnreadableError: whatever goes wrong.
     """
     quiet()
+    for _ in range(60):  # a network's file systems may show late what another host wrote
+        if folder.is_dir() or distributed.is_first():
+            break
+        time.sleep(1)
     try:
-        with ocp.StandardCheckpointer() as reader:
-            return reader.restore(folder, jax.tree.map(_abstract, target))
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+            return reader.restore(folder, jax.tree.map(_abstract, target), strict=not resize)
     except Exception as error:
         raise UnreadableError(error) from None
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Keep orbax from its barriers: one process may find damage that the others do not see."""
+    me = distributed.index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 

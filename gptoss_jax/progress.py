@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gptoss_jax import checkpoint, metrics, report
+from gptoss_jax import checkpoint, distributed, metrics, report
 from gptoss_jax.spikes import Spike
 from gptoss_jax.train_step import StepMetrics
 
@@ -83,11 +83,10 @@ def duration(seconds: float) -> str:
 
 def give_up(spike: Spike, workdir: Path, *, max_rewinds: int) -> None:
     """Say which step was a spike too many, and exit with 1."""
-    print(
-        f"error: step {spike.step} is a spike: {spike.why}; the run went back "
+    _say_error(
+        f"step {spike.step} is a spike: {spike.why}; the run went back "
         f"{max_rewinds} times already (train.max_rewinds); the newest checkpoint is of step "
-        f"{checkpoint.steps(workdir)[-1]}",
-        file=sys.stderr,
+        f"{checkpoint.steps(workdir)[-1]}"
     )
     sys.exit(1)
 
@@ -97,12 +96,16 @@ def fail(step: int, m: StepMetrics, workdir: Path) -> None:
     what = "loss" if not math.isfinite(m.loss) else "gradient"
     kept = checkpoint.steps(workdir)
     since = f"the newest checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
-    print(
-        f"error: the {what} is not finite at step {step} (loss {float(m.loss)}, gradient norm "
-        f"{float(m.grad_norm)}); {since}; --train.on_nan skip leaves such steps out",
-        file=sys.stderr,
+    _say_error(
+        f"the {what} is not finite at step {step} (loss {float(m.loss)}, gradient norm "
+        f"{float(m.grad_norm)}); {since}; --train.on_nan skip leaves such steps out"
     )
     sys.exit(1)
+
+
+def _say_error(text: str) -> None:
+    if distributed.is_first():
+        print(f"error: {text}", file=sys.stderr)
 
 
 def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> None:

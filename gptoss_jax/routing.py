@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
+from gptoss_jax.parallel import sharding
 from gptoss_jax.types import Batch, Params
 
 
@@ -42,7 +43,7 @@ def _load(model: Transformer, params: Params, batch: Batch) -> Float[Array, "L E
     out = model.forward(
         params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
     )
-    return out.router.load
+    return sharding.replicate(out.router.load)
 
 
 def measure_load(

@@ -53,9 +53,18 @@ def architecture_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
     return _changes("model", old.architecture, new.architecture)
 
 
+def adapter_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Name the fields of `lora` in which two models differ, old -> new."""
+    return _changes("model", _lora(old), _lora(new))
+
+
 def _model_fields(config: ModelConfig) -> dict[str, Any]:
     fixed = ("experts", "dtype", "param_dtype", "capacity_factor")
-    return config.architecture | {name: getattr(config, name) for name in fixed}
+    return config.architecture | {name: getattr(config, name) for name in fixed} | _lora(config)
+
+
+def _lora(config: ModelConfig) -> dict[str, Any]:
+    return {f"lora.{name}": value for name, value in dataclasses.asdict(config.lora).items()}
 
 
 def _changes(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -18,11 +18,16 @@ class StepRecorder:
     """
 
     def __init__(
-        self, config: Config, sources: Sequence[str], *, log: list[dict[str, Any]]
+        self,
+        config: Config,
+        sources: Sequence[str],
+        *,
+        log: list[dict[str, Any]],
+        devices: int = 1,
     ) -> None:
-        """Go on with the counts of `log`, the records so far."""
+        """Go on with the counts of `log`, the records so far, of a run on so many devices."""
         self._config, self._sources = config, tuple(sources)
-        self._peak = metrics.peak_flops(config.train.peak_tflops)
+        self._peak = metrics.peak_flops(config.train.peak_tflops, devices=devices)
         self._totals = {}
         for name in self._sources:
             for what in ("tokens", "trained"):

@@ -1,6 +1,7 @@
 """Train: `python -m gptoss_jax.train --config FILE [--init DIR] [--data.train FILE ...]`.
 
-Started again on the same workdir it goes on where it was. SIGTERM and ctrl-C save and stop.
+Started again on the same workdir it goes on where it was, on any mesh and number of hosts. SIGTERM
+and ctrl-C save and stop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,24 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from gptoss_jax import checkpoint, config_cli, data, dry_run, held_out, metrics, profiling, weights
+from gptoss_jax import (
+    checkpoint,
+    config_cli,
+    data,
+    distributed,
+    dry_run,
+    held_out,
+    metrics,
+    profiling,
+    weights,
+)
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.parallel import mesh as meshes
+from gptoss_jax.parallel import sharding
 from gptoss_jax.program import check_patterns, expert_load, keep_load, make_program
 from gptoss_jax.progress import RunProgress, fail, give_up, print_summary
-from gptoss_jax.same_run import architecture_changes, check_same_run
+from gptoss_jax.same_run import adapter_changes, architecture_changes, check_same_run
 from gptoss_jax.spikes import SpikeGuard
 from gptoss_jax.step_record import StepRecorder
 from gptoss_jax.train_step import StepMetrics, averaged_params
@@ -38,35 +52,48 @@ def main(argv: list[str]) -> None:
         SystemExit: with 1 when a loss or gradient is not finite and `train.on_nan` is "stop", or at
             a spike after `train.max_rewinds` others.
     """
-    console = Console(highlight=False)
     config = config_cli.load(argv)
-    config_cli.print_config(config, console)
-    if config.dry_run:
-        dry_run.show(config, console)
-        return
-    with Hold(config.run_folder) as hold:
-        run(config, hold, console)
+    with distributed.start(config.distributed):
+        console = Console(highlight=False, quiet=not distributed.is_first())
+        config_cli.print_config(config, console)
+        if config.dry_run:
+            dry_run.show(config, console)
+            return
+        distributed.same(config_cli.flat(config), "the config")
+        mesh = meshes.make(config.mesh)
+        _check_mesh(mesh, config)
+        with Hold(config.run_folder) as hold, jax.set_mesh(mesh):
+            run(config, mesh, hold, console=console)
 
 
-def run(config: Config, hold: Hold, console: Console) -> None:
-    """Train, from the data to the summary: see `main`."""
+def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console) -> None:
+    """Train, from the data to the summary: see `main`.
+
+    Of several processes each runs this, with the same control flow: what decides it is the same on
+    all. The first one alone says and writes what is no array.
+    """
     workdir = Path(config.run_folder)
     steps, every = config.train.steps, config.train
+    alone = distributed.count() == 1
 
     # --- Data -------------------------------------------------------------------------------
     if not config.data.train:
         raise UserError(
             "there is no training data: give --data.train FILE (.jsonl, .parquet, .txt) or hf:NAME"
         )
-    batches = data.train_batches(config)
+    size = config.data.batch_size
+    rows = data.rows_here(mesh, size)  # of a batch, what this host's devices need
+    spread = partial(data.spread, mesh=mesh, rows=rows, size=size)
+    batches = data.train_batches(config, rows=rows)
     console.print(f"\n{data.describe(config)}", soft_wrap=True)
-    eval_batches = data.eval_batches(config)
+    eval_batches = data.eval_batches(config, rows=rows)
     questions = data.eval_questions(config, config.train.eval_questions)
     if eval_batches:
         console.print(data.describe(config, held_out=True), soft_wrap=True)
     else:
         console.print("data.held_out: none, so neither held-out loss nor exact match")
     fingerprint = data.fingerprint(config)
+    _check_same_data(fingerprint)
     check_patterns(config)
 
     # --- Model and parameters ---------------------------------------------------------------
@@ -80,7 +107,8 @@ def run(config: Config, hold: Hold, console: Console) -> None:
         check_same_run(record, config, data_changes=changes, workdir=workdir)
         if record.step >= steps:
             console.print(f"\n{workdir} is complete: step {record.step} of {steps}")
-            print_summary(console, workdir, seconds=None)
+            if distributed.is_first():
+                print_summary(console, workdir, seconds=None)
             return
     params = None
     if record is None and config.init is None:
@@ -88,30 +116,33 @@ def run(config: Config, hold: Hold, console: Console) -> None:
             "no weights to start from: give --init DIR (a checkpoint), or --init random"
         )
     if record is None and config.init != "random":
-        params = _load_init(config)
+        params = _load_init(config, mesh)
 
     # --- Optimizer and step -----------------------------------------------------------------
     load = expert_load(config, params, workdir, resuming=record is not None)
     program = make_program(config, load=load, num_sources=len(batches.source_names))
+    padding = program.model.config.expert_padding
+    restore = partial(checkpoint.restore_newest, workdir, expert_padding=padding)
     if record is not None:
-        restored = checkpoint.restore_newest(workdir, jax.eval_shape(program.begin, None))
+        restored = restore(program.abstract_state())
         state, record = restored.state, restored.record
         _tell_damaged(restored, workdir, console)
         batches.set_state(record.data_state)
         source = f"step {record.step} of {workdir}"
     else:
         # Placed as restored arrays are, so that a run and its continuation are one program.
-        state = jax.device_put(program.begin(params), jax.devices()[0])
+        shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state())
+        state = jax.device_put(program.begin(params), shardings)
         source = f"random, seed {config.train.seed}" if config.init == "random" else config.init
     del params  # the state's, and given up to the first step
     total, active = program.model.num_parameters()
-    kind = jax.devices()[0].device_kind
     console.print(
         f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active; {source}"
     )
     for line in program.describe_trained():
         console.print(line, soft_wrap=True)
-    console.print(f"device    {kind}\nworkdir   {workdir}\n")
+    console.print(f"mesh      {meshes.describe(mesh)}, {jax.devices()[0].device_kind}")
+    console.print(f"workdir   {workdir}\n")
 
     # --- From here on things are written ----------------------------------------------------
     hold.take()
@@ -119,11 +150,14 @@ def run(config: Config, hold: Hold, console: Console) -> None:
     keep_load(load, workdir)
     start, fresh = int(state.step), record is None
     spikes = SpikeGuard(config.train, record.spikes if record else {}, step=start)
-    log = metrics.MetricsLog(workdir, step=None if fresh else start)
+    open_log = partial(metrics.MetricsLog, workdir) if distributed.is_first() else metrics.NoLog
+    log = open_log(step=None if fresh else start)
     manager = checkpoint.open_manager(workdir, keep=config.train.keep)
-    recorder = StepRecorder(config, batches.source_names, log=metrics.read(workdir))
+    make_recorder = partial(StepRecorder, config, batches.source_names, devices=mesh.size)
+    recorder = make_recorder(log=metrics.read(workdir))
     progress = RunProgress(console, start=start, steps=steps)
-    profile = profiling.Window(config.train, workdir, console)
+    to_profile = every if distributed.is_first() else dataclasses.replace(every, profile_start=0)
+    profile = profiling.Window(to_profile, workdir, console)
 
     def evaluate(step: int) -> float | None:
         if not eval_batches:
@@ -131,7 +165,7 @@ def run(config: Config, hold: Hold, console: Console) -> None:
         scores, samples = held_out.evaluate(
             program.model.dropless(),
             averaged_params(state),
-            eval_batches,
+            [spread(batch) for batch in eval_batches],
             questions=questions,
             config=config,
         )
@@ -149,6 +183,7 @@ def run(config: Config, hold: Hold, console: Console) -> None:
             fingerprint=fingerprint,
             spikes=spikes.state(),
             held_out_loss=held_out_loss,
+            expert_padding=padding,
         )
 
     # --- Loop -------------------------------------------------------------------------------
@@ -156,25 +191,30 @@ def run(config: Config, hold: Hold, console: Console) -> None:
     began = clock = time.perf_counter()
     waiting: list[StepMetrics] = []  # measured, not read yet: reading waits for the device
     with contextlib.ExitStack() as at_end:  # from the last to the first, whatever fails
-        for number in (signal.SIGTERM, signal.SIGINT):
-            at_end.callback(signal.signal, number, signal.signal(number, _once(stopped)))
+        handler = _once(stopped, alone=alone)
+        # Of several processes JAX takes SIGTERM, see `distributed.stop_now`.
+        for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+            at_end.callback(signal.signal, number, signal.signal(number, handler))
         at_end.callback(lambda: log.close())
         at_end.callback(lambda: manager.close())  # waits for what is being written
         at_end.callback(batches.close)
         at_end.callback(profile.close)
         at_end.callback(progress.stop)
+        at_end.push(distributed.unwinding)
         if fresh:
             loss = evaluate(0)
             if spikes.is_on:
                 save(loss)
             clock = time.perf_counter()
-        step, last = start, False
+        step, last, iteration = start, False, 0
         while not last:
-            step += 1
+            step, iteration = step + 1, iteration + 1
             profile.begin(step, state)
-            state, measured = program.step(state, spikes.next_batch(batches))
+            state, measured = program.step(state, spread(spikes.next_batch(batches)))
             clock += profile.end(step, state)
             waiting.append(measured)
+            if not alone and distributed.stop_now(iteration):
+                stopped.append(signal.SIGTERM)
             last = step == steps or bool(stopped)
             evaluating = last or step % every.eval_every == 0
             saving = last or step % every.checkpoint_every == 0
@@ -191,16 +231,16 @@ def run(config: Config, hold: Hold, console: Console) -> None:
                     progress.stop()
                     give_up(spike, workdir, max_rewinds=every.max_rewinds)
                 del state  # there is room for one
-                restored = checkpoint.restore_newest(workdir, jax.eval_shape(program.begin, None))
+                restored = restore(program.abstract_state())
                 _tell_damaged(restored, workdir, console)
                 state, start, last = restored.state, restored.record.step, False
                 step = start
                 batches.set_state(restored.record.data_state)
                 spikes.rewind(spike, restored.record.spikes, step=step)
                 log.close()
-                log = metrics.MetricsLog(workdir, step=step)
+                log = open_log(step=step)
                 manager = checkpoint.open_manager(workdir, keep=config.train.keep)
-                recorder = StepRecorder(config, batches.source_names, log=metrics.read(workdir))
+                recorder = make_recorder(log=metrics.read(workdir))
                 text = f"step {spike.step}: {spike.why}; back to step {step}, without "
                 text += f"batch {spike.batch}, rewind {spikes.rewinds} of {every.max_rewinds}"
                 progress.go_back(step, text)
@@ -223,6 +263,8 @@ def run(config: Config, hold: Hold, console: Console) -> None:
             clock = time.perf_counter()
 
     # --- Summary ----------------------------------------------------------------------------
+    if not distributed.is_first():
+        return
     if stopped and int(state.step) < steps:
         name = signal.Signals(stopped[0]).name
         console.print(f"\nstopped by {name}: saved at step {int(state.step)} of {steps}")
@@ -237,23 +279,57 @@ def _tell_damaged(restored: checkpoint.Restored, workdir: Path, console: Console
         log_event(workdir, "damaged", step=step, why=why)
 
 
-def _load_init(config: Config) -> Params:
+def _check_mesh(mesh: jax.sharding.Mesh, config: Config) -> None:
+    """Refuse a mesh that leaves a process out, or that the batch does not divide over."""
+    there = {device.process_index for device in mesh.devices.flat}
+    if len(there) < distributed.count():
+        raise UserError(
+            f"{distributed.count()} processes have {jax.device_count()} devices, the mesh is of "
+            f"{mesh.size}: --mesh.fsdp -1 uses all"
+        )
+    rows = config.data.batch_size // config.optimizer.accumulate
+    sharding.check_batch(rows, config.data.sequence_length, mesh)
+
+
+def _check_same_data(fingerprint: dict[str, Any]) -> None:
+    """Refuse data that differ between the hosts."""
+    first = distributed.from_first(lambda: fingerprint)
+    differences = data.differences(first, fingerprint)
+
+    def check() -> None:
+        if differences:
+            raise UserError(
+                f"process {distributed.index()} has other data than process 0: "
+                f"{', '.join(differences[:3])}"
+            )
+
+    distributed.together(check)
+
+
+def _load_init(config: Config, mesh: jax.sharding.Mesh) -> Params:
     """Read the parameters of --init in the form that the config asks for."""
     c = config.model
     assert config.init is not None
-    changes = architecture_changes(weights.read_config(config.init), c)
+    stored = weights.read_config(config.init)
+    changes = architecture_changes(stored, c)
+    if stored.lora.targets:  # adapters to go on with
+        changes += adapter_changes(stored, c)
     if changes:
         raise UserError(
             f"--init {config.init} is another model than the config's: {', '.join(changes)}"
         )
-    return weights.load(config.init, dtype=jnp.dtype(c.param_dtype), experts=c.experts)[1]
+    dtype = jnp.dtype(c.param_dtype)
+    return weights.load(config.init, dtype=dtype, experts=c.experts, mesh=mesh)[1]
 
 
-def _once(stopped: list[int]) -> Any:
+def _once(stopped: list[int], *, alone: bool) -> Any:
     """Return a signal handler that asks the loop to stop; a second ctrl-C interrupts at once."""
 
     def handler(number: int, _: Any) -> None:
-        stopped.append(number)
+        if alone:
+            stopped.append(number)
+        else:
+            signal.raise_signal(signal.SIGTERM)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     return handler

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gptoss_jax import checkpoint
+from gptoss_jax import checkpoint, distributed
 from gptoss_jax.errors import UserError
 
 LOCK = "lock"
@@ -33,7 +33,9 @@ class Hold:
     it when the process ends, however that may be. Taken at once where the folder is there, so that
     nothing of a run under way is read; where it is not, `take` makes it.
 
-    Errors of the disk that come out of the `with` become a UserError that says what is whole.
+    Of a run of several processes the first one has it for all; the others see to it that they see
+    the same folder. Errors of the disk that come out of the `with` become a UserError that says
+    what is whole.
     """
 
     def __init__(self, workdir: str | Path) -> None:
@@ -41,25 +43,49 @@ class Hold:
         self.workdir = Path(workdir)
         self._path = self.workdir / LOCK
         self._file: int | None = None
-        self._is_new = False
+        self._is_new = self._is_shared = False
 
     def __enter__(self) -> Hold:
-        """Take the lock if the folder is there. Raises `UserError` if another process has it."""
+        """Take the lock if the folder is there. Raises `UserError` if another run has it."""
+        self._share(distributed.from_first(self._enter))
+        return self
+
+    def _enter(self) -> str | None:
         if self.workdir.exists() and not self.workdir.is_dir():
             raise UserError(f"the workdir {self.workdir} is a file: name a folder")
         self._is_new = not self.workdir.is_dir()
-        if not self._is_new:
-            self.take()
-        return self
+        return None if self._is_new else self._take()
 
     def take(self) -> None:
         """Make the folder and take the lock, if that was not done.
 
         Raises:
-            UserError: another process has it, or a run has begun since, or it can't be written.
+            UserError: another process has it, or a run has begun since, or it can't be written; or
+                another host does not see it.
         """
+        self._share(distributed.from_first(self._take))
+
+    def _share(self, text: str | None) -> None:
+        if text is not None and not self._is_shared:
+            distributed.together(lambda: self._check_shared(text))
+            self._is_shared = True
+
+    def _check_shared(self, text: str) -> None:
+        for _ in range(20):  # a network's file systems may show a new file late
+            with contextlib.suppress(OSError):
+                if distributed.is_first() or _read(self._path) == text:
+                    return
+            time.sleep(0.5)
+        raise UserError(
+            f"process {distributed.index()}, on {socket.gethostname()}, does not see the workdir "
+            f"{self.workdir.absolute()} of process 0: name one with --workdir that lies on a disk "
+            "which all hosts share"
+        )
+
+    def _take(self) -> str:
+        """Take the lock, and return what its file says."""
         if self._file is not None:
-            return
+            return os.pread(self._file, 1000, 0).decode(errors="replace")
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._file = self._lock()
@@ -70,6 +96,7 @@ class Hold:
             ) from None
         if self._is_new and checkpoint.steps(self.workdir):
             raise UserError(f"another run has begun in {self.workdir}: the same command goes on")
+        return os.pread(self._file, 1000, 0).decode(errors="replace")
 
     def _lock(self) -> int:
         while True:
@@ -126,6 +153,10 @@ class Hold:
             ) from error
 
 
+def _read(path: Path) -> str:
+    return path.read_bytes()[:1000].decode(errors="replace")
+
+
 def _is_at(path: Path, file: int) -> bool:
     """Say whether an open file is still the one that a path names."""
     try:
@@ -160,7 +191,9 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of a workdir whole, or leave the one that is there."""
+    """Write a file of a workdir whole, or leave the one that is there; the first process does."""
+    if not distributed.is_first():
+        return
     new = path.with_name(path.name + ".tmp")
     new.write_text(text)
     os.replace(new, path)
@@ -169,8 +202,11 @@ def write_text(path: Path, text: str) -> None:
 def log_event(workdir: str | Path, event: str, *, step: int, **values: Any) -> None:
     """Append to `events.jsonl` what happened to a run: {"time", "event", "step", ...}.
 
-    Nothing is ever taken out of it: what a run did again after it was killed is there twice.
+    Nothing is ever taken out of it: what a run did again after it was killed is there twice. The
+    first process writes it.
     """
+    if not distributed.is_first():
+        return
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"time": now, "event": event, "step": step, **values}
     with (Path(workdir) / EVENTS).open("a") as file:

@@ -52,7 +52,7 @@ class Poisoned:
 
 def main(plan: dict[str, Any], args: list[str]) -> None:
     """Train on poisoned data."""
-    data.train_batches = lambda config: Poisoned(_real(config), plan)
+    data.train_batches = lambda *args, **more: Poisoned(_real(*args, **more), plan)
     try:
         train.main(args)
     finally:

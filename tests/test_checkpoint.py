@@ -13,9 +13,19 @@ import numpy as np
 import pytest
 
 from gptoss_jax import checkpoint, same_run
-from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptoss_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from gptoss_jax.errors import UserError
 from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.parallel import mesh as meshes
+from gptoss_jax.parallel import padding
+from gptoss_jax.program import make_program
 from gptoss_jax.train_step import init_state
 from gptoss_jax.types import MXFP4, TrainState
 
@@ -253,7 +263,7 @@ def test_nothing_is_moved_when_none_is_whole(workdir):
 
 
 def test_what_is_the_machine_s_fault_is_no_damage(workdir, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise MemoryError("no room for 12 bytes")
 
     monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", fail)
@@ -400,3 +410,55 @@ def test_load_params_names_the_whole_one_before_a_damaged_one(model_run, tmp_pat
     with pytest.raises(UserError, match=r"checkpoints/5.*; no earlier checkpoint is whole"):
         checkpoint.load_params(workdir)
     assert checkpoint.steps(workdir) == [3, 5]  # reading moves nothing
+
+
+# --- Meshes ------------------------------------------------------------------------------------
+
+MESHES = (MeshConfig(), MeshConfig(fsdp=2, expert=2, context=2), MeshConfig(tensor=4, data=2))
+
+
+@pytest.mark.slow
+def test_from_any_mesh_to_any_mesh(tmp_path):
+    """Packed experts of 2 blocks are 4 along tensor 4: what the mesh adds is no part of a run."""
+    sizes = {"vocab_size": 48, "num_layers": 2, "d_model": 64, "num_heads": 8, "num_kv_heads": 4}
+    sizes |= {"head_dim": 6, "num_experts": 4, "active_experts": 2, "d_expert": 64, "context": 64}
+    model = ModelConfig(**sizes, experts="mxfp4", dtype="float32", param_dtype="bfloat16")
+    config = Config(
+        model=model,
+        data=DataConfig(sequence_length=32),
+        optimizer=OptimizerConfig(ema=0.5),
+    )
+    states, paddings = [], []
+    for i, sizes in enumerate(MESHES):
+        with jax.set_mesh(meshes.make(sizes)):
+            begun = make_program(config)
+            paddings.append(begun.model.config.expert_padding)
+            abstract = begun.abstract_state()
+            if i == 0:
+                state = jax.device_put(begun.begin(None), jax.tree.map(placement, abstract))
+                leaves, tree = jax.tree.flatten(state.opt_state)
+                leaves = [x + i for i, x in enumerate(leaves, 1)]  # as after steps: none alike
+                state = state.replace(opt_state=tree.unflatten(leaves))
+            else:
+                state, _ = checkpoint.restore(
+                    tmp_path / str(i - 1), abstract, expert_padding=paddings[i]
+                )
+                for x, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+                    assert x.shape == want.shape and x.sharding == want.sharding
+            with checkpoint.open_manager(tmp_path / str(i)) as manager:
+                save(manager, state, config=config, expert_padding=paddings[i])
+            states.append(jax.device_get(state.replace(rng=jax.random.key_data(state.rng))))
+    assert paddings == [0, 0, 64]
+    added = states[2].params["layers"]["experts"]["down_weight"].blocks[:, :, :, 2:]
+    assert added.shape[3] == 2 and not added.any()
+    chex.assert_trees_all_equal(states[1], states[0])
+    chex.assert_trees_all_equal(padding.resize(states[2], by=-64), states[0])
+    a, b = (checkpoint.load_params(tmp_path / name) for name in "02")
+    assert a[0] == b[0] == config.model
+    chex.assert_trees_all_equal(a[1], b[1])
+    records = [checkpoint._read_json(tmp_path / str(i), None)[0] for i in range(3)]
+    assert records[0]["checksums"] == records[1]["checksums"] == records[2]["checksums"]
+
+
+def placement(x):
+    return x.sharding

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.checksums import checksums, differences
+from gptoss_jax.parallel import padding
 from gptoss_jax.types import MXFP4
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
@@ -82,3 +83,23 @@ def test_paths_and_differences():
     assert differences(sums, dict(sums)) == []
     assert differences(sums, sums | {"layers/x/b": 1, "new": 2}) == ["layers/x/b", "new"]
     assert differences(sums | {"gone": 2}, sums) == ["gone"]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_a_mesh_added_to_experts_does_not_count(devices):
+    rng = np.random.default_rng(0)
+    shapes = ((3, 4, 5, 2, 16), (3, 4, 5, 2))
+    packed = [rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes]
+    bias = rng.normal(size=(3, 4, 2, 6)).astype(np.float32)
+    experts = {"gate_up_bias": jnp.asarray(bias), "down_weight": MXFP4(*map(jnp.asarray, packed))}
+    plain = {"layers": {"experts": experts}}
+    # With more than zeros in what was added.
+    wide = jax.tree.map(
+        lambda x, y: (x + 7).at[tuple(map(slice, y.shape))].set(y),
+        padding.resize(plain, by=64),
+        plain,
+    )
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
+    wide = jax.device_put(wide, jax.sharding.NamedSharding(mesh, jax.P(None, "x")))
+    assert checksums(wide, expert_padding=64) == checksums(plain)
+    assert len(differences(checksums(wide), checksums(plain))) == 3

@@ -8,3 +8,6 @@ from gptoss_jax.data.loader import train_batches as train_batches
 from gptoss_jax.data.report import describe as describe
 from gptoss_jax.data.report import differences as differences
 from gptoss_jax.data.report import fingerprint as fingerprint
+from gptoss_jax.data.shards import rows_here as rows_here
+from gptoss_jax.data.shards import rows_of as rows_of
+from gptoss_jax.data.shards import spread as spread

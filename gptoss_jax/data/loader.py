@@ -162,57 +162,46 @@ def _stop(windows: list[Windows], iterators: list[grain.DatasetIterator[Batch]])
     iterators.pop().close()
 
 
-def train_batches(
-    config: Config, *, process_index: int = 0, process_count: int = 1
-) -> TrainBatches:
+def train_batches(config: Config, *, rows: tuple[int, int] | None = None) -> TrainBatches:
     """Iterate without end over the batches of `data.train`, mixed as `data.weights` says.
 
-    A batch is [batch_size / process_count, sequence_length]: this host's rows of the global batch,
-    which is the same whatever process_count. To go on from a state costs the tokenising of one
-    window of each source. Raises `UserError` for bad data: nearly all of it here, and what only the
-    tokenising of large data shows when its batch comes up.
+    A batch is [batch_size, sequence_length]; with `rows`, (first, last + 1), those rows of it: what
+    one host of several needs (`data.shards`) of a global batch that is the same on any number of
+    hosts. To go on from a state costs the tokenising of one window of each source. Raises
+    `UserError` for bad data: nearly all of it here, and what only the tokenising of large data
+    shows when its batch comes up.
     """
-    first, last = _share(config, process_index, process_count)
+    first, last = rows or (0, config.data.batch_size)
     sources = open_sources(config)
     for source in sources:
         _ = source.examples.stats  # raises
     return TrainBatches(sources, config, first=first, last=last)
 
 
-def _share(config: Config, process_index: int, process_count: int) -> tuple[int, int]:
-    if config.data.batch_size % process_count:
-        raise UserError(
-            f"data.batch_size ({config.data.batch_size}) is no multiple of the number of hosts "
-            f"({process_count})"
-        )
-    size = config.data.batch_size // process_count
-    return process_index * size, (process_index + 1) * size
-
-
-def eval_batches(config: Config, *, process_index: int = 0, process_count: int = 1) -> list[Batch]:
+def eval_batches(config: Config, *, rows: tuple[int, int] | None = None) -> list[Batch]:
     """Return the first `train.eval_batches` batches of `data.held_out`, or all if that is 0.
 
     Always the same ones, in an order of their own that no seed changes, each record at most once.
-    The last batch is filled up with rows of padding, whose weights are 0. Empty if no held-out data
-    is given. Raises `UserError` for bad data.
+    The last batch is filled up with rows of padding, whose weights are 0. `rows` are as those of
+    `train_batches`. Empty if no held-out data is given. Raises `UserError` for bad data.
     """
     if not config.data.held_out:
         return []
-    first, last = _share(config, process_index, process_count)
+    first, last = rows or (0, config.data.batch_size)
     examples = open_examples(config, held_out=True)
     _ = examples.stats  # raises
     windows, size = Windows(examples, seed=0), config.data.batch_size
-    rows: list[Row] = []
+    packed: list[Row] = []
     limit = config.train.eval_batches * size
     for w in range(windows.per_round):
-        rows += windows[w]
-        if limit and len(rows) >= limit:
-            rows = rows[:limit]
+        packed += windows[w]
+        if limit and len(packed) >= limit:
+            packed = packed[:limit]
             break
-    rows += [[]] * (-len(rows) % size)
+    packed += [[]] * (-len(packed) % size)
     return [
-        fill(rows[at + first : at + last], config.data.sequence_length)
-        for at in range(0, len(rows), size)
+        fill(packed[at + first : at + last], config.data.sequence_length)
+        for at in range(0, len(packed), size)
     ]
 
 

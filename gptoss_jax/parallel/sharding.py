@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.parallel import heads
 from gptoss_jax.parallel.mesh import DENSE, EXPERT, ROWS, current
 from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache, path_name
 
@@ -104,8 +105,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
         axes = (*axes, None)[: len(shape)]
     elif rest in (*_PACKED, *_RELAID) or len(shape) != len(axes):
         axes = (None, "expert") if is_expert and len(shape) > 1 else ()
-    heads = shape[1:2] if name in _KV and len(shape) == len(axes) else ()
-    if any(n % mesh.shape["tensor"] for n in heads):
+    kv_heads = shape[1:2] if name in _KV and len(shape) == len(axes) else ()
+    if any(n % mesh.shape["tensor"] for n in kv_heads):
         axes = tuple(None if axis == HEADS else axis for axis in axes)
     if rest in ("", *_PACKED, *_RELAID):
         _check(path, shape, axes, mesh)
@@ -166,6 +167,11 @@ def padded(config: ModelConfig) -> ModelConfig:
     """
     mesh = current()
     padding = 0
+    if mesh is not None:
+        try:
+            heads.check(config.num_heads, config.num_kv_heads, mesh.shape["tensor"])
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if mesh is not None and config.experts == "mxfp4":
         whole = math.lcm(MXFP4_BLOCK, math.prod(mesh.shape[axis] for axis in EXPERT))
         padding = -config.d_expert % (mesh.shape["tensor"] * whole)

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import moe
 from gptoss_jax.parallel import padding
 from gptoss_jax.parallel import sharding as table
+from gptoss_jax.parallel.mesh import AXES
 from gptoss_jax.types import MXFP4, Params, flatten, nest, split_layers
 from gptoss_jax.weights import shards
 from gptoss_jax.weights.names import PACKABLE, packed_shape
@@ -64,7 +66,7 @@ def adapters(tree: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) 
     tree = padding.resize({"lora": tree}, by=config.expert_padding)
     if mesh is None:
         return tree["lora"]
-    spread = mesh.axis_names == table.AXES and mesh.size > 1
+    spread = mesh.axis_names == AXES and mesh.size > 1
     where: Any = table.shardings(tree, mesh) if spread else jax.NamedSharding(mesh, jax.P())
     return jax.device_put(tree, where)["lora"]
 
@@ -99,6 +101,11 @@ def over_mesh(
                 advance(_leaf_bytes(config, path, (len(rows), *shape[1:])))
         leaves[path] = shards.join(made, like, spread)
     return nest(leaves)
+
+
+def no_mesh() -> Any:
+    """Return a context without a mesh: what a mesh's shards are made by runs on one device each."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def num_bytes(source: Any, config: ModelConfig) -> int:

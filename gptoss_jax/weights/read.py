@@ -255,7 +255,8 @@ def load(
         if mesh is not None and spread:
             with jax.set_mesh(mesh):
                 config = sharding.padded(config)
-            params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
+            with assemble.no_mesh():
+                params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
             if split:
                 params["layers"] = split_layers(params["layers"], config.num_layers)
         else:
@@ -263,6 +264,8 @@ def load(
             params = assemble.on_device(
                 source, config, sharding=everywhere, split=split, layout=layout, advance=advance
             )
+    if isinstance(source, ParamsSource) and source.adapters is not None:
+        params["lora"] = assemble.adapters(source.adapters, config, mesh)
     return Transformer(config), params
 
 

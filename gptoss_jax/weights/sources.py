@@ -116,9 +116,10 @@ class ParamsSource:
     def __init__(self, config: ModelConfig, params: Params) -> None:
         """Take the parameters of a model, but for what a mesh filled them up with.
 
-        UserError if they are not those of `config`.
+        Adapters are kept apart, as `adapters`. UserError if they are not those of `config`.
         """
-        params = padding.resize(params, by=-config.expert_padding)
+        params = dict(padding.resize(params, by=-config.expert_padding))
+        self.adapters: Params | None = params.pop("lora", None)
         config = dataclasses.replace(config, expert_padding=0)
         self.config = config
         self.leaves = {

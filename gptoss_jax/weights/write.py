@@ -90,6 +90,11 @@ def write_checkpoint(
         raise UserError(f"layout {layout!r}: it is hf or openai")
     if form not in (None, "dense", "mxfp4"):
         raise UserError(f"experts is {form!r}: it is None, 'dense' or 'mxfp4'")
+    if getattr(source, "adapters", None) is not None:
+        raise UserError(
+            "the model has adapters (lora), which no layout holds: fold them into its weights "
+            "first, with gptoss_jax.adapters.merge"
+        )
     config = source.config
     form = form or config.experts
     config_io.refuse_inexpressible(config, layout)

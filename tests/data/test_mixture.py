@@ -168,7 +168,7 @@ def test_hosts_share_the_rows(files):
     whole = take(data.train_batches(config), 12)
 
     def host(i):
-        return data.train_batches(config, process_index=i, process_count=2)
+        return data.train_batches(config, rows=(2 * i, 2 * i + 2))
 
     parts = [take(host(i), 12) for i in range(2)]
     assert parts[0][0].sources.shape == (2,)

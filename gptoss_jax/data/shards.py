@@ -1,0 +1,45 @@
+"""From the rows that each process reads to a batch of global arrays, spread over the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptoss_jax.parallel import sharding
+from gptoss_jax.parallel.mesh import ROWS
+from gptoss_jax.types import Batch
+
+
+def rows_here(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
+    """Return which rows of a global batch this process's devices take, as (first, last + 1).
+
+    The least range that has them all. Processes may have rows in common: those whose devices differ
+    only along `context` and `tensor` have all of them.
+    """
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return rows_of(mine, mesh, batch_size)
+
+
+def rows_of(devices: Sequence[Any], mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
+    """Return the least range of rows that has those of some devices of the mesh."""
+    parts = NamedSharding(mesh, PartitionSpec(ROWS)).devices_indices_map((batch_size,))
+    ranges = [parts[device][0].indices(batch_size) for device in devices]
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+
+def spread(batch: Batch, mesh: jax.sharding.Mesh, *, rows: tuple[int, int], size: int) -> Batch:
+    """Make global arrays, of `size` rows, of the `rows` of a batch that this process has."""
+    first = rows[0]
+
+    def globally(x: np.ndarray, where: Any) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            return x[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), where, part)
+
+    return jax.tree.map(globally, batch, sharding.batch_shardings(batch, mesh))
