@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.model import lora
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.cross_entropy import cross_entropy
+from gptoss_jax.ops.lora import widen
 from gptoss_jax.parallel import context, mesh, vocabulary
 from gptoss_jax.types import Batch, Params, RouterStats
 
@@ -69,19 +72,21 @@ def loss_fn(
         params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, **where
     )
     with jax.named_scope("loss"):
-        hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
+        hidden, table = out.hidden, params["unembedding"]["weight"]
+        if (adapter := lora.of_table(params, "unembedding", model)) is not None:
+            hidden, table = widen(hidden, table, adapter)
+        rows = hidden.reshape(-1, hidden.shape[-1])
         targets = jnp.asarray(batch.targets).reshape(-1)
         weights = jnp.asarray(batch.weights, jnp.float32).reshape(-1)
-        table = params["unembedding"]["weight"]
         if mesh.current() is not None:
             weights = weights.reshape(batch.tokens.shape)
-            nll, each = vocabulary.cross_entropy(out.hidden, table, batch.targets, weights)
+            nll, each = vocabulary.cross_entropy(hidden, table, batch.targets, weights)
         elif chips.current().platform == "cpu":
-            rows, targets, row_weights, goes_to = _trained_first(hidden, targets, weights)
+            rows, targets, row_weights, goes_to = _trained_first(rows, targets, weights)
             nll, each = _nll_sum(rows, table, targets, row_weights)
             each = each[goes_to]
         else:  # all rows: chunks of them would carry a float32 gradient of the whole table
-            nll, each = cross_entropy(hidden, table, targets, weights)
+            nll, each = cross_entropy(rows, table, targets, weights)
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     penalty = jnp.float32(0)
     if balance_loss:
@@ -158,13 +163,16 @@ def _nll_sum(
     The number of chunks is known only when it runs, and such a loop has no autodiff: hence a rule
     of its own, by which the gradients are formed in the loop that forms the loss.
     """
-    return _over_chunks(hidden, weight, targets, weights, grads=False)[0]
+    return _over_chunks(hidden, weight, targets, weights, grads=(False, False))[0]
 
 
 def _over_chunks(
-    hidden: Array, weight: Array, targets: Array, weights: Array, *, grads: bool
+    hidden: Array, weight: Array, targets: Array, weights: Array, *, grads: tuple[bool, bool]
 ) -> tuple[tuple[Array, Array], Array, Array]:
-    """Return (sum of weights * nll, nll of each row), and the gradients in hidden and weight."""
+    """Return (sum of weights * nll, nll of each row), and the gradients in hidden and weight.
+
+    `grads` says which of the two are wanted; of what is not, an empty array comes back.
+    """
     M = hidden.shape[0]
     rows = min(M, max(-(-M // _CHUNKS), _MIN_ROWS))
     # Chunks have one size: the last may reach over the end, into rows of weight 0.
@@ -175,37 +183,48 @@ def _over_chunks(
     def chunk(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         nll, each, d_hidden, d_weight = sums
         h, t, w = (jax.lax.dynamic_slice_in_dim(x, i * rows, rows) for x in parts)
-        if not grads:
+        wanted = [i for i in range(2) if grads[i]]
+        if not wanted:
             more, new = cross_entropy(h, weight, t, w)
             return nll + more, put(each, new, i * rows, 0), d_hidden, d_weight
-        one = jax.value_and_grad(cross_entropy, argnums=(0, 1), has_aux=True)
-        (more, new), (dh, dw) = one(h, weight, t, w)
-        d_hidden = put(d_hidden, dh, i * rows, 0)
-        return (
-            nll + more, put(each, new, i * rows, 0), d_hidden, d_weight + dw.astype(jnp.float32),
-        )  # fmt: skip
+        one = jax.value_and_grad(cross_entropy, argnums=wanted, has_aux=True)
+        (more, new), found = one(h, weight, t, w)
+        if grads[0]:
+            d_hidden = put(d_hidden, found[0], i * rows, 0)
+        if grads[1]:
+            d_weight = d_weight + found[-1].astype(jnp.float32)
+        return nll + more, put(each, new, i * rows, 0), d_hidden, d_weight
 
     used = -(-jnp.sum(weights > 0) // rows)
     start = (
         jnp.float32(0),
         jnp.zeros(M + spare, jnp.float32),
-        jnp.zeros_like(parts[0]) if grads else jnp.zeros(()),
-        jnp.zeros(weight.shape, jnp.float32) if grads else jnp.zeros(()),
+        jnp.zeros_like(parts[0]) if grads[0] else jnp.zeros(()),
+        jnp.zeros(weight.shape, jnp.float32) if grads[1] else jnp.zeros(()),
     )
     nll, each, d_hidden, d_weight = jax.lax.fori_loop(0, used, chunk, start)
-    d_hidden = d_hidden[:M] if grads else d_hidden
+    d_hidden = d_hidden[:M] if grads[0] else d_hidden
     return (nll, each[:M]), d_hidden, d_weight.astype(weight.dtype)
 
 
 def _nll_sum_fwd(hidden, weight, targets, weights):
-    sums, d_hidden, d_weight = _over_chunks(hidden, weight, targets, weights, grads=True)
+    # `perturbed` says whether a gradient is wanted: a frozen table gets none.
+    wanted = hidden.perturbed, weight.perturbed
+    values = (x.value for x in (hidden, weight, targets, weights))
+    sums, d_hidden, d_weight = _over_chunks(*values, grads=wanted)
     return sums, (d_hidden, d_weight)
 
 
 def _nll_sum_bwd(saved, gs):
     (d_hidden, d_weight), (g, _) = saved, gs
+    if isinstance(g, SymbolicZero):
+        g = jnp.zeros(())
+
+    def scaled(d: Array) -> Array | None:
+        return (d * g).astype(d.dtype) if d.ndim else None
+
     # The weights of targets are data: they get no gradient.
-    return (d_hidden * g).astype(d_hidden.dtype), (d_weight * g).astype(d_weight.dtype), None, None
+    return scaled(d_hidden), scaled(d_weight), None, None
 
 
-_nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)
+_nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd, symbolic_zeros=True)

@@ -87,6 +87,11 @@ def _view(path: tuple[Any, ...], x: jax.Array) -> tuple[jax.Array, int]:
         batch, rows = _MATRICES[name]
         rows, columns = shape[batch : batch + rows], shape[batch + rows :]
         return x.reshape(*shape[:batch], math.prod(rows), math.prod(columns)), batch
+    if name.startswith("lora/"):  # a [stacked..., inputs..., r] or b [stacked..., r, outputs...]
+        batch = 2 if "/experts/" in name else 1 if "/layers/" in name else 0
+        rows = -1 if name.endswith("/a") else shape[batch]
+        columns = shape[-1] if name.endswith("/a") else -1
+        return x.reshape(*shape[:batch], rows, columns), batch
     if not name.startswith("layers/"):
         return x, 0
     batch = {"layers/experts/gate_up_bias": 3, "layers/experts/down_bias": 2}.get(name, 1)

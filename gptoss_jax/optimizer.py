@@ -54,11 +54,13 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Make the optimizer of the trainable part of a parameter tree (see `split_trainable`).
 
-    Gradients, second moments and updates are float32 whatever the parameters' dtype; the first
-    moment is in `moment_dtype`. A parameter kept in less than float32 has a float32 copy in the
+    Gradients and updates are float32 whatever the parameters' dtype. The first moment is kept in
+    `moment_dtype`, AdamW's second in `second_moment_dtype`, rounded to the nearest after a step in
+    float32. A parameter kept in less than float32 has a float32 copy in the
     state, which is what is updated, or with masters "stochastic" none, and is rounded by chance
     (see `rounding`). Bytes a parameter for AdamW in bfloat16: 2 + 2 of parameter and gradient,
-    4 + 4 of moments, 4 of copy: 16; 10 with neither copy nor float32 first moment.
+    4 + 4 of moments, 4 of copy: 16; 10 with neither copy nor float32 first moment; 8 with neither
+    moment in float32.
 
     Clips by global norm; decays matrices only (see `is_decayed`), by weight decay times learning
     rate whatever the optimizer.
@@ -85,7 +87,9 @@ def make_optimizer(
     elif config.name == "muon":
         scale = scale_by_muon_or_adam(**moments, moment_dtype=dtype)
     else:
-        scale = optax.scale_by_adam(**moments, mu_dtype=dtype)
+        scale = _store_second_moment(
+            optax.scale_by_adam(**moments, mu_dtype=dtype), jnp.dtype(config.second_moment_dtype)
+        )
     parts = [
         _drop_unused(masks, balance_bias),
         _clip(config.clip_norm),
@@ -114,7 +118,7 @@ def is_decayed(params: Params) -> Any:
 
     def by_path(path: tuple[Any, ...], _: Any) -> bool:
         name = path[-1].key
-        return name == "weight" or name.endswith("_weight")
+        return name == "weight" or name.endswith("_weight") or path[0].key == "lora"
 
     return jax.tree_util.tree_map_with_path(by_path, params, is_leaf=is_weight)
 
@@ -174,6 +178,26 @@ class ScheduleState(NamedTuple):
 
     updates: Int[Array, ""]
     learning_rate: Float[Array, ""]
+
+
+def _store_second_moment(
+    adam: optax.GradientTransformation, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+    """Keep Adam's second moment in `dtype` between steps; a step is in float32."""
+    if dtype == jnp.float32:
+        return adam
+
+    def cast(state: Any, dtype: Any) -> Any:
+        return state._replace(nu=jax.tree.map(lambda x: x.astype(dtype), state.nu))
+
+    def init(params: Params) -> Any:
+        return cast(adam.init(params), dtype)
+
+    def update(grads: Params, state: Any, params: Params | None = None):
+        updates, state = adam.update(grads, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _drop_unused(masks: Params | None, balance_bias: float) -> optax.GradientTransformation:

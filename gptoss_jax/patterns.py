@@ -19,10 +19,11 @@ it (a factor of 0 freezes it). Packed weights are never trained.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pattern:
-    field: str  # of OptimizerConfig, for messages
+    field: str  # of the config, for messages
     text: str
     path: str  # without brackets
     chosen: dict[str, tuple[_Item, ...]]  # by "layers" and "experts"
@@ -58,7 +59,7 @@ class _Pattern:
 
     def error(self, what: str) -> UserError:
         """Return an error about this pattern."""
-        return UserError(f"optimizer.{self.field} has {self.text!r}: {what}")
+        return UserError(f"{self.field} has {self.text!r}: {what}")
 
 
 def needs_load(config: OptimizerConfig) -> bool:
@@ -68,8 +69,8 @@ def needs_load(config: OptimizerConfig) -> bool:
         UserError: as `masks`, for what is wrong whatever the model.
     """
     rates = [p for p, _ in _learning_rates(config)]
-    patterns = [*_parse("freeze", config.freeze), *_parse("only", config.only), *rates]
-    return any(item.top for p in patterns for items in p.chosen.values() for item in items)
+    freeze, only = _parse("optimizer.freeze", config.freeze), _parse("optimizer.only", config.only)
+    return any(_has_top(p) for p in (*freeze, *only, *rates))
 
 
 def masks(
@@ -96,7 +97,7 @@ def masks(
     leaves = flatten(params)
     sizes = _sizes(leaves)
     rates = _learning_rates(config)
-    freeze, only = _parse("freeze", config.freeze), _parse("only", config.only)
+    freeze, only = _parse("optimizer.freeze", config.freeze), _parse("optimizer.only", config.only)
     for pattern in (*freeze, *only, *(p for p, _ in rates)):
         _check(pattern, leaves, sizes)
 
@@ -154,6 +155,62 @@ def describe(params: Params, factors: Params) -> list[str]:
     return lines + _describe_experts(flat)
 
 
+def named(
+    field: str, texts: Mapping[str, str], paths: Sequence[str], *, otherwise: str
+) -> list[str]:
+    """Return those of `paths` that any pattern names, whatever is between its brackets.
+
+    Args:
+        field: Where in the config the patterns are, for messages.
+        texts: The patterns, each with what the user wrote for it.
+        paths: What may be named.
+        otherwise: What is said of a pattern that names none of them.
+
+    Raises:
+        UserError: such a pattern, or brackets that can't be read.
+    """
+    found = [dataclasses.replace(p, text=texts[p.text]) for p in _parse(field, list(texts))]
+    for pattern in found:
+        if not any(pattern.matches(path) for path in paths):
+            raise pattern.error(otherwise)
+    return [path for path in paths if any(pattern.matches(path) for pattern in found)]
+
+
+def selected(
+    field: str,
+    texts: Mapping[str, str],
+    leaves: Mapping[str, Any],
+    *,
+    load: Float[np.ndarray, "L E"] | None,
+) -> dict[str, Bool[np.ndarray, "..."]]:
+    """Return path -> where any pattern names a parameter, in a form that broadcasts to it.
+
+    `leaves` are all that a model has, by path; the rest is as in `named` and `masks`.
+
+    Raises:
+        UserError: as `masks`.
+    """
+    flat = dict(leaves)
+    sizes = _sizes(flat)
+    found = [dataclasses.replace(p, text=texts[p.text]) for p in _parse(field, list(texts))]
+    for pattern in found:
+        _check(pattern, flat, sizes)
+    every = {}
+    for path, leaf in flat.items():
+        where = [_chosen(p, path, leaf.ndim, sizes=sizes, load=load) for p in found]
+        every[path] = np.any(np.broadcast_arrays(*where), axis=0)
+    return every
+
+
+def chooses_by_load(texts: Sequence[str]) -> bool:
+    """Say whether a pattern has [top4] or the like. Raises UserError for what can't be read."""
+    return any(_has_top(pattern) for pattern in _parse("patterns", texts))
+
+
+def _has_top(pattern: _Pattern) -> bool:
+    return any(item.top for items in pattern.chosen.values() for item in items)
+
+
 def _parse(field: str, texts: Sequence[str]) -> list[_Pattern]:
     found = []
     for text in texts:
@@ -208,7 +265,7 @@ def _learning_rates(config: OptimizerConfig) -> list[tuple[_Pattern, float]]:
                 f"optimizer.learning_rates has {text!r}: it is PATTERN=FACTOR, the factor a number "
                 "of at least 0, as in embedding/weight=0.1"
             )
-        found.append((_parse("learning_rates", [name])[0], factor))
+        found.append((_parse("optimizer.learning_rates", [name])[0], factor))
     return found
 
 
@@ -227,9 +284,8 @@ def _check(pattern: _Pattern, leaves: dict[str, Any], sizes: dict[str, int]) -> 
                 raise pattern.error(f"top{item.top} of {size} experts")
             if not item.top and highest >= size:
                 raise pattern.error(f"there is no {highest}: the {axis} are 0 to {size - 1}")
-    if pattern.field != "freeze" and all(
-        isinstance(leaves[path], MXFP4 | Relaid) for path in matched
-    ):
+    trains = pattern.field in ("optimizer.only", "optimizer.learning_rates")
+    if trains and all(isinstance(leaves[path], MXFP4 | Relaid) for path in matched):
         raise pattern.error(
             "all that it names is packed (MXFP4), which is never trained; "
             "--model.experts dense unpacks it"
@@ -306,7 +362,8 @@ def _describe_experts(flat: dict[str, Any]) -> list[str]:
     found: dict[str, list[int]] = {}
     for path, factor in flat.items():
         factor = np.asarray(factor)
-        if path.startswith("layers/experts/") and factor.size > 1 and factor.shape[1] > 1:
+        of_experts = path.startswith(("layers/experts/", "lora/layers/experts/"))
+        if of_experts and factor.size > 1 and factor.shape[1] > 1:
             for layer, row in enumerate(factor.reshape(*factor.shape[:2])):
                 if np.any(row) and not np.all(row):
                     layers = found.setdefault(_ranges(np.flatnonzero(row)), [])

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from gptoss_jax import data, patterns, routing
+from gptoss_jax import adapters, data, patterns, routing
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
 from gptoss_jax.loss import loss_fn
@@ -65,7 +65,8 @@ def make_program(
         UserError: patterns of the optimizer's fields that say nothing about this model.
     """
     model = Transformer(sharding.padded(config.model))
-    factors = patterns.masks(model.abstract_params(), config.optimizer, load=load)
+    shapes = model.abstract_params()
+    factors = adapters.masks(shapes, model.config, config.optimizer, load=load)
     frozen, averages = patterns.frozen_paths(factors), config.optimizer.ema > 0
     optimizer = make_optimizer(
         config.optimizer,
@@ -92,6 +93,8 @@ def make_program(
 
     def begin(params: Params | None) -> TrainState:
         seed = config.train.seed
+        if params is not None:
+            params = adapters.add(model.config, params, seed=seed)
         return init_state(
             model, optimizer, params, seed=seed, frozen_paths=frozen, average=averages
         )
@@ -103,7 +106,7 @@ def check_patterns(config: Config) -> None:
     """Refuse patterns that say nothing about the model, before anything is read or measured."""
     shapes = Transformer(config.model).abstract_params()
     even = np.ones((config.model.num_layers, config.model.num_experts))
-    patterns.masks(shapes, config.optimizer, load=even)
+    adapters.masks(shapes, config.model, config.optimizer, load=even)
 
 
 def expert_load(
@@ -118,7 +121,7 @@ def expert_load(
     Raises:
         UserError: the run goes on, and the file is not there or damaged.
     """
-    if not patterns.needs_load(config.optimizer):
+    if not adapters.needs_load(config.model, config.optimizer):
         return None
     shape = (config.model.num_layers, config.model.num_experts)
     if resuming:
@@ -132,7 +135,7 @@ def expert_load(
                 f"{path}, by which the run's patterns chose experts, can't be read: {error}"
             ) from None
         return load
-    model = Transformer(config.model)
+    model = Transformer(sharding.padded(config.model))
     if params is None:
         params = init_params(model, seed=config.train.seed)
     batches = data.train_batches(config)
@@ -140,7 +143,7 @@ def expert_load(
         first = [next(batches) for _ in range(config.train.load_batches)]
     finally:
         batches.close()
-    return routing.measure_load(model, jax.device_put(params, jax.devices()[0]), first)
+    return routing.measure_load(model, params, first)
 
 
 def keep_load(load: Float[np.ndarray, "L E"] | None, workdir: Path) -> None:

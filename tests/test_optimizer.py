@@ -252,6 +252,51 @@ def test_only_float32_masters_have_copies(masters):
     assert len(half) == 9
 
 
+def test_second_moment_in_bfloat16_is_adam_with_it_rounded_after_each_step():
+    config = OptimizerConfig(
+        learning_rate=0.3, warmup_steps=0, schedule="constant", weight_decay=0.0, clip_norm=0.0,
+        eps=1e-3, b1=0.8, b2=0.9, second_moment_dtype="bfloat16", masters="stochastic",
+    )  # fmt: skip
+    optimizer = make_optimizer(config, 9)
+    params = {"final_norm": {"scale": jnp.linspace(-1.0, 2.0, 7)}}  # in float32: nothing by chance
+    state = optimizer.init(params)
+    kept = [x for x in jax.tree.leaves(state) if x.shape == (7,)]
+    assert sorted(str(x.dtype) for x in kept) == ["bfloat16", "float32"]
+
+    def rounded(x):
+        return np.float64(np.asarray(x, jnp.bfloat16))
+
+    want, mu, nu = np.linspace(-1.0, 2.0, 7), np.zeros(7), np.zeros(7)
+    for i in range(1, 7):
+        grad = np.sin(np.arange(7) * i) + 0.1
+        updates, state = optimizer.update(
+            {"final_norm": {"scale": jnp.asarray(grad, jnp.float32)}}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+        mu, nu = 0.8 * mu + 0.2 * grad, 0.9 * nu + 0.1 * grad**2
+        step = (mu / (1 - 0.8**i)) / (np.sqrt(nu / (1 - 0.9**i)) + 1e-3)
+        want, nu = want - 0.3 * step, rounded(nu)
+        np.testing.assert_allclose(params["final_norm"]["scale"], want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_moment_that_fades_in_bfloat16_does_not_stop():
+    config = OptimizerConfig(second_moment_dtype="bfloat16", b2=0.99, clip_norm=0.0)
+    optimizer = make_optimizer(config, 9)
+    params = {"final_norm": {"scale": jnp.ones(5)}}
+
+    @jax.jit
+    def moment(state, grad):
+        grads = {"final_norm": {"scale": jnp.full(5, grad)}}
+        return optimizer.update(grads, state, params)[1]
+
+    state = moment(optimizer.init(params), 1.0)
+    before = float(optax.tree_utils.tree_get(state, "nu")["final_norm"]["scale"][0])
+    for _ in range(100):
+        state = moment(state, 0.0)
+    after = float(optax.tree_utils.tree_get(state, "nu")["final_norm"]["scale"][0])
+    np.testing.assert_allclose(after / before, 0.99**100, rtol=0.25)
+
+
 def test_factors_scale_the_update_weight_decay_included():
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=0)
     masks = make_masks(learning_rates=("layers[1]/*=0.25", "embedding/*=3"))
@@ -360,6 +405,8 @@ def test_average_of_parameters():
     ("fields", "words"),
     [
         ({"name": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype .* adafactor"),
+        ({"name": "muon", "second_moment_dtype": "bfloat16"}, "for optimizer.name adamw"),
+        ({"b2": 0.999, "second_moment_dtype": "bfloat16"}, "b2 up to 0.99"),
         ({"decay_share": 1.5}, "decay_share is 1.5"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"b1": -0.1}, "b1 is -0.1"),

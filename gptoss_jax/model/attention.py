@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model import lora
 from gptoss_jax.ops.attention import attention
+from gptoss_jax.ops.lora import product
 from gptoss_jax.ops.norm import rms_norm
 from gptoss_jax.ops.rope import rotate
 from gptoss_jax.parallel import context, mesh, sharding
@@ -65,7 +67,10 @@ class Attention(nn.Module):
         weight = sharding.gathered("layers/attention/o_weight", weight)
         bias = self.param("o_bias", nn.initializers.zeros, (c.d_model,), dtype)
         flat = weight.reshape(c.d_model, -1).astype(x.dtype)
-        out = jnp.einsum("BTC,DC->BTD", out.reshape(*out.shape[:2], -1), flat)
+        heads = out.reshape(*out.shape[:2], -1)
+        out = jnp.einsum("BTC,DC->BTD", heads, flat)
+        if (adapter := lora.adapter(self, "o_weight", c.lora.scale)) is not None:
+            out = out + product(heads, adapter)
         return out + bias.astype(x.dtype), cache
 
     def _project(self, name: str, x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T N H"]:
@@ -78,6 +83,8 @@ class Attention(nn.Module):
         # As a matrix: a product with [N, H, D] has XLA transpose the weight at every call.
         flat = weight.reshape(-1, c.d_model).astype(x.dtype)
         out = jnp.einsum("BTD,CD->BTC", x, flat).reshape(*x.shape[:2], heads, c.head_dim)
+        if (adapter := lora.adapter(self, f"{name}_weight", c.lora.scale)) is not None:
+            out = out + product(x, adapter)
         return out + bias.astype(x.dtype)
 
     def _norm(self, name: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model import lora
 from gptoss_jax.ops import moe, mxfp4
+from gptoss_jax.ops.lora import product
 from gptoss_jax.ops.norm import rms_norm
 from gptoss_jax.parallel import mesh, sharding
 from gptoss_jax.types import LayerOf, Relaid
@@ -48,7 +50,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], *, decoding: bool = False
     ) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], Float[Array, "B T E"], dict[str, Array]]:
         """Return the chosen experts, their weights, all logits, and the layer's statistics.
 
@@ -68,8 +70,15 @@ class Router(nn.Module):
         logits = jnp.einsum(
             "BTD,ED->BTE", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
         )
+        if (adapter := lora.adapter(self, "weight", c.lora.scale)) is not None:
+            logits = logits + product(x, adapter, jnp.float32)
         logits = logits + bias.astype(jnp.float32)
-        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), c.active_experts)
+
+        def top(logits: Array) -> Array:
+            return jax.lax.top_k(logits, c.active_experts)[1]
+
+        stopped = jax.lax.stop_gradient(logits)
+        chosen = sharding.each_token(top, stopped, whole_rows=decoding)
         # Reading by one-hot rather than by index keeps the gradient a product and not a scatter.
         one_hot = jax.nn.one_hot(chosen, c.num_experts, dtype=jnp.float32)
         weights = jax.nn.softmax(jnp.einsum("BTAE,BTE->BTA", one_hot, logits), axis=-1)
@@ -148,29 +157,23 @@ class Experts(nn.Module):
             "down_weight": matrix("down_weight", (E, D, F)),
             "down_bias": self.param("down_bias", zeros, (E, D), dtype),
         }
-        chunk = c.expert_chunk or None
-        if mesh.current() is not None:
-            from gptoss_jax.parallel import experts
+        own = [lora.adapter(self, f"{name}_weight", c.lora.scale) for name in ("gate_up", "down")]
+        if any(own):
+            parts["adapters"] = moe.Adapters(*own)
+        if mesh.current() is None:
+            rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+            options = {"limit": c.swiglu_limit, "chunk": c.expert_chunk or None}
+            return moe.experts(*rows, **parts, mask=mask.reshape(-1), **options).reshape(x.shape)
+        from gptoss_jax.parallel import experts
 
-            return experts.experts(
-                x,
-                chosen,
-                weights,
-                weights=parts,
-                mask=mask,
-                limit=c.swiglu_limit,
-                chunk=chunk,
-                exchange=c.expert_exchange,
-                row_axes=(mesh.ROWS, None) if decoding else None,
-            )
-        rows = x.shape[0] * x.shape[1]
-        out = moe.experts(
-            x.reshape(rows, D),
-            chosen.reshape(rows, -1),
-            weights.reshape(rows, -1),
-            **parts,
+        return experts.experts(
+            x,
+            chosen,
+            weights,
+            weights=parts,
+            mask=mask,
             limit=c.swiglu_limit,
-            mask=mask.reshape(-1),
-            chunk=chunk,
+            chunk=c.expert_chunk or None,
+            exchange=c.expert_exchange,
+            row_axes=(mesh.ROWS, None) if decoding else None,
         )
-        return out.reshape(x.shape)

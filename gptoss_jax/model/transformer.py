@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model import lora
 from gptoss_jax.model.attention import Attention, LayerCache, Sequence
 from gptoss_jax.model.layers import Experts, RMSNorm, Router, Table
 from gptoss_jax.ops import chips
+from gptoss_jax.ops.lora import product, rows_of
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
+from gptoss_jax.ops.unembed import unembed
 from gptoss_jax.parallel import context, mesh, sharding, vocabulary
 from gptoss_jax.types import (
     MXFP4,
@@ -72,7 +75,9 @@ class Block(nn.Module):
 
         def mix(h: Float[Array, "B T D"]):
             with jax.named_scope("router"):
-                chosen, weights, logits, stats = Router(c, name="router")(h, mask)
+                chosen, weights, logits, stats = Router(c, name="router")(
+                    h, mask, decoding=decoding
+                )
             with jax.named_scope("experts"):
                 experts = Experts(c, name="experts")
                 out = experts(h, chosen, weights, mask=mask, decoding=decoding)
@@ -122,6 +127,8 @@ class Transformer(nn.Module):
         self.unembedding = Table(c)
         if not self.has_variable("params", "layers"):
             self.param("layers", self._init_layers)
+        if c.lora.targets and self.is_initializing():
+            self.param("lora", lora.init, c)
 
     def _init_layers(self, key: Array) -> Params:
         c = self.config
@@ -150,8 +157,9 @@ class Transformer(nn.Module):
         On a mesh each device forms those of its part of the vocabulary for all of `hidden`.
         """
         hidden = sharding.constrain(hidden, *(None,) * hidden.ndim)
-        weight = self.unembedding().astype(hidden.dtype)
-        logits = jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+        logits = unembed(hidden, self.unembedding())
+        if (adapter := lora.of_table(self.variables["params"], "unembedding", self)) is not None:
+            logits = logits + product(hidden, adapter, jnp.float32)
         return sharding.constrain(logits, *(None,) * (hidden.ndim - 1), sharding.VOCABULARY)
 
     def run(
@@ -186,7 +194,9 @@ class Transformer(nn.Module):
         self.unembedding()  # declared even where only hidden states are asked for
         with jax.named_scope("embedding"):
             x = self._embed(table, tokens, decoding=cache is not None).astype(residual)
-        layers = self.get_variable("params", "layers")
+            if (adapter := lora.of_table(self.variables["params"], "embedding", self)) is not None:
+                x = x + rows_of(tokens, adapter, residual)
+        layers = lora.join(self.variables["params"])
         if cache is None and not isinstance(_a_stack(layers), tuple):
             x, stats, captured = self._scan(layers, x, sequence, capture)
         else:
@@ -228,21 +238,21 @@ class Transformer(nn.Module):
         """Scan groups of one period of layer kinds; unroll what is left over."""
         c = self.config
         groups, rest = divmod(c.num_layers, c.period)
-        blocks = [_remat(self._block(w, capture), c.remat) for w in c.layer_windows[: c.period]]
-
+        blocks = [self._block(w, capture) for w in c.layer_windows[: c.period]]
         pick = _picker()
 
+        def layer(i: int, x: Array, first: Array, params: Params):
+            # The layer is cut out in what is run again: cut out before, it would be kept for that.
+            def of(stack: Any, cut: Any) -> Any:
+                return pick(stack, first + i) if cut is None else cut[i]
+
+            own = jax.tree.map(of, layers, params, is_leaf=is_weight)
+            return blocks[i](own, x, sequence, None)
+
         def group(x: Array, part: tuple[Array, Params]):
-            first, params = part
             results = []
-            for i, block in enumerate(blocks):
-                layer = jax.tree.map(
-                    lambda stack, cut, i=i: pick(stack, first + i) if cut is None else cut[i],
-                    layers,
-                    params,
-                    is_leaf=is_weight,
-                )
-                x, _, stats, captured = block(layer, x, sequence, None)
+            for i in range(c.period):
+                x, _, stats, captured = _remat(partial(layer, i), c.remat)(x, *part)
                 results.append((stats, captured))
             return x, jax.tree.map(lambda *a: jnp.stack(a), *results)
 
@@ -260,7 +270,7 @@ class Transformer(nn.Module):
         x, results = jax.lax.scan(group, x, parts)
         results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
         for i in range(c.num_layers - rest, c.num_layers):
-            block = blocks[i % c.period]
+            block = _remat(blocks[i % c.period], c.remat)
             x, _, stats, captured = block(pick(layers, i), x, sequence, None)
             results = jax.tree.map(
                 lambda a, b: jnp.concatenate([a, b[None]]), results, (stats, captured)

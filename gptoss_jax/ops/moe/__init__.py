@@ -14,10 +14,11 @@ from gptoss_jax.ops import chips
 from gptoss_jax.ops.dispatch import choose, kernels_are_off
 from gptoss_jax.ops.grouped_matmul.weights import Weight, is_packed, layer_of
 from gptoss_jax.ops.moe import grouped, reference, xla
+from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.ops.moe.capacity import drop_beyond_capacity
 from gptoss_jax.types import MXFP4, LayerOf, Relaid
 
-__all__ = ["ORDER", "drop_beyond_capacity", "experts"]
+__all__ = ["ORDER", "Adapters", "drop_beyond_capacity", "experts"]
 
 # The Pallas kernels and "planes" are for few rows, as in decoding.
 ORDER = {
@@ -66,6 +67,7 @@ def experts(
     limit: float,
     mask: Bool[Array, " M"] | None = None,
     chunk: int | None = None,
+    adapters: Adapters | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "M D"]:
     """Return sum_a w_a * (W_down[e_a] swiglu(W_gate_up[e_a] x + b_gate_up) + b_down) for each row.
@@ -82,6 +84,9 @@ def experts(
     `expert_weights`, the biases and dense weights; packed weights and layers of stacks get no
     gradient, x gets its own through what they decode to.
 
+    `adapters` add to each projection of a row a low-rank product of its expert, (row A[e]) B[e]:
+    before swiglu, and to W_down's. They are differentiated, whatever the weights are.
+
     `chunk`: rows at a time, each chunk's intermediates made again in the backward pass. Memory then
     follows the chunk; gradients of dense weights add up over chunks in the weights' dtype.
 
@@ -96,6 +101,7 @@ def experts(
         "gate_up_bias": gate_up_bias,
         "down_weight": down_weight,
         "down_bias": down_bias,
+        "adapters": adapters,
     }
     if mask is None:
         mask = jnp.ones(x.shape[:1], bool)
@@ -104,16 +110,21 @@ def experts(
             x, expert_ids, expert_weights, weights, mask, limit=limit, named=implementation
         )
     run = jax.checkpoint(functools.partial(_experts, limit=limit, named=implementation))
-    rows = x.shape[0]
+    return _in_chunks(run, chunk, (x, expert_ids, expert_weights, mask), weights)
+
+
+def _in_chunks(run: Callable, chunk: int, args: tuple[Array, ...], weights: Any) -> Any:
+    """Run on `chunk` rows at a time, the last chunk filled up with masked ones."""
+    rows, width = args[0].shape
     chunks = -(-rows // chunk)
 
-    def split(a: Array, fill: Any = 0) -> Array:
+    def split(a: Array) -> Array:
         padding = [(0, chunks * chunk - rows)] + [(0, 0)] * (a.ndim - 1)
-        return jnp.pad(a, padding, constant_values=fill).reshape(chunks, chunk, *a.shape[1:])
+        return jnp.pad(a, padding).reshape(chunks, chunk, *a.shape[1:])
 
-    parts = (split(x), split(expert_ids), split(expert_weights), split(mask, fill=False))
+    parts = tuple(map(split, args))
     out = jax.lax.map(lambda part: run(*part[:3], weights, part[3]), parts)
-    return out.reshape(-1, x.shape[1])[:rows]
+    return out.reshape(-1, width)[:rows]
 
 
 def _experts(
@@ -129,16 +140,23 @@ def _experts(
                 return None
             matrices = {key: w for key, w in weights.items() if key.endswith("weight")}
             return grouped.refuse(x, ids, **matrices)
-        return _kernel(name).refuse(x, ids, shares, **weights)
+        if weights["adapters"] is not None:
+            return "it knows no adapters"
+        return _kernel(name).refuse(x, ids, shares, **_without_adapters(weights))
 
     name = choose("experts", named, order=ORDER, refuse=refuse)
     if name == "grouped":
         return grouped.experts(x, ids, shares, **weights, limit=limit, mask=mask)
     if name not in ("xla", "reference"):
+        weights = _without_adapters(weights)
         return _with_gradient(_kernel(name).experts, limit, x, ids, shares, weights, mask)
     run = reference.experts if name == "reference" else xla.experts
-    weights = {key: _plain(weight) for key, weight in weights.items()}
+    weights = {key: w if key == "adapters" else _plain(w) for key, w in weights.items()}
     return run(x, ids, shares, **weights, limit=limit, mask=mask)
+
+
+def _without_adapters(weights: dict[str, Any]) -> dict[str, Any]:
+    return {key: w for key, w in weights.items() if key != "adapters"}
 
 
 def _plain(weight: Any) -> Any:
@@ -170,7 +188,8 @@ def _backward(run: Callable, limit: float, saved: Any, d_out: Array) -> tuple[An
     other = "xla" if grouped.refuse(x, ids, **matrices) else "grouped"
 
     def again(x, shares, free):
-        return _experts(x, ids, shares, {**free, **fixed}, mask, limit=limit, named=other)
+        every = {**free, **fixed, "adapters": None}
+        return _experts(x, ids, shares, every, mask, limit=limit, named=other)
 
     _, pull = jax.vjp(again, x, shares, free)
     d_x, d_shares, d_free = pull(d_out)

@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.ops.grouped_matmul import choice, grouped_matmul
 from gptoss_jax.ops.grouped_matmul.weights import Weight, layer_of
+from gptoss_jax.ops.lora import LowRank
+from gptoss_jax.ops.moe import adapters as low_rank
+from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.ops.moe.reference import clamped_swiglu
 
 
@@ -50,6 +53,7 @@ def experts(
     down_bias: Float[Array, "E D"],
     limit: float,
     mask: Bool[Array, " M"] | None,
+    adapters: Adapters | None = None,
 ) -> Float[Array, "M D"]:
     """Sort, multiply, add and activate, multiply, and sum each row's A outputs."""
     biases: Any = layer_of(gate_up_bias), layer_of(down_bias)
@@ -59,6 +63,13 @@ def experts(
         expert_ids = jnp.where(mask[:, None], expert_ids, num_experts)
     order = _sort(expert_ids, num_experts)
     rows = _spread(x, order)
+
+    blocks = low_rank.blocks_of(order.sizes, pairs=expert_ids.size) if adapters else None
+
+    def adapted(y: Array, inputs: Array, adapter: LowRank | None) -> Array:
+        if adapter is None or blocks is None:
+            return y
+        return (y.astype(jnp.float32) + low_rank.product(inputs, adapter, blocks)).astype(y.dtype)
 
     # What is kept for the backward pass are the two products, in the dtype of x.
     @jax.checkpoint
@@ -71,8 +82,10 @@ def experts(
         routed = jnp.where(expert_ids < num_experts, shares, 0)
         return _gather_sum(_add_bias(y, bias, order.expert), routed, order).astype(x.dtype)
 
-    act = activate(grouped_matmul(rows, gate_up_weight, order.sizes), biases[0])
-    y = grouped_matmul(act, down_weight, order.sizes)
+    gate_up, down = adapters or Adapters()
+    h = adapted(grouped_matmul(rows, gate_up_weight, order.sizes), rows, gate_up)
+    act = activate(h, biases[0])
+    y = adapted(grouped_matmul(act, down_weight, order.sizes), act, down)
     return combine(y, biases[1], expert_weights)
 
 

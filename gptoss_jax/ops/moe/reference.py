@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.ops import mxfp4
+from gptoss_jax.ops.lora import LowRank
+from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.types import MXFP4
 
 SWIGLU_ALPHA = 1.702
@@ -27,6 +29,11 @@ def _float32(weight: Array | MXFP4) -> Array:
     return weight.astype(jnp.float32)
 
 
+def _low_rank(inward: str, outward: str, x: Array, adapter: LowRank) -> Array:
+    low = jnp.einsum(inward, x, adapter.a.astype(jnp.float32), precision="highest")
+    return jnp.einsum(outward, low, adapter.b.astype(jnp.float32), precision="highest")
+
+
 def experts(
     x: Float[Array, "M D"],
     expert_ids: Int[Array, "M A"],
@@ -38,6 +45,7 @@ def experts(
     down_bias: Float[Array, "E D"],
     limit: float,
     mask: Bool[Array, " M"] | None,
+    adapters: Adapters | None = None,
 ) -> Float[Array, "M D"]:
     """Run all E experts on all rows; autodiff gives the gradients."""
     rows = x.astype(jnp.float32)
@@ -47,10 +55,14 @@ def experts(
     # An id of E, a dropped pair's, is a row of zeros.
     chosen = jax.nn.one_hot(expert_ids, gate_up_bias.shape[0], dtype=jnp.float32)
     share = jnp.einsum("MA,MAE->ME", expert_weights, chosen, precision="highest")
-    hidden = jnp.einsum(
-        "MD,ECFD->MECF", rows, _float32(gate_up_weight), precision="highest"
-    ) + gate_up_bias.astype(jnp.float32)
+    adapters = adapters or Adapters()
+    hidden = jnp.einsum("MD,ECFD->MECF", rows, _float32(gate_up_weight), precision="highest")
+    if adapters.gate_up:
+        hidden += _low_rank("MD,EDr->MEr", "MEr,ErCF->MECF", rows, adapters.gate_up)
+    hidden += gate_up_bias.astype(jnp.float32)
     hidden = clamped_swiglu(hidden[:, :, 0], hidden[:, :, 1], limit=limit)
     y = jnp.einsum("MEF,EDF->MED", hidden, _float32(down_weight), precision="highest")
+    if adapters.down:
+        y += _low_rank("MEF,EFr->MEr", "MEr,ErD->MED", hidden, adapters.down)
     y = y + down_bias.astype(jnp.float32)
     return jnp.einsum("ME,MED->MD", share, y, precision="highest").astype(x.dtype)

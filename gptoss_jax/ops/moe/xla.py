@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.ops import chips
+from gptoss_jax.ops.moe import adapters as low_rank
+from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.ops.moe.reference import clamped_swiglu
 from gptoss_jax.ops.mxfp4.xla import (
     decode_halves,
@@ -43,15 +46,17 @@ class Weights(NamedTuple):
     gate_up_bias: Float[Array, "E 2 F"]
     down_weight: Float[Array, "E D F"] | MXFP4
     down_bias: Float[Array, "E D"]
+    adapters: Adapters
 
 
 class Expert(NamedTuple):
-    """One expert's weights as the loops take them; or their gradients, None for packed ones."""
+    """One expert's weights as the loops take them; or their gradients, None for frozen ones."""
 
     gate_up_weight: Any
     gate_up_bias: Any
     down_weight: Any
     down_bias: Any
+    adapters: Any
 
 
 class Routes(NamedTuple):
@@ -76,13 +81,15 @@ def experts(
     down_bias: Float[Array, "E D"],
     limit: float,
     mask: Bool[Array, " M"] | None,
+    adapters: Adapters | None = None,
 ) -> Float[Array, "M D"]:
     """Sort, loop over the experts in use, and sum each row's A outputs."""
     if mask is not None:
         x = jnp.where(mask[:, None], x, 0)
         expert_ids = jnp.where(mask[:, None], expert_ids, gate_up_bias.shape[0])
         expert_weights = jnp.where(mask[:, None], expert_weights, 0)
-    weights = Weights(gate_up_weight, gate_up_bias, down_weight, down_bias)
+    adapters = adapters or Adapters()
+    weights = Weights(gate_up_weight, gate_up_bias, down_weight, down_bias, adapters)
     out: Any = _experts(limit, x, expert_ids, expert_weights.astype(jnp.float32), weights)
     return out if mask is None else jnp.where(mask[:, None], out, 0)
 
@@ -94,11 +101,13 @@ def _experts(limit: float, x: Array, ids: Array, shares: Array, weights: Weights
     return _forward(x, ids, shares, weights, limit=limit, keep=False)[0]
 
 
-def _experts_fwd(
-    limit: float, x: Array, ids: Array, shares: Array, weights: Weights
-) -> tuple[Array, Any]:
+def _experts_fwd(limit: float, *args: Any) -> tuple[Array, Any]:
+    # `perturbed` says whether a gradient is wanted: none is formed for what stays as it is.
+    x, ids, shares, weights = jax.tree.map(lambda arg: arg.value, args)
     out, routes, hidden = _forward(x, ids, shares, weights, limit=limit, keep=True)
-    return out, (x, ids, weights, routes, hidden)
+    # None where it is False: residuals are arrays
+    wanted = jax.tree.map(lambda arg: jnp.zeros(()) if arg.perturbed else None, args[3])
+    return out, (x, ids, weights, wanted, routes, hidden)
 
 
 def _block_rows(pairs: int, num_experts: int) -> int:
@@ -143,6 +152,7 @@ def _take_expert(weights: Weights, e: Array, dtype: jnp.dtype) -> Expert:
         weights.gate_up_bias[e].astype(jnp.float32).reshape(-1),
         take(weights.down_weight),
         weights.down_bias[e].astype(jnp.float32),
+        jax.tree.map(take, low_rank.as_matrices(weights.adapters)),
     )
 
 
@@ -177,6 +187,7 @@ def _few(x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float)
     """Take the pairs one by one, as matrix-vector products that read the chosen experts only."""
     num_experts, _, width = weights.gate_up_bias.shape
     active = ids.shape[1]
+    adapters = low_rank.as_matrices(weights.adapters)
 
     def pair(p: Array, out: Array) -> Array:
         m, a = p // active, p % active
@@ -184,8 +195,11 @@ def _few(x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float)
         e = jnp.where(routed, ids[m, a], 0)
         h = _matvec(weights.gate_up_weight, e, x[m].astype(jnp.float32), routed)
         h += weights.gate_up_bias[e].astype(jnp.float32).reshape(-1)
+        gate_up, down = jax.tree.map(lambda w: w[e].astype(jnp.float32), adapters)
+        h = low_rank.add(h[None], x[m].astype(jnp.float32)[None], gate_up)[0]
         act = clamped_swiglu(h[:width], h[width:], limit=limit)
         y = _matvec(weights.down_weight, e, act, routed) + weights.down_bias[e].astype(jnp.float32)
+        y = low_rank.add(y[None], act[None], down)[0]
         return out.at[m].add(jnp.where(routed, shares[m, a] * y, 0))
 
     out = lax.fori_loop(0, ids.size, pair, jnp.zeros(x.shape, jnp.float32))
@@ -246,8 +260,10 @@ def _forward(
                 _dot(_inward(row, weights.gate_up_weight), one.gate_up_weight, (1, 1))
                 + one.gate_up_bias
             )
+            h = low_rank.add(h, row, one.adapters.gate_up)
             act = clamped_swiglu(h[:, :width], h[:, width:], limit=limit).astype(dtype)
             y = _dot(_inward(act, weights.down_weight), one.down_weight, (1, 1)) + one.down_bias
+            y = low_rank.add(y, act, one.adapters.down)
             new = (y, h)[: len(carry)]
             put = lax.dynamic_update_slice
             return tuple(
@@ -268,9 +284,11 @@ def _forward(
 
 
 def _experts_bwd(limit: float, saved: Any, d_out: Array) -> tuple[Array, None, Array, Weights]:
-    x, ids, weights, routes, hidden = saved
-    dense = [not isinstance(w, MXFP4) for w in (weights.gate_up_weight, weights.down_weight)]
+    x, ids, weights, wanted, routes, hidden = saved
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros_like(x)
     dtype = _compute_dtype(x.dtype)
+    like = _wanted(weights, wanted)
     length, double_width = hidden.shape
     block = length - ids.size
 
@@ -286,29 +304,52 @@ def _experts_bwd(limit: float, saved: Any, d_out: Array) -> tuple[Array, None, A
         h = lax.dynamic_slice(hidden, (at, 0), (block, double_width)).astype(jnp.float32)
         act, pull = jax.vjp(activate, h)
         d_act = _outward(_dot(dy, one.down_weight, (1, 0)), weights.down_weight)
+        d_act += low_rank.gradient_of_rows(dy, one.adapters.down)
         d_share = jnp.sum(act * d_act, 1) + jnp.sum(dy * one.down_bias, 1)
         (dh,) = pull(d_act * share)
         dh, dy = dh.astype(dtype), (dy * share).astype(dtype)
-        d_weights = Expert(
-            _dot(dh, x[row].astype(dtype), (0, 0)) if dense[0] else None,
-            jnp.sum(dh, 0, dtype=jnp.float32),
-            _dot(dy, act.astype(dtype), (0, 0)) if dense[1] else None,
-            jnp.sum(dy, 0, dtype=jnp.float32),
-        )
         dx = _outward(_dot(dh, one.gate_up_weight, (1, 0)), weights.gate_up_weight)
-        return dx, d_share, d_weights
+        dx += low_rank.gradient_of_rows(dh, one.adapters.gate_up)
+        d_weights = Expert(
+            _dot(dh, x[row].astype(dtype), (0, 0)) if like.gate_up_weight is not None else None,
+            jnp.sum(dh, 0, dtype=jnp.float32) if like.gate_up_bias is not None else None,
+            _dot(dy, act.astype(dtype), (0, 0)) if like.down_weight is not None else None,
+            jnp.sum(dy, 0, dtype=jnp.float32) if like.down_bias is not None else None,
+            Adapters(
+                low_rank.gradient(x[row].astype(dtype), dh, one.adapters.gate_up),
+                low_rank.gradient(act.astype(dtype), dy, one.adapters.down),
+            ),
+        )
+        return dx, d_share, _where_wanted(like, d_weights)
 
-    return _backward_loops(x, weights, routes, rows, block=block)
+    return _backward_loops(x, weights, routes, rows, like=like)
 
 
-def _backward_loops(x: Array, weights: Weights, routes: Routes, rows: Any, *, block: int) -> Any:
+def _wanted(weights: Weights, wanted: Any) -> Expert:
+    """Return the weights whose gradient is wanted, None for the others and for packed ones."""
+    kept = _where_wanted(wanted, weights)
+    return Expert(*(None if isinstance(w, MXFP4) else w for w in kept))
+
+
+def _where_wanted(like: Any, tree: Any) -> Any:
+    """Put None in a tree wherever there is None in another."""
+    return jax.tree.map(
+        lambda w, x: None if w is None else x, like, tree, is_leaf=lambda w: w is None
+    )
+
+
+def _backward_loops(
+    x: Array, weights: Weights, routes: Routes, rows: Any, *, like: Expert
+) -> tuple[Array, None, Array, Weights]:
     """Run `rows` over every block, gather each expert's gradients, and undo the sorting."""
-    like = Expert(*(None if isinstance(w, MXFP4) else w for w in weights))
+    block = routes.rows.shape[0] - routes.slots.size
+    originals = like
     # The gate and the up rows are one axis of 2F in the loops.
-    like = like._replace(gate_up_bias=like.gate_up_bias.reshape(like.gate_up_bias.shape[0], -1))
-    if like.gate_up_weight is not None:
-        matrices = like.gate_up_weight.reshape(*like.gate_up_bias.shape, x.shape[1])
-        like = like._replace(gate_up_weight=matrices)
+    like = like._replace(
+        gate_up_weight=_merged(like.gate_up_weight),
+        gate_up_bias=_merged(like.gate_up_bias),
+        adapters=low_rank.as_matrices(like.adapters),
+    )
 
     def expert(i: Array, carry: Any) -> Any:
         dx, d_share, stacks = carry
@@ -341,10 +382,12 @@ def _backward_loops(x: Array, weights: Weights, routes: Routes, rows: Any, *, bl
     routed = (routes.slots < routes.bounds[-1]).astype(jnp.float32)
     dx = _collect(dx, routes.slots, routed).astype(x.dtype)
     d_share = jnp.where(routed > 0, d_share[routes.slots], 0)
-    grads: list[Any] = [
-        None if d is None else d.reshape(w.shape) for d, w in zip(stacks, weights, strict=True)
-    ]
+    grads = jax.tree.map(lambda d, w: d.reshape(w.shape), stacks, originals)
     return dx, None, d_share, Weights(*grads)
 
 
-_experts.defvjp(_experts_fwd, _experts_bwd)
+def _merged(stack: Array | None) -> Array | None:
+    return None if stack is None else stack.reshape(stack.shape[0], -1, *stack.shape[3:])
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd, symbolic_zeros=True)

@@ -1,0 +1,31 @@
+"""gpt-oss-20b, LoRA on attention and on every expert, over the packed MXFP4 weights.
+
+    python -m gptoss_jax.train --config configs/20b_lora.py --init DIR --data.train FILE
+
+The base stays as it came, 4 bits an expert's weight, and takes no memory of the optimizer.
+Attention alone: --model.lora.targets attention --model.lora.rank 16.
+"""
+
+from gptoss_jax.config import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        name="20b_lora",
+        model=ModelConfig(
+            experts="mxfp4",
+            remat="full",
+            lora=LoRAConfig(targets=("attention", "experts"), rank=8, alpha=16.0),
+        ),
+        data=DataConfig(sequence_length=4096, batch_size=1),
+        # Ten times the learning rate of full tuning, and no decay: what is small stays so.
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20, weight_decay=0.0),
+        train=TrainConfig(steps=1000),
+    )

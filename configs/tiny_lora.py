@@ -1,0 +1,55 @@
+"""A tiny GPT-OSS with packed MXFP4 experts that learns to sort digits by adapters alone.
+
+    python -m gptoss_jax.train --config configs/tiny_lora.py
+
+Its base is random, and so knows nothing that adapters could build on: what it shows is that they
+learn. Give a model that does know something with --init. Hardware: any; minutes on two cores.
+Result: the loss falls from 6.9 to 1.4 in 20 steps, and to about 1.1 in 100.
+"""
+
+from gptoss_jax.config import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from gptoss_jax.data.demo import FOLDER
+
+
+def get_config() -> Config:
+    return Config(
+        name="tiny_lora",
+        init="random",
+        model=ModelConfig(
+            vocab_size=1024,
+            num_layers=4,
+            d_model=128,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=16,
+            num_experts=8,
+            active_experts=2,
+            d_expert=96,
+            window=32,
+            rope_factor=1.0,
+            initial_context=512,
+            context=512,
+            experts="mxfp4",
+            dtype="float32",
+            param_dtype="float32",
+            lora=LoRAConfig(
+                targets=("attention", "experts", "embedding", "unembedding"), rank=8, alpha=16.0
+            ),
+        ),
+        data=DataConfig(
+            train=(str(FOLDER / "train.jsonl"),),
+            held_out=(str(FOLDER / "held_out.jsonl"),),
+            sequence_length=512,
+            batch_size=8,
+            reasoning="low",
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=20, weight_decay=0.0),
+        train=TrainConfig(steps=200, eval_every=100, checkpoint_every=100, eval_questions=32),
+    )

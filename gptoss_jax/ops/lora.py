@@ -1,0 +1,71 @@
+"""A low-rank product beside a weight: (x A) B, in a form for any number of axes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+class LowRank(NamedTuple):
+    """What is added to a weight: `a` from its inputs to the rank r, `b` from there to its outputs.
+
+    For each of E experts, or without that axis.
+    """
+
+    a: Float[Array, "*E *C r"]
+    b: Float[Array, "*E r *N"]
+
+
+def product(
+    x: Float[Array, "*lead C"], adapter: LowRank, dtype: DTypeLike | None = None
+) -> Float[Array, "*lead *N"]:
+    """Return (x A) B, in `dtype`, by default that of `x`.
+
+    Operands are in the dtype of `x`, sums in float32. Where A has several axes of inputs (heads and
+    their dimensions), `x` has them as one.
+    """
+    rank, outputs = adapter.a.shape[-1], adapter.b.shape[1:]
+    a = adapter.a.reshape(-1, rank).astype(x.dtype)
+    b = adapter.b.reshape(rank, -1).astype(x.dtype)
+    low = jnp.einsum("...C,Cr->...r", x, a, preferred_element_type=jnp.float32).astype(x.dtype)
+    out = jnp.einsum("...r,rN->...N", low, b, preferred_element_type=jnp.float32)
+    return out.astype(dtype or x.dtype).reshape(*x.shape[:-1], *outputs)
+
+
+def rows_of(ids: Int[Array, "*lead"], adapter: LowRank, dtype: DTypeLike) -> Array:
+    """Return rows `ids` of the product A B: what is added to the rows of a table."""
+    low = adapter.a[ids].astype(dtype)
+    out = jnp.einsum(
+        "...r,rN->...N", low, adapter.b.astype(dtype), preferred_element_type=jnp.float32
+    )
+    return out.astype(dtype)
+
+
+def dense(adapter: LowRank, *, experts: bool = False) -> Float[Array, "*E *C *N"]:
+    """Return A B in full, float32: the inputs' axes, then the outputs'."""
+    a, b = (x.astype(jnp.float32) for x in adapter)
+    lead = a.shape[:1] if experts else ()
+    inputs, outputs = a.shape[len(lead) : -1], b.shape[len(lead) + 1 :]
+    a = a.reshape(*lead, math.prod(inputs), a.shape[-1])
+    b = b.reshape(*lead, a.shape[-1], math.prod(outputs))
+    return jnp.matmul(a, b, precision="highest").reshape(*lead, *inputs, *outputs)
+
+
+def widen(
+    hidden: Float[Array, "*lead D"], table: Float[Array, "V D"], adapter: LowRank
+) -> tuple[Float[Array, "*lead D+r"], Float[Array, "V D+r"]]:
+    """Return hidden states and a table whose product has the adapter's in it.
+
+    So an op that never forms the logits needs to know of no adapter; the table is copied. Both are
+    in the dtype of `hidden`.
+    """
+    dtype = hidden.dtype
+    low = jnp.einsum(
+        "...D,Dr->...r", hidden, adapter.a.astype(dtype), preferred_element_type=jnp.float32
+    )
+    wide = jnp.concatenate([table.astype(dtype), adapter.b.T.astype(dtype)], axis=1)
+    return jnp.concatenate([hidden, low.astype(dtype)], axis=-1), wide

@@ -1,0 +1,1 @@
+"""What a compiled program costs on a device that is not here: see `gptoss_jax.plan`."""

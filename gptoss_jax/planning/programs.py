@@ -1,0 +1,178 @@
+"""The programs of a run, lowered from shapes for devices that are not here."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptoss_jax import dry_run
+from gptoss_jax.config import Config
+from gptoss_jax.model import Transformer
+from gptoss_jax.ops import moe
+from gptoss_jax.parallel import sharding
+from gptoss_jax.sampler import decode as compiled
+from gptoss_jax.sampler import sampler
+from gptoss_jax.sampler.rules import Rules
+from gptoss_jax.types import MXFP4, Params
+
+PROGRAMS = ("train", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled: so many rows at once, of so many tokens with their prompts."""
+
+    batch: int
+    context: int
+    prompt: int  # tokens that prefill reads; of the context
+    piece: int | None = None  # of them at a time; None: as the sampler does on the chip
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program before it is compiled, and what of its arguments is what, in bytes a device."""
+
+    name: str
+    compile: Callable[[], Any]
+    parts: dict[str, int]
+    gradients: int  # part of what the compiler calls temporary
+    seconds: float  # that tracing took
+    calls: int = 1  # how often it runs for what it is named after
+
+
+def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
+    """Lower the step that `gptoss_jax.train` runs, with its state and batch spread over the mesh.
+
+    Raises:
+        UserError: what training would refuse, too.
+    """
+    start = time.perf_counter()
+    rows = config.data.batch_size // config.optimizer.accumulate
+    sharding.check_batch(rows, config.data.sequence_length, mesh)
+    run = dry_run.shapes(config)
+    state = run.program.abstract_state()
+    batch = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        run.batch,
+        sharding.batch_shardings(run.batch, mesh),
+    )
+    factors = dict(dry_run._by_path(run.program.factors))
+    exact = config.optimizer.accumulate > 1
+    gradients = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (4 if exact else leaf.dtype.itemsize)
+        for path, leaf in dry_run._by_path(state.params)
+        if np.any(factors[path]) and hasattr(leaf, "dtype")
+    )
+    parts = {
+        "parameters": local_bytes(state.params),
+        "optimizer state": local_bytes(state.opt_state),
+        "averaged parameters": local_bytes(state.ema),
+        "batch": local_bytes(batch),
+    }
+    step: Any = run.program.step
+    lowered = step.lower(state, batch)
+    return Lowered("train", lowered.compile, parts, gradients, time.perf_counter() - start)
+
+
+def prefill(config: Config, mesh: jax.sharding.Mesh, sampling: Sampling) -> Lowered:
+    """Lower the pass over the prompt that the sampler makes, or over a piece of it."""
+    start = time.perf_counter()
+    model, params = _sampled(config, mesh)
+    prompts = _rows((sampling.batch, sampling.prompt), jnp.int32, mesh)
+    lowered: Any = compiled.prefill.lower(
+        model,
+        params,
+        prompts,
+        options=_options(config, sampling, mesh),
+        cache_length=sampling.context,
+        out_length=sampling.context,
+        mode="greedy",
+        piece=sampling.piece or sampler.prefill_piece(),
+    )
+    parts = {"parameters": local_bytes(params)}
+    return Lowered("prefill", lowered.compile, parts, 0, time.perf_counter() - start)
+
+
+def decode(config: Config, mesh: jax.sharding.Mesh, sampling: Sampling) -> Lowered:
+    """Lower the loop that samples tokens."""
+    start = time.perf_counter()
+    model, params = _sampled(config, mesh)
+    cache = jax.eval_shape(lambda: model.init_cache(sampling.batch, sampling.context))
+    cache = jax.tree.map(
+        lambda x: _placed(x, mesh, sharding.cache_spec(x, mesh)), cache.replace(empty=False)
+    )
+    size = (sampling.batch, sampling.context)
+    state = compiled.State(
+        tokens=_rows(size, jnp.int32, mesh),
+        logprobs=_rows(size, jnp.float32, mesh),
+        done=_rows(size[:1], jnp.bool_, mesh),
+        counts=_rows(size[:1], jnp.int32, mesh),
+        steps=_placed(jax.ShapeDtypeStruct((), jnp.int32), mesh, PartitionSpec()),
+    )
+    lowered: Any = compiled.decode.lower(
+        model,
+        params,
+        cache,
+        state=state,
+        options=_options(config, sampling, mesh),
+        until=state.steps,
+        mode="greedy",
+    )
+    parts = {"parameters": local_bytes(params), "cache": local_bytes(cache)}
+    return Lowered("decode", lowered.compile, parts, 0, time.perf_counter() - start)
+
+
+def local_bytes(tree: Any) -> int:
+    """Return the bytes of a tree of shapes on one device, as they are spread."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            continue
+        shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
+        total += math.prod(shape) * max(1, jnp.dtype(x.dtype).itemsize)
+    return total
+
+
+def _sampled(config: Config, mesh: jax.sharding.Mesh) -> tuple[Transformer, Params]:
+    """Return the model and its parameters as the sampler holds them: packed experts relaid."""
+    model = Transformer(sharding.padded(config.model)).dropless()
+    params = model.abstract_params()
+    if sampler._can_relay(model):
+        layout: Any = moe.layout_for_chip()
+        experts = {
+            name: jax.eval_shape(functools.partial(moe.relay, name, layout=layout), leaf)
+            if isinstance(leaf, MXFP4)
+            else leaf
+            for name, leaf in params["layers"]["experts"].items()
+        }
+        params = {**params, "layers": {**params["layers"], "experts": experts}}
+    return model, sharding.place(params, mesh)
+
+
+def _options(config: Config, sampling: Sampling, mesh: jax.sharding.Mesh) -> compiled.Options:
+    rules = jax.eval_shape(lambda: Rules().values(config.model.vocab_size))
+    return compiled.Options(
+        rules=jax.tree.map(lambda x: _placed(x, mesh, PartitionSpec()), rules),
+        seeds=_rows((sampling.batch, 2), jnp.uint32, mesh),
+        stop_ids=_placed(jax.ShapeDtypeStruct((8,), jnp.int32), mesh, PartitionSpec()),
+        lengths=_rows((sampling.batch,), jnp.int32, mesh),
+    )
+
+
+def _rows(shape: tuple[int, ...], dtype: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Return the shape of an array whose first axis is a batch's rows."""
+    spec = PartitionSpec(sharding.ROWS, *(None,) * (len(shape) - 1))
+    return _placed(jax.ShapeDtypeStruct(shape, dtype), mesh, spec)
+
+
+def _placed(x: Any, mesh: jax.sharding.Mesh, spec: PartitionSpec) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
