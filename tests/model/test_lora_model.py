@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -45,12 +46,28 @@ def model_with(*targets: str, rank: int = 3, **changes) -> Transformer:
 
 
 def make(model: Transformer, *, std: float = 0.1) -> dict:
-    """Make parameters whose adapters are not zero."""
-    params = dict(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    leaves = flatten(params["lora"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    new = {k: std * jax.random.normal(key, x.shape) for key, (k, x) in zip(keys, leaves.items())}  # noqa: B905
-    return {**params, "lora": nest(new)}
+    """Make parameters whose adapters are not zero, by numpy: compiling an init costs seconds."""
+    random = np.random.default_rng(0)
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path)
+        if x.dtype == jnp.uint8:
+            low, high = (118, 124) if "scales" in name else (0, 256)
+            return jnp.asarray(random.integers(low, high, x.shape), jnp.uint8)
+        values = (std if "lora" in name else 0.2) * random.normal(size=x.shape)
+        return jnp.asarray(values + ("norm" in name), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.abstract_params())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(model: Transformer) -> dict:
+    return dict(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model: Transformer, params: dict, tokens) -> jax.Array:
+    return model.apply({"params": params}, tokens)
 
 
 def materialise(params: dict, scale: float) -> dict:
@@ -102,7 +119,7 @@ def both():
     def dense(own):
         return objective(plain, materialise({**base, "lora": own}, 5.0 / 3), batch)
 
-    value = float(objective(plain, base, batch))
+    value = float(jax.jit(objective, static_argnums=0)(plain, base, batch))
     run, want = (jax.jit(jax.value_and_grad(f)) for f in (adapted, dense))
     return params["lora"], run, want, value
 
@@ -127,9 +144,9 @@ def test_some_targets_without_the_others() -> None:
     params = make(model)
     assert len(flatten(params["lora"])) == 6
     tokens = a_batch().tokens
-    want = Transformer(TINY).apply({"params": materialise(params, 5.0 / 3)}, tokens)
-    close(model.apply({"params": params}, tokens), want)
-    assert np.abs(want - Transformer(TINY).apply({"params": drop(params)}, tokens)).max() > 0.01
+    want = logits(Transformer(TINY), materialise(params, 5.0 / 3), tokens)
+    close(logits(model, params, tokens), want)
+    assert np.abs(want - logits(Transformer(TINY), drop(params), tokens)).max() > 0.01
 
 
 def test_gradients_through_packed_experts_are_those_through_the_same_decoded() -> None:
@@ -149,20 +166,19 @@ def test_gradients_through_packed_experts_are_those_through_the_same_decoded() -
     close(grads(packed, params), grads(dense, decoded))
 
 
+@pytest.mark.slow  # what compiles for seconds is the random numbers of five axes
 @pytest.mark.parametrize("form", ["dense", "mxfp4"])
 def test_new_adapters_change_no_bit(form) -> None:
     model = model_with(*EVERY, experts=form)
-    params = dict(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    params = init(model)
     tokens = a_batch().tokens
     base = {k: v for k, v in params.items() if k != "lora"}
     plain = Transformer(dataclasses.replace(TINY, experts=form))
-    run = jax.jit(lambda m, p: m.apply({"params": p}, tokens), static_argnums=0)
-    want = run(plain, base)
-    np.testing.assert_array_equal(run(model, params), want)
+    want = logits(plain, base, tokens)
+    np.testing.assert_array_equal(logits(model, params, tokens), want)
     # Parameters without adapters are the base, whatever the config says.
-    np.testing.assert_array_equal(run(model, base), want)
-    fresh = plain.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    chex.assert_trees_all_equal(dict(fresh), base)
+    np.testing.assert_array_equal(logits(model, base, tokens), want)
+    chex.assert_trees_all_equal(init(plain), base)
 
 
 def test_scales() -> None:
@@ -173,9 +189,7 @@ def test_scales() -> None:
     doubled = {**params, "lora": jax.tree.map(lambda x: x, params["lora"])}
     doubled["lora"]["layers"]["attention"]["q_weight"]["b"] *= 2
     tokens = a_batch().tokens
-    np.testing.assert_allclose(
-        two.apply({"params": params}, tokens), one.apply({"params": doubled}, tokens), atol=1e-5
-    )
+    np.testing.assert_allclose(logits(two, params, tokens), logits(one, doubled, tokens), atol=1e-5)
 
 
 def test_merged_logits_are_the_adapted_ones() -> None:
@@ -184,8 +198,8 @@ def test_merged_logits_are_the_adapted_ones() -> None:
     tokens = a_batch().tokens
     config, merged = adapters.merge(model.config, params)
     assert config == TINY and "lora" not in merged
-    want = model.apply({"params": params}, tokens)
-    close(Transformer(config).apply({"params": merged}, tokens), want)
+    want = logits(model, params, tokens)
+    close(logits(Transformer(config), merged, tokens), want)
     close(merged, materialise(params, 5.0 / 3))
 
 
@@ -194,8 +208,8 @@ def test_packed_experts_are_merged_dense_or_encoded_again() -> None:
     params = make(model)
     tokens = a_batch().tokens
     config, merged = adapters.merge(*adapters.decode_experts(model.config, params))
-    want = model.apply({"params": params}, tokens)
-    close(Transformer(config).apply({"params": merged}, tokens), want)
+    want = logits(model, params, tokens)
+    close(logits(Transformer(config), merged, tokens), want)
     config, packed = adapters.merge(model.config, params)
     assert config.experts == "mxfp4"
     for name in ("gate_up_weight", "down_weight"):
@@ -205,7 +219,7 @@ def test_packed_experts_are_merged_dense_or_encoded_again() -> None:
         adapters.merge(config, packed)
 
 
-@pytest.mark.parametrize("form", ["dense", "mxfp4"])
+@pytest.mark.parametrize("form", [pytest.param("dense", marks=pytest.mark.slow), "mxfp4"])
 def test_sampling_with_adapters_is_sampling_from_the_merged_model(form) -> None:
     model = model_with(*EVERY, experts=form)
     params = make(model)
@@ -227,6 +241,7 @@ def drop(params: dict) -> dict:
     return {k: v for k, v in params.items() if k != "lora"}
 
 
+@pytest.mark.slow
 def test_shapes_dtypes_and_axes_of_adapters() -> None:
     model = model_with(*EVERY, experts="mxfp4", param_dtype="bfloat16", dtype="bfloat16")
     tree = flatten(model.abstract_params()["lora"])
@@ -238,7 +253,7 @@ def test_shapes_dtypes_and_axes_of_adapters() -> None:
     assert tree["layers/attention/k_weight/b"].shape == (3, 3, 2, 10)
     assert tree["layers/attention/o_weight/a"].shape == (3, 6, 10, 3)
     assert tree["unembedding/weight/b"].shape == (3, 97)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init(model)
     own = flatten(params["lora"])
     assert not any(np.any(x) for path, x in own.items() if path.endswith("/b"))
     np.testing.assert_allclose(np.std(own["embedding/weight/a"]), 1, rtol=0.15)

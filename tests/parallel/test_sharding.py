@@ -82,6 +82,7 @@ def test_sizes_that_do_not_divide_are_refused_by_name():
     sharding.check_batch(8, 64, mesh_of(context=2))
 
 
+@pytest.mark.slow
 def test_padding_comes_and_goes_without_a_trace():
     model = Transformer(dataclasses.replace(MODEL, experts="mxfp4"))
     params = init_params(model, seed=2)
@@ -97,7 +98,13 @@ def test_padding_comes_and_goes_without_a_trace():
     jax.tree.map(np.testing.assert_array_equal, params, back)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 4}, {"expert": 2, "context": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 2, "tensor": 4},
+        pytest.param({"expert": 2, "context": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_loads_into_its_shards_and_is_written_as_it_was(
     tmp_path: Path, sizes: dict[str, int]
 ):
@@ -122,6 +129,7 @@ def test_a_checkpoint_loads_into_its_shards_and_is_written_as_it_was(
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_kernels_layout_is_refused_where_it_can_not_be_split(tmp_path: Path):
     model = Transformer(dataclasses.replace(MODEL, experts="mxfp4"))
     params = init_params(model, seed=2)
