@@ -38,7 +38,7 @@ def shapes_of(lines: list[str]) -> set[tuple[int, ...]]:
     "text",
     [
         "expert 2 fsdp 2 tensor 2",
-        pytest.param("expert 4 context 2", marks=pytest.mark.slow),
+        pytest.param("expert 2 context 4", marks=pytest.mark.slow),
         pytest.param("expert 8", marks=pytest.mark.slow),
         pytest.param("tensor 8", marks=pytest.mark.slow),
     ],
