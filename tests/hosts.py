@@ -64,7 +64,10 @@ class Processes:
         end = time.monotonic() + seconds
         while not reached():
             ended = [i for i, p in enumerate(self.all) if p.poll() is not None]
-            assert not ended, f"process {ended[0]} ended: {self.said(ended[0])[-3000:]}"
+            assert not ended, (
+                f"process {ended[0]} ended with {self.all[ended[0]].returncode}: "
+                f"{self.said(ended[0])[-3000:]}"
+            )
             assert time.monotonic() < end, f"nothing in {seconds} s: {self.said(0)[-3000:]}"
             time.sleep(0.05)
 
