@@ -10,6 +10,7 @@ from gptoss_jax.model_config import DType as DType
 from gptoss_jax.model_config import LoRAConfig as LoRAConfig
 from gptoss_jax.model_config import ModelConfig as ModelConfig
 from gptoss_jax.model_config import check as _check
+from gptoss_jax.objective_config import ObjectiveConfig as ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class OptimizerConfig:
     # Of parameters kept in less than float32: "float32", a copy that is what is updated, or
     # "stochastic", no copy: updates are rounded up or down by chance, right on average.
     masters: Literal["float32", "stochastic"] = "float32"
+    # Update each layer in the backward pass, as soon as its gradient is there, so that those of the
+    # whole model never are: clips per layer; without accumulate, on_nan skip, ema.
+    fused: bool = False
     ema: float = 0.0  # decay a step of the averaged parameters, which are evaluated; 0 is off
     freeze: tuple[str, ...] = ()  # what stays as it is
     only: tuple[str, ...] = ()  # what alone is trained; empty: everything that is not frozen
@@ -108,6 +112,11 @@ class OptimizerConfig:
             "optimizer.second_moment_dtype is bfloat16: that is for optimizer.name adamw, b2 up to "
             "0.99 (beyond, a step changes it by less than bfloat16 can tell, 1 in 256); make it "
             "float32",
+        )
+        _check(
+            not self.fused or (self.accumulate == 1 and not self.ema),
+            "optimizer.fused updates a layer before the gradient of the next is there: it takes "
+            "neither optimizer.accumulate nor optimizer.ema",
         )
 
 
@@ -210,6 +219,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -224,6 +234,16 @@ class Config:
             self.data.batch_size % self.optimizer.accumulate == 0,
             f"data.batch_size ({self.data.batch_size}) is no multiple of optimizer.accumulate "
             f"({self.optimizer.accumulate})",
+        )
+        grpo = self.objective.grpo
+        _check(
+            self.objective.name != "grpo" or self.data.batch_size % grpo.group_size == 0,
+            f"data.batch_size ({self.data.batch_size}) is no multiple of objective.grpo.group_size "
+            f"({grpo.group_size})",
+        )
+        _check(
+            self.objective.name not in ("dpo", "grpo") or not self.data.weights,
+            f"data.weights mixes sources, which objective.name {self.objective.name} does not",
         )
         _check(
             self.optimizer.masters != "stochastic" or self.model.param_dtype != "float16",

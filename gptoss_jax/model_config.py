@@ -79,8 +79,14 @@ class ModelConfig:
     experts: Literal["dense", "mxfp4"] = "dense"  # the form of the experts' projections in memory
     dtype: DType = "bfloat16"  # of compute; float16 keeps a float32 residual stream
     param_dtype: DType = "bfloat16"
-    # What the backward pass recomputes: nothing, all but matmul outputs, or every layer.
-    remat: Literal["none", "dots", "full"] = "none"
+    # What the backward pass recomputes: nothing, all but matmul outputs, or every layer; "offload"
+    # is every layer, from inputs that wait in the host's memory.
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    # Experts compute with what MXFP4 would make of their weights, gradients as if it did not
+    # (straight-through): exporting to MXFP4 then changes nothing.
+    qat: bool = False
+    # The embedding table, where it is not trained, stays in the host's memory.
+    embedding_on_host: bool = False
     # In training, rows an expert takes at most, as a multiple of the mean; the rest are dropped, by
     # microbatch. 0: none are. Evaluation and sampling never drop.
     capacity_factor: float = 0.0
@@ -169,6 +175,7 @@ class ModelConfig:
         """The fields that decide what function the model is; the rest say how it computes."""
         compute = {"experts", "dtype", "param_dtype", "remat", "init_std", "context"}
         compute |= {"capacity_factor", "expert_chunk", "expert_exchange", "expert_padding", "lora"}
+        compute |= {"qat", "embedding_on_host"}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values = {k: v for k, v in values.items() if k not in compute}
         values["rope_factor"] = self.yarn_factor
