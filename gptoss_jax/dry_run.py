@@ -90,6 +90,7 @@ def shapes(config: Config) -> Shapes:
     weights = jax.ShapeDtypeStruct(size, jnp.float32)
     of_rows = jax.ShapeDtypeStruct(size[:1], jnp.int32) if sources else None
     batch = Batch(ids, ids, weights, ids, ids, of_rows)  # pyright: ignore[reportArgumentType]
+    batch = program.objective.complete(batch)
     return Shapes(program, jax.eval_shape(program.begin, None), batch)
 
 

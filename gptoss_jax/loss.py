@@ -16,7 +16,7 @@ from gptoss_jax.ops import chips
 from gptoss_jax.ops.cross_entropy import cross_entropy
 from gptoss_jax.ops.lora import widen
 from gptoss_jax.parallel import context, mesh, vocabulary
-from gptoss_jax.types import Batch, Params, RouterStats
+from gptoss_jax.types import Batch, Output, Params, RouterStats
 
 # The unembedding runs over chunks of an eighth of the rows, or of this many where that is less.
 _CHUNKS = 8
@@ -46,6 +46,8 @@ class LossSums:
     tokens: Float[Array, ""]  # tokens that are not padding
     router: RouterStats
     by_source: SourceSums | None = None
+    # What an objective tells beside its loss, for the log: sums too, to be divided by `weight`.
+    extra: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
 
 
 def loss_fn(
@@ -64,54 +66,91 @@ def loss_fn(
     are averaged over layers; with coefficients of 0 they are no part of the gradient. `model` has
     the `forward` of `model.Transformer`. With `num_sources` the sums come for each source, too.
     """
+    batch, out = forward(model, params, batch)
+    weights = jnp.asarray(batch.weights, jnp.float32)
+    nll, each = weighted_nll(model, params, out.hidden, batch.targets, weights)
+    by_source = None
+    if num_sources:
+        by_source = _by_source(batch, each * weights, num_sources=num_sources)
+    tokens, penalty = router_penalty(batch, out, balance_loss=balance_loss, z_loss=z_loss)
+    return LossSums(nll, jnp.sum(weights), penalty, tokens, out.router, by_source)
+
+
+def forward(model: Any, params: Params, batch: Batch) -> tuple[Batch, Output]:
+    """Run the model on a batch: return the batch in the order of tokens that it ran in, and that.
+
+    On a mesh that splits tokens over `context` that order is another one, which changes no sum.
+    """
     where = {}
-    if mesh.size("context") > 1:  # the order of tokens changes no sum
+    if mesh.size("context") > 1:
         batch = _balance(batch)
         where["balanced"] = True
     out = model.forward(
         params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, **where
     )
-    with jax.named_scope("loss"):
-        hidden, table = out.hidden, params["unembedding"]["weight"]
-        if (adapter := lora.of_table(params, "unembedding", model)) is not None:
-            hidden, table = widen(hidden, table, adapter)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        targets = jnp.asarray(batch.targets).reshape(-1)
-        weights = jnp.asarray(batch.weights, jnp.float32).reshape(-1)
-        if mesh.current() is not None:
-            weights = weights.reshape(batch.tokens.shape)
-            nll, each = vocabulary.cross_entropy(hidden, table, batch.targets, weights)
-        elif chips.current().platform == "cpu":
-            rows, targets, row_weights, goes_to = _trained_first(rows, targets, weights)
-            nll, each = _nll_sum(rows, table, targets, row_weights)
-            each = each[goes_to]
-        else:  # all rows: chunks of them would carry a float32 gradient of the whole table
-            nll, each = cross_entropy(rows, table, targets, weights)
+    return batch, out
+
+
+@jax.named_scope("loss")
+def weighted_nll(
+    model: Any,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Unembed, and sum weights * nll; say each target's nll, too, where its weight is not 0.
+
+    Both in nats, float32. Only the sum has a gradient, in the parameters and hidden states. An
+    objective that is another function of the nll gets its gradient through a second call, with the
+    derivative by each nll as the weight of that one.
+    """
+    table = params["unembedding"]["weight"]
+    if (adapter := lora.of_table(params, "unembedding", model)) is not None:
+        hidden, table = widen(hidden, table, adapter)
+    if mesh.current() is not None:
+        nll, each = vocabulary.cross_entropy(hidden, table, targets, weights)
+        return nll, each.reshape(weights.shape)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    of_rows = jnp.asarray(targets).reshape(-1), weights.reshape(-1)
+    if chips.current().platform == "cpu":
+        *trained, goes_to = _trained_first(rows, *of_rows)
+        rows, *of_rows = trained
+        nll, each = _nll_sum(rows, table, *of_rows)
+        each = each[goes_to]
+    else:  # all rows: chunks of them would carry a float32 gradient of the whole table
+        nll, each = cross_entropy(rows, table, *of_rows)
+    return nll, each.reshape(weights.shape)
+
+
+def router_penalty(
+    batch: Batch, out: Output, *, balance_loss: float, z_loss: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the tokens that are not padding, and the router losses times these: for `LossSums`."""
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     penalty = jnp.float32(0)
     if balance_loss:
         penalty += balance_loss * jnp.mean(out.router.balance_loss)
     if z_loss:
         penalty += z_loss * jnp.mean(out.router.z_loss)
-    by_source = None
-    if num_sources:
-        by_source = _by_source(batch, each * weights, num_sources=num_sources)
-    return LossSums(nll, jnp.sum(weights), penalty * tokens, tokens, out.router, by_source)
+    return tokens, penalty * tokens
 
 
 def _balance(batch: Batch) -> Batch:
     """Put the tokens of each row into the order in which they are split over `context`."""
     order = partial(context.balance, shards=mesh.size("context"))
-    return jax.tree.map(lambda x: order(x) if jnp.ndim(x) > 1 else x, batch)
+    shared, batch = batch.shared, batch.replace(shared=None)  # type: ignore[attr-defined]
+    batch = jax.tree.map(lambda x: order(x) if jnp.ndim(x) > 1 else x, batch)
+    return batch.replace(shared=shared)  # type: ignore[attr-defined]
 
 
-def _by_source(batch: Batch, nll: Float[Array, " M"], *, num_sources: int) -> SourceSums:
+def _by_source(batch: Batch, nll: Float[Array, "B T"], *, num_sources: int) -> SourceSums:
     if batch.sources is None:
         raise ValueError("num_sources is given, and the batch has no sources")
     sources = batch.sources
 
     def total(per_token: Array) -> Array:
-        rows = jnp.sum(per_token.reshape(batch.tokens.shape), axis=1, dtype=jnp.float32)
+        rows = jnp.sum(per_token, axis=1, dtype=jnp.float32)
         return jax.ops.segment_sum(rows, sources, num_sources)
 
     return SourceSums(total(nll), total(batch.weights), total(batch.segment_ids != 0))
@@ -120,8 +159,8 @@ def _by_source(batch: Batch, nll: Float[Array, " M"], *, num_sources: int) -> So
 def _trained_first(
     hidden: Float[Array, "M D"], targets: Int[Array, " M"], weights: Float[Array, " M"]
 ) -> tuple[Float[Array, "M D"], Int[Array, " M"], Float[Array, " M"], Int[Array, " M"]]:
-    """Move the rows with weight > 0 to the front, in their order; say last where each went."""
-    trained = weights > 0
+    """Move the rows whose weight is not 0 to the front, in order; say last where each went."""
+    trained = weights != 0  # below 0 where an objective makes a target less likely
     # Where each row goes, by counting: no sort.
     after = jnp.sum(trained) + jnp.cumsum(~trained) - 1
     goes_to = jnp.where(trained, jnp.cumsum(trained) - 1, after)
@@ -156,7 +195,7 @@ def _nll_sum(
     targets: Int[Array, " M"],
     weights: Float[Array, " M"],
 ) -> tuple[Float[Array, ""], Float[Array, " M"]]:
-    """Sum weights * nll over the rows up to the last with weight > 0; all of those come first.
+    """Sum weights * nll over the rows up to the last with a weight; all of those come first.
 
     The second result is the nll of each row, for reports: no gradient flows through it.
 
@@ -195,7 +234,7 @@ def _over_chunks(
             d_weight = d_weight + found[-1].astype(jnp.float32)
         return nll + more, put(each, new, i * rows, 0), d_hidden, d_weight
 
-    used = -(-jnp.sum(weights > 0) // rows)
+    used = -(-jnp.sum(weights != 0) // rows)
     start = (
         jnp.float32(0),
         jnp.zeros(M + spare, jnp.float32),

@@ -34,8 +34,17 @@ class StepRecorder:
                 key = f"source/{name}/{what}"
                 self._totals[key] = max((r[key] for r in log if key in r), default=0.0)
 
-    def record(self, done: list[StepMetrics], *, seconds: float | None) -> dict[str, Any]:
-        """Return the record; `seconds` is what the steps took, None if that says nothing."""
+    def record(
+        self,
+        done: list[StepMetrics],
+        told: Sequence[dict[str, float]] = (),
+        *,
+        seconds: float | None,
+    ) -> dict[str, Any]:
+        """Return the record; `seconds` is what the steps took, None if that says nothing.
+
+        What the objective measured, and what it `told` of the batches, are means over the steps.
+        """
         m = done[-1]
         tokens = np.array([float(x.tokens) for x in done])
         shares = tokens / max(tokens.sum(), 1)
@@ -57,6 +66,9 @@ class StepRecorder:
         skipped = sum(not bool(x.finite) for x in done)
         if skipped:
             values["skipped_steps"] = skipped
+        for each in ([x.extra for x in done], told):
+            names = {name: None for values_of in each for name in values_of}
+            values |= {n: float(np.mean([float(v[n]) for v in each if n in v])) for n in names}
         values |= self._by_source(done)
         if seconds is not None:
             values |= self._rates(done, seconds)

@@ -31,6 +31,7 @@ from gptoss_jax import (
 )
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.objectives import open_batches
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
 from gptoss_jax.program import check_patterns, expert_load, keep_load, make_program
@@ -84,7 +85,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     size = config.data.batch_size
     rows = data.rows_here(mesh, size)  # of a batch, what this host's devices need
     spread = partial(data.spread, mesh=mesh, rows=rows, size=size)
-    batches = data.train_batches(config, rows=rows)
+    batches = open_batches(config, rows=rows)
     console.print(f"\n{data.describe(config)}", soft_wrap=True)
     eval_batches = data.eval_batches(config, rows=rows)
     questions = data.eval_questions(config, config.train.eval_questions)
@@ -190,6 +191,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     stopped: list[int] = []
     began = clock = time.perf_counter()
     waiting: list[StepMetrics] = []  # measured, not read yet: reading waits for the device
+    told: list[dict[str, float]] = []  # by what the objective made of the batches
     with contextlib.ExitStack() as at_end:  # from the last to the first, whatever fails
         handler = _once(stopped, alone=alone)
         # Of several processes JAX takes SIGTERM, see `distributed.stop_now`.
@@ -210,9 +212,11 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         while not last:
             step, iteration = step + 1, iteration + 1
             profile.begin(step, state)
-            state, measured = program.step(state, spread(spikes.next_batch(batches)))
+            batch, more = program.objective.prepare(state, spikes.next_batch(batches), spread)
+            state, measured = program.step(state, batch)
             clock += profile.end(step, state)
             waiting.append(measured)
+            told.append(more)
             if not alone and distributed.stop_now(iteration):
                 stopped.append(signal.SIGTERM)
             last = step == steps or bool(stopped)
@@ -221,9 +225,9 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
             if not (evaluating or saving or step % every.log_every == 0):
                 continue
 
-            done = jax.device_get(waiting)
+            done, said = jax.device_get(waiting), told
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            waiting = []
+            waiting, told = [], []
             spike = spikes.find(done, step=step)
             if spike:
                 manager.close()
@@ -253,7 +257,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
                 manager.wait_until_finished()
                 fail(bad[0], done[bad[0] - step - 1], workdir)
             compiled = step - len(done) == start  # its time says nothing about the rest
-            values = recorder.record(done, seconds=None if compiled else seconds)
+            values = recorder.record(done, said, seconds=None if compiled else seconds)
             log.write(step, values)
             progress.step(step, values)
 

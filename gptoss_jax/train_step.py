@@ -31,6 +31,12 @@ class StepMetrics:
     router: RouterStats
     finite: Bool[Array, ""]  # loss and gradient are
     by_source: SourceSums | None = None  # of a mixture's sources
+    extra: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)  # of the objective
+
+
+def trained_weight(batch: Batch) -> Float[Array, ""]:
+    """Return the sum of a batch's weights: what a loss that is a mean over tokens is divided by."""
+    return jnp.sum(batch.weights.astype(jnp.float32))
 
 
 def init_params(model: Any, *, seed: int = 0) -> Params:
@@ -103,6 +109,7 @@ def make_train_step(
     on_nan: Literal["stop", "skip"] = "stop",
     frozen_paths: Collection[str] = (),
     ema: float = 0.0,
+    total: Callable[[Batch], Float[Array, ""]] = trained_weight,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted `step(state, batch) -> (state, metrics)`; the state given is used up.
 
@@ -111,6 +118,7 @@ def make_train_step(
     router losses only the balancing one is not: it is averaged over microbatches by tokens).
     Gradients accumulate in float32. Packed weights and those at `frozen_paths` are passed through,
     never differentiated. `ema` is the decay of the state's averaged parameters, if it has them.
+    `total` says what a whole batch's `LossSums.weight` will come to, before it is run.
 
     With `on_nan="skip"` a step whose loss or gradient is not finite leaves parameters and optimizer
     as they were, and only counts; with "stop" the caller looks at `metrics.finite`.
@@ -121,7 +129,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         trainable, frozen = split_trainable(state.params, frozen_paths)
         loss, sums, grads = _gradient(
-            partial(loss_fn, model), trainable, frozen, batch, accumulate=accumulate
+            partial(loss_fn, model), trainable, frozen, batch, accumulate=accumulate, total=total
         )
         with jax.named_scope("optimizer"):
             updates, opt_state = update(grads, state.opt_state, trainable, load=sums.router.load)  # pyright: ignore[reportArgumentType]
@@ -139,7 +147,8 @@ def make_train_step(
                     (trainable, state.opt_state),
                 )
         metrics = StepMetrics(
-            loss, sums.weight, sums.tokens, grad_norm, rate, sums.router, finite, sums.by_source
+            loss, sums.weight, sums.tokens, grad_norm, rate, sums.router, finite, sums.by_source,
+            sums.extra,
         )  # fmt: skip
         average = state.ema
         if average is not None:
@@ -158,10 +167,11 @@ def _gradient(
     batch: Batch,
     *,
     accumulate: int,
+    total: Callable[[Batch], Float[Array, ""]],
 ) -> tuple[Float[Array, ""], LossSums, Params]:
     """Return the loss, its sums and the gradient of the objective over all microbatches."""
     # Known before any microbatch runs, so that each one's gradient is simply added.
-    weight = jnp.sum(batch.weights.astype(jnp.float32))
+    weight = total(batch)
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     per_weight = jnp.where(weight == 0, 0.0, 1 / weight)
     per_token = jnp.where(tokens == 0, 0.0, 1 / tokens)
@@ -179,9 +189,14 @@ def _gradient(
         grads, sums = one(trainable, batch)
         grads = sharding.constrain_tree(grads)
     else:
+        shared, batch = batch.shared, batch.replace(shared=None)  # type: ignore[attr-defined]
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
         parts = jax.tree.map(sharding.microbatches, parts)
-        first = jax.tree.map(lambda x: x[0], parts)
+
+        def whole(part: Batch) -> Batch:
+            return part.replace(shared=shared)  # type: ignore[attr-defined]
+
+        first = whole(jax.tree.map(lambda x: x[0], parts))
         shapes = jax.eval_shape(one, trainable, first)[1]
         zeros = (
             sharding.constrain_tree(
@@ -190,11 +205,12 @@ def _gradient(
             jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         )
 
-        def add(total: tuple[Params, LossSums], part: Batch) -> tuple[Any, None]:
-            grads, sums = one(trainable, part)
+        def add(so_far: tuple[Params, LossSums], part: Batch) -> tuple[Any, None]:
+            grads, sums = one(trainable, whole(part))
             more = sharding.constrain_tree(grads), sums
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more), None
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), so_far, more), None
 
         (grads, sums), _ = jax.lax.scan(add, zeros, parts)
     router = jax.tree.map(lambda x: x * per_token, sums.router)
-    return sums.nll * per_weight, dataclasses.replace(sums, router=router), grads
+    extra = jax.tree.map(lambda x: x * per_weight, sums.extra)
+    return sums.nll * per_weight, dataclasses.replace(sums, router=router, extra=extra), grads

@@ -178,6 +178,9 @@ class Batch:
     positions: Int[Array, "B T"]
     # Which source of a mixture each row is from; None where there is no mixture.
     sources: Int[Array, " B"] | None = None
+    # What an objective needs beside: for each token [B, T, ...], and the same for all rows.
+    per_token: dict[str, Array] | None = None
+    shared: dict[str, Array] | None = None
 
 
 @struct.dataclass

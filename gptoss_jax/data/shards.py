@@ -32,7 +32,10 @@ def rows_of(devices: Sequence[Any], mesh: jax.sharding.Mesh, batch_size: int) ->
 
 
 def spread(batch: Batch, mesh: jax.sharding.Mesh, *, rows: tuple[int, int], size: int) -> Batch:
-    """Make global arrays, of `size` rows, of the `rows` of a batch that this process has."""
+    """Make global arrays, of `size` rows, of the `rows` of a batch that this process has.
+
+    Its `shared` arrays are taken as they are.
+    """
     first = rows[0]
 
     def globally(x: np.ndarray, where: Any) -> jax.Array:
@@ -42,4 +45,6 @@ def spread(batch: Batch, mesh: jax.sharding.Mesh, *, rows: tuple[int, int], size
 
         return jax.make_array_from_callback((size, *x.shape[1:]), where, part)
 
-    return jax.tree.map(globally, batch, sharding.batch_shardings(batch, mesh))
+    shared, batch = batch.shared, batch.replace(shared=None)  # type: ignore[attr-defined]
+    batch = jax.tree.map(globally, batch, sharding.batch_shardings(batch, mesh))
+    return batch.replace(shared=shared)  # type: ignore[attr-defined]
