@@ -43,11 +43,13 @@ from typing import Any
 
 import tiktoken
 
-from gptoss_jax.errors import UserError
+from gptoss_jax.channels import CHANNELS as CHANNELS
+from gptoss_jax.channels import ROLES as ROLES
+from gptoss_jax.channels import parse_train_on, weight_of
 from gptoss_jax.harmony_messages import EFFORTS as EFFORTS
 from gptoss_jax.harmony_messages import Message, Part, check_effort, expand
 from gptoss_jax.harmony_messages import check as check
-from gptoss_jax.harmony_parser import CHANNELS, CONSTRAIN, ROLES
+from gptoss_jax.harmony_parser import CONSTRAIN
 from gptoss_jax.harmony_parser import StreamParser as StreamParser
 from gptoss_jax.harmony_parser import parse as parse
 from gptoss_jax.harmony_parser import to_messages as to_messages
@@ -64,6 +66,7 @@ def render(
     date: str | None = None,
     *,
     train_on: Sequence[str] = ("assistant",),
+    given: int = 0,
     tokenizer: tiktoken.Encoding | None = None,
 ) -> tuple[list[int], list[float]]:
     """Render a whole chat for training: its ids, and for each the weight it has as a target.
@@ -73,17 +76,19 @@ def render(
     up to the turn are those of the prompt. A final answer at the very end ends in `<|return|>`,
     tool calls end in `<|call|>`, all else in `<|end|>`; sampled ids at the end stay as they are.
 
-    `train_on` has roles or role/channel pairs such as "assistant/final". Of their messages the
-    weight is 1 for what the model samples: all after `<|start|>assistant`, the end token included,
-    and `<|start|>assistant` itself where the model goes on after its own analysis or commentary. It
-    is 0 for the `<|end|>` of an earlier final answer, where the model is to sample `<|return|>`,
-    for the `<|end|>` that a sampled turn broke off without, and for the generated system message,
-    always. Of another role's messages it is 1 for all after the role's name. Raises UserError that
-    names the message and the field.
+    `train_on` has roles or role/channel pairs such as "assistant/final", each with its weight where
+    that is not 1: "assistant/analysis=0.3" (see `channels.parse_train_on`). Of their messages what
+    the model samples has it: all after `<|start|>assistant`, the end token included, and
+    `<|start|>assistant` itself where the model goes on after its own analysis or commentary. The
+    weight is 0 for the `<|end|>` of an earlier final answer, where the model is to sample
+    `<|return|>`, for the `<|end|>` that a sampled turn broke off without, for the first `given`
+    messages, and for the generated system message, always. Of another role's messages all after the
+    role's name has it. Raises UserError that names the message and the field.
     """
     encoding = tokenizer or get_tokenizer()
     parts = expand(messages, tools, encoding.n_vocab)
-    trained = _parse_train_on(train_on)
+    trained = parse_train_on(train_on)
+    before = parts[: len(expand(messages[:given], tools, encoding.n_vocab))] if given else []
     turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
     parts = _drop_analysis(parts[:turn]) + parts[turn:]
 
@@ -96,7 +101,9 @@ def render(
         final = part.role == "assistant" and part.channel == "final"
         if final and part.ids is None and part is parts[-1]:
             body[-1] = end_of_turn
-        weight = float(part.role in trained or f"{part.role}/{part.channel}" in trained)
+        weight = weight_of(trained, part.role, part.channel)
+        if any(part is other for other in before):
+            weight = 0.0
         tokens += head + body
         weights += [weight * goes_on] * len(head) + [weight] * len(body)
         if rendered.cut or (final and body[-1:] == [end]):
@@ -229,16 +236,3 @@ def _drop_analysis(parts: list[Part]) -> list[Part]:
         return parts
     first = next(i for i, part in enumerate(parts) if part.channel == "final")
     return [part for part in parts[:first] if part.channel != "analysis"] + parts[first:]
-
-
-def _parse_train_on(train_on: Sequence[str]) -> set[str]:
-    trained = set()
-    for item in train_on:
-        role, slash, channel = item.partition("/")
-        if role not in ROLES or (slash and channel not in CHANNELS):
-            raise UserError(
-                f"train_on has {item!r}: it takes a role ({', '.join(ROLES)}), alone or with a "
-                f"channel ({', '.join(CHANNELS)}), such as assistant/final"
-            )
-        trained.add(f"developer{slash}{channel}" if role == "system" else item)
-    return trained

@@ -18,11 +18,11 @@ from typing import Any
 
 import tiktoken
 
+from gptoss_jax.channels import CHANNELS as CHANNELS
+from gptoss_jax.channels import ROLES as ROLES
 from gptoss_jax.harmony_tools import render_tools
 from gptoss_jax.tokenizer import decode, get_tokenizer, special_id, token_bytes
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-CHANNELS = ("analysis", "commentary", "final")
 CONSTRAIN = "<|constrain|>"
 INSTRUCTIONS = "# Instructions\n\n"  # what a developer's text stands after
 

@@ -154,15 +154,55 @@ def test_tool_calls_are_trained_and_results_are_not():
         (("system",), "<|message|># Instructions\n\nBe brief.<|end|>"),
         (("developer",), "<|message|># Instructions\n\nBe brief.<|end|>"),
         (("tool", "assistant/commentary"), ""),
+        (
+            ("assistant", "assistant/analysis=0"),
+            "<|start|>assistant<|channel|>final<|message|>4<|return|>",
+        ),
     ],
 )
 def test_train_on(train_on, expected):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "thinking": "Sum.", "content": "4"},
+    assert trained_text(*render(ANALYSED, train_on=train_on)) == expected
+
+
+ANALYSED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "thinking": "Sum.", "content": "4"},
+]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "analysis", "final", "user"),
+    [
+        (("assistant=0.5",), 0.5, 0.5, 0),
+        (("assistant/final", "assistant/analysis=0.3"), 0.3, 1, 0),
+        (("assistant/analysis=0.3", "assistant", "user=2"), 0.3, 1, 2),
+        (("assistant/final=1e-2", "user"), 0, 0.01, 1),
+    ],
+)
+def test_train_on_with_weights(train_on, analysis, final, user):
+    tokens, weights = render(ANALYSED, train_on=train_on)
+    spelled = [  # by hand: text, and the weight of each of its tokens
+        ("<|start|>user", 0),
+        ("<|message|>2+2?<|end|>", user),
+        ("<|start|>assistant", 0),
+        ("<|channel|>analysis<|message|>Sum.<|end|>", analysis),
+        ("<|start|>assistant<|channel|>final<|message|>4<|return|>", final),
     ]
-    assert trained_text(*render(messages, train_on=train_on)) == expected
+    encoded = [(ENCODING.encode(text, allowed_special="all"), w) for text, w in spelled]
+    expected = [w for ids, w in encoded for _ in ids]
+    assert tokens[-len(expected) :] == [i for ids, _ in encoded for i in ids]
+    assert weights[-len(expected) :] == expected
+    assert not any(weights[: -len(expected)])
+
+
+def test_given_messages_are_not_trained():
+    chat = [*ANALYSED, {"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}]
+    tokens, weights = render(chat, given=4)
+    assert (tokens, trained_text(tokens, weights)) == (
+        render(chat)[0],
+        "<|channel|>final<|message|>6<|return|>",
+    )
 
 
 def test_text_of_special_tokens_is_plain_text():
@@ -242,6 +282,11 @@ def test_bad_choices_are_named():
         render([USER], train_on=("bot",))
     with pytest.raises(UserError, match="train_on has 'assistant/finals'"):
         render([USER], train_on=("assistant/finals",))
+    for number in ("", "x", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match=f"has 'user={number}': the weight is a number, and no"):
+            render([USER], train_on=(f"user={number}",))
+    with pytest.raises(UserError, match="has 'system=2', and another weight for the same before"):
+        render([USER], train_on=("developer", "system=2"))
 
 
 def test_tool_results_answer_calls_by_name_id_or_order():

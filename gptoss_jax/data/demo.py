@@ -1,9 +1,10 @@
-"""Demo chats: lists of digits to be sorted, which a tiny model learns to do by rule.
+"""Demo chats: lists of digits to be sorted, which a tiny model learns to do by rule; and pairs.
 
     python -m gptoss_jax.data.demo OUT [--seed 0] [--count 2400]
 
 writes OUT/train.jsonl and OUT/held_out.jsonl, byte for byte those that ship in data/demo/ where the
-seed and the count are the default ones.
+seed and the count are the default ones; and OUT/pairs.jsonl and OUT/pairs_held_out.jsonl, a
+question each with the list sorted, which is chosen, and in another order, which is rejected.
 
 No held-out list is in the training set, and neither is any list of the same digits in another
 order: to know the training answers by heart does not help.
@@ -23,6 +24,7 @@ FOLDER = Path(__file__).parent / "demo"
 SEED = 0
 COUNT = 2_400  # training chats
 HELD_OUT = 256  # held-out chats, one question each
+PAIRS, PAIRS_HELD_OUT = 800, 192
 
 LENGTHS = (4, 5, 6, 7, 8)  # digits in a list
 TURNS = 6  # most questions in a training chat
@@ -64,10 +66,48 @@ def write(
     folder: str | Path, *, seed: int = SEED, count: int = COUNT, held_out: int = HELD_OUT
 ) -> tuple[Path, Path]:
     """Write train.jsonl and held_out.jsonl into a folder, made if need be; return their paths."""
-    sets = generate(seed, count, held_out=held_out)
-    folder = Path(folder)
+    return _write(Path(folder), generate(seed, count, held_out=held_out), "train", "held_out")
+
+
+def write_pairs(
+    folder: str | Path, *, seed: int = SEED, count: int = PAIRS, held_out: int = PAIRS_HELD_OUT
+) -> tuple[Path, Path]:
+    """Write pairs.jsonl and pairs_held_out.jsonl as `write` does the chats."""
+    sets = generate_pairs(seed, count, held_out=held_out)
+    return _write(Path(folder), sets, "pairs", "pairs_held_out")
+
+
+def generate_pairs(
+    seed: int = SEED, count: int = PAIRS, *, held_out: int = PAIRS_HELD_OUT
+) -> tuple[list[Record], list[Record]]:
+    """Return `count` training and `held_out` other pairs, as `generate` does chats of a question.
+
+    The rejected answer has the digits of the chosen one in another order.
+    """
+    questions = generate(seed, 0, held_out=count + held_out)[1]  # no two of the same digits
+    rng = random.Random(seed + 1)
+    pairs = []
+    for record in questions:
+        question, answer = record["messages"]
+        digits = answer["content"].split(" ")
+        shuffled = digits[:]
+        while shuffled == digits and len(set(digits)) > 1:
+            rng.shuffle(shuffled)
+        if shuffled != digits:
+            pairs.append(
+                {
+                    "prompt": [question],
+                    "chosen": answer["content"],
+                    "rejected": " ".join(shuffled),
+                    "reasoning": record["reasoning"],
+                }
+            )
+    return pairs[held_out:], pairs[:held_out]
+
+
+def _write(folder: Path, sets: tuple[list[Record], list[Record]], *names: str) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    paths = folder / f"{names[0]}.jsonl", folder / f"{names[1]}.jsonl"
     for path, records in zip(paths, sets, strict=True):
         lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
@@ -94,7 +134,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--count", type=int, default=COUNT, help="training chats")
     options = parser.parse_args(argv)
-    for path in write(options.out, seed=options.seed, count=options.count):
+    chats = write(options.out, seed=options.seed, count=options.count)
+    for path in (*chats, *write_pairs(options.out, seed=options.seed)):
         print(path)
 
 

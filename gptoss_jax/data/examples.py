@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptoss_jax import harmony, tokenizer
 from gptoss_jax.config import Config, DataConfig
+from gptoss_jax.data import preferences
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.packing import Segment
 from gptoss_jax.data.sources import Record, Records, Stamp, progress, stamp
@@ -41,7 +43,10 @@ class Examples:
     A stretch of a .txt file is as many as it takes, of at most sequence_length tokens, each
     starting with the last token of the one before, so that every token is a target once; only the
     last stretch of the file ends in <|endoftext|>. A segment that trains nothing is left out.
-    Raises `UserError` naming file and line where a record can't be rendered or is too long.
+    A pair is two segments, chosen and rejected (`data/preferences.py`), which fit into a row
+    together; it is left out where truncating leaves one of them nothing to train, or both the same.
+    Raises `UserError` naming file and line where a record can't be rendered or is too long, and
+    where the sides of a pair are the same.
     """
 
     def __init__(
@@ -74,12 +79,17 @@ class Examples:
         """Return the segments of record `i`, none if it trains nothing or is bad and skipped."""
         segments = self._cache.get(i)
         if segments is None:
-            segments = self.cut(i, self.tokenise(i))
+            segments = self._pair(i) if self.pairs else self.cut(i, self.tokenise(i))
             size = sum(len(s.tokens) for s in segments)
             if self._cached_tokens + size <= self._cache_tokens:
                 self._cached_tokens += size
                 self._cache[i] = segments
         return segments
+
+    @property
+    def pairs(self) -> bool:
+        """Say whether records are pairs, so that the segments of each share a row."""
+        return self.records.pairs
 
     def tokenise(self, i: int) -> Segment:
         """Return all tokens of record `i` and their weights as targets: nothing if it is bad."""
@@ -95,17 +105,47 @@ class Examples:
     def _encode(self, record: Record) -> tuple[list[int], list[float]]:
         fields = record.fields
         if "messages" in fields:
-            return harmony.render(
-                fields["messages"],
-                tools=fields.get("tools"),
-                reasoning=fields.get("reasoning") or self.config.reasoning,
-                train_on=self.config.train_on,
-                tokenizer=self._encoding,
-            )
+            return harmony.render(fields["messages"], **self._options(fields))
         tokens = self._encoding.encode_ordinary(fields["text"])
         if record.ends:
             tokens.append(self._end)
         return tokens, [1.0] * len(tokens)
+
+    def _options(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "tools": fields.get("tools"),
+            "reasoning": fields.get("reasoning") or self.config.reasoning,
+            "train_on": self.config.train_on,
+            "tokenizer": self._encoding,
+        }
+
+    def _pair(self, i: int) -> list[Segment]:
+        """Return the two segments of pair `i`, or none if it is bad or left out."""
+        record, limit = self.records[i], self.config.sequence_length
+        try:
+            chosen, rejected = preferences.render(record.fields, **self._options(record.fields))
+            if not preferences.differ(chosen, rejected):
+                raise UserError("chosen and rejected are the same, as they are rendered")
+        except UserError as error:
+            self._bad.add(i)
+            self.records.bad(record.where, str(error))
+            return []
+        length = len(chosen.tokens) + len(rejected.tokens)
+        if length > limit:
+            self._check_long(i, length, "chosen and rejected, ")
+        sides = preferences.fit(chosen, rejected, limit)
+        trains = all(side.weights[1:].any() for side in sides)
+        return list(sides) if trains and preferences.differ(*sides) else []
+
+    def _check_long(self, i: int, length: int, what: str = "") -> None:
+        """Refuse a record that is too long, or note that it is truncated."""
+        if self.config.on_long == "refuse":
+            raise UserError(
+                f"{self.records.where(i)}: {what}{length:,} tokens are longer than "
+                f"data.sequence_length ({self.config.sequence_length:,}); shorten it, raise that, "
+                "or set data.on_long=truncate"
+            )
+        self._truncated.add(i)
 
     def cut(self, i: int, whole: Segment) -> list[Segment]:
         """Cut the tokens of record `i` to segments of at most sequence_length that train."""
@@ -114,14 +154,8 @@ class Examples:
         if len(tokens) > limit:
             if self.records.running(i):
                 starts = range(0, len(tokens) - 1, max(1, limit - 1))
-            elif self.config.on_long == "refuse":
-                raise UserError(
-                    f"{self.records.where(i)}: {len(tokens):,} tokens are longer than "
-                    f"data.sequence_length ({limit:,}); shorten it, raise that, or set "
-                    "data.on_long=truncate"
-                )
             else:
-                self._truncated.add(i)
+                self._check_long(i, len(tokens))
         pieces = [Segment(tokens[s : s + limit], weights[s : s + limit]) for s in starts]
         return [piece for piece in pieces if piece.weights[1:].any()]
 
@@ -178,7 +212,7 @@ def open_examples(config: Config, *, held_out: bool = False) -> Examples:
     """
     field = "data.held_out" if held_out else "data.train"
     files = resolve(config.data.held_out if held_out else config.data.train, field=field)
-    return _open((_stamped(files, field),), config.data, config.model.vocab_size)[0]
+    return _open((_stamped(files, field),), *_how(config))[0]
 
 
 def open_sources(config: Config) -> tuple[Source, ...]:
@@ -190,7 +224,7 @@ def open_sources(config: Config) -> tuple[Source, ...]:
         return (Source(0, "", open_examples(config)),)
     found = entries(config.data.train)
     groups = tuple(_stamped(entry.files, f"data.train ({entry.name})") for entry in found)
-    opened = _open(groups, config.data, config.model.vocab_size)
+    opened = _open(groups, *_how(config))
     named = zip(found, opened, strict=True)
     return tuple(Source(i, entry.name, examples) for i, (entry, examples) in enumerate(named))
 
@@ -202,9 +236,13 @@ def _stamped(files: Sequence[Path], field: str) -> _Stamped:
     return field, tuple((path, stamp(path)) for path in files)
 
 
+def _how(config: Config) -> tuple[DataConfig, int, bool]:
+    return config.data, config.model.vocab_size, config.objective.name == "dpo"
+
+
 @lru_cache(maxsize=2)  # the training data and the held-out
 def _open(
-    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int
+    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, pairs: bool
 ) -> tuple[Examples, ...]:
     opened = []
     for field, stamped in groups:
@@ -213,6 +251,7 @@ def _open(
             field=field,
             stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
             skip_bad=config.on_bad_record == "skip",
+            pairs=pairs,
         )
         room = CACHE_TOKENS // len(groups)
         opened.append(

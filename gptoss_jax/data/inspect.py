@@ -1,7 +1,8 @@
 """Show packed batches as text: `python -m gptoss_jax.data.inspect --config FILE [--batches N]`.
 
-What the loss counts is coloured, the rest dim; without colours it stands in [[ ]]. Special tokens
-are shown by name, control characters by a symbol. `--html FILE` writes a page instead.
+What the loss counts is coloured, the rest dim; without colours it stands in [[ ]]. Where its weight
+is not 1 that comes before it: [0.3[ ]] (see data.train_on). Special tokens are shown by name,
+control characters by a symbol. `--html FILE` writes a page instead.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import argparse
 import io
 import itertools
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -21,12 +23,14 @@ from rich.text import Text
 from gptoss_jax import config_cli, tokenizer
 from gptoss_jax.config import Config
 from gptoss_jax.data.loader import eval_batches, train_batches
+from gptoss_jax.data.preferences import SIDES
 from gptoss_jax.errors import Parser, UserError, run_entry
 from gptoss_jax.types import Batch
 
 PROG = "python -m gptoss_jax.data.inspect"
 TRAINED, TRAINED_SPECIAL = "bold green", "bold white on green"
 OTHER, SPECIAL, HEAD = "dim", "cyan", "bold magenta"
+FACTOR = "yellow"
 
 # C0 but for tab and newline, DEL and C1: a terminal would obey them.
 _CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}
@@ -69,11 +73,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"there is no {field}: give --{field} FILE")
     names, batches = _take(config, args.batches, held_out=args.held_out)
     encoding = tokenizer.get_tokenizer(config.model.vocab_size)
+    show = partial(_print, batches=batches, encoding=encoding, names=names, rows=args.rows)
+    show = partial(show, pairs=config.objective.name == "dpo")
     if args.html is None:
-        _print(Console(), batches, encoding, names=names, rows=args.rows)
+        show(Console())
         return
     page = Console(file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
-    _print(page, batches, encoding, names=names, rows=args.rows)
+    show(page)
     path = Path(args.html)
     try:
         path.write_text(page.export_html(code_format=_PAGE), encoding="utf-8")
@@ -111,14 +117,9 @@ def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...
 
 
 def _print(
-    console: Console,
-    batches: Iterable[Batch],
-    encoding: tiktoken.Encoding,
-    *,
-    names: tuple[str, ...],
-    rows: int | None,
+    console: Console, *, batches: list[Batch], encoding: tiktoken.Encoding, **how: Any
 ) -> None:
-    for text in describe(batches, encoding, names=names, rows=rows, plain=not console.is_terminal):
+    for text in describe(batches, encoding, plain=not console.is_terminal, **how):
         console.print(text, soft_wrap=True)
 
 
@@ -129,17 +130,19 @@ def describe(
     names: tuple[str, ...] = (),
     rows: int | None = None,
     plain: bool = False,
+    pairs: bool = False,
 ) -> Iterator[Text]:
     """Yield a legend, then each batch, row and segment with a line above it that counts.
 
     `names` are those of the sources, `rows` how many of a batch are shown; `plain` puts what is
-    trained in brackets.
+    trained in brackets; of `pairs` two segments in turn are the chosen and the rejected side.
     """
     yield _legend(plain)
     for number, batch in enumerate(batches):
         ids, tokens = np.asarray(batch.segment_ids), np.asarray(batch.tokens)
-        trained = np.zeros(tokens.shape, bool)  # by token, where `weights` is by its predecessor
-        trained[:, 1:] = np.asarray(batch.weights)[:, :-1] > 0
+        weights = np.zeros(tokens.shape)  # by token, where the batch has them by its predecessor
+        weights[:, 1:] = np.asarray(batch.weights)[:, :-1]
+        trained = weights > 0
         size = f"{len(ids)} row{'s' * (len(ids) != 1)} of {ids.shape[1]:,}"
         yield Text(f"\n=== batch {number}: {size}; {_count(ids, trained)}", style=HEAD)
         for b in range(len(ids) if rows is None else min(rows, len(ids))):
@@ -150,19 +153,26 @@ def describe(
             yield Text(f"\n--- row {b}{source}: {segments}{_count(ids[b], trained[b])}", style=HEAD)
             for k in range(1, int(ids[b].max()) + 1):
                 of = ids[b] == k
-                marks = trained[b][of]
-                yield Text(f"- segment {k}: {_tokens(len(marks), int(marks.sum()))}", style=HEAD)
-                yield _segment(tokens[b][of].tolist(), marks.tolist(), encoding, plain=plain)
+                name = f"segment {k}"
+                if pairs:
+                    name = f"pair {(k + 1) // 2}, {SIDES[(k + 1) % 2]}"
+                size = _tokens(int(of.sum()), int(trained[b][of].sum()))
+                yield Text(f"- {name}: {size}", style=HEAD)
+                shown = tokens[b][of].tolist(), weights[b][of].tolist()
+                yield _segment(*shown, encoding, plain=plain)
 
 
 def _legend(plain: bool) -> Text:
     if plain:
-        return Text("[[trained]] (the loss counts these tokens)  other  <|special|>")
+        return Text(
+            "[[trained]] (the loss counts these tokens; [0.3[these]] by that factor)  other  "
+            "<|special|>"
+        )
     return Text.assemble(
         ("trained", TRAINED),
         " and ",
         ("<|special|>", TRAINED_SPECIAL),
-        ": the loss counts these tokens; ",
+        ": the loss counts these tokens (by a factor, where one stands before); ",
         ("other", OTHER),
         " and ",
         ("<|special|>", SPECIAL),
@@ -185,15 +195,19 @@ def _special(encoding: tiktoken.Encoding) -> frozenset[int]:
 
 
 def _segment(
-    tokens: list[int], trained: list[bool], encoding: tiktoken.Encoding, *, plain: bool
+    tokens: list[int], weights: list[float], encoding: tiktoken.Encoding, *, plain: bool
 ) -> Text:
     """Return a segment's text: decoded by runs, since a character may be several tokens."""
     special = _special(encoding)
     text = Text()
-    kinds = ((t in special, is_trained) for t, is_trained in zip(tokens, trained, strict=True))
-    for is_trained, spans in itertools.groupby(zip(tokens, kinds, strict=True), lambda x: x[1][1]):
+    kinds = ((t in special, weight) for t, weight in zip(tokens, weights, strict=True))
+    for weight, spans in itertools.groupby(zip(tokens, kinds, strict=True), lambda x: x[1][1]):
+        is_trained = weight > 0
+        factor = f"{weight:.4g}" if is_trained and weight != 1 else ""
         if is_trained and plain:
-            text.append("[[")
+            text.append(f"[{factor}[")
+        elif factor:
+            text.append(factor, FACTOR)
         for is_special, run in itertools.groupby(spans, lambda x: x[1][0]):
             style = (OTHER, SPECIAL) if not is_trained else (TRAINED, TRAINED_SPECIAL)
             said = tokenizer.decode(encoding, [token for token, _ in run])

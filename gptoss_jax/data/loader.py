@@ -18,6 +18,7 @@ import grain
 
 from gptoss_jax import harmony, tokenizer
 from gptoss_jax.config import Config
+from gptoss_jax.data import preferences
 from gptoss_jax.data.examples import Source, open_examples, open_sources
 from gptoss_jax.data.mixture import Mixture, plan
 from gptoss_jax.data.packing import Row, fill
@@ -218,9 +219,10 @@ def eval_questions(config: Config, limit: int) -> list[Question]:
     """Turn up to `limit` chats of `data.held_out` into questions; always the same ones.
 
     The answer is the content of the last assistant message, the prompt all before the assistant's
-    turn that ends in it (its analysis is left to the model). Left out: texts, chats that end in a
-    tool call or without an answer, and those that leave `train.eval_max_tokens` no room in the
-    context. Empty if no held-out data is given. Raises `UserError` for bad data.
+    turn that ends in it (its analysis is left to the model); of a pair that is the chosen one. Left
+    out: texts, chats that end in a tool call or without an answer, and those that leave
+    `train.eval_max_tokens` no room in the context. Empty if no held-out data is given. Raises
+    `UserError` for bad data.
     """
     if not config.data.held_out or limit <= 0:
         return []
@@ -230,7 +232,10 @@ def eval_questions(config: Config, limit: int) -> list[Question]:
     windows = Windows(examples, seed=0)
     for k in range(len(examples)):
         record = examples.records[windows.record(k)]
-        messages, answer = _split_answer(record.fields.get("messages", []))
+        chat = record.fields.get("messages", [])
+        if examples.pairs:
+            chat = preferences.question(record.fields)
+        messages, answer = _split_answer(chat)
         if not answer:
             continue
         try:

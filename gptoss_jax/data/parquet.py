@@ -1,8 +1,9 @@
 """Rows of parquet files as records: by row group, so that no file is in memory as a whole.
 
 The columns are those of a JSONL record: `messages` (a list of structs), with `tools` and
-`reasoning` where there are any; or `text`. Others are not read. Arrow gives each struct of a column
-the fields of all: those that are null are dropped, at any depth.
+`reasoning` where there are any; or `text`; or those of a pair (`data/preferences.py`). Others are
+not read. Arrow gives each struct of a column the fields of all: those that are null are dropped, at
+any depth.
 
 A row costs the decoding of its row group, unless the one before was of the same: files of many GiB
 are best written with row groups of some thousand rows.
@@ -18,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gptoss_jax.data import preferences
 from gptoss_jax.errors import UserError
 
 CHAT, TEXT = ("messages", "tools", "reasoning"), ("text",)
@@ -49,7 +51,7 @@ class Layout:
         return bisect_right(self.ends, row)
 
 
-def read_layout(file: BinaryIO, path: Path) -> Layout:
+def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False) -> Layout:
     """Read the footer. Raises `UserError`: no parquet file, or columns that make no record."""
     with _naming(path):
         from pyarrow.parquet import ParquetFile
@@ -57,11 +59,16 @@ def read_layout(file: BinaryIO, path: Path) -> Layout:
         opened = ParquetFile(file)
         metadata, names = opened.metadata, opened.schema_arrow.names
     wanted = CHAT if "messages" in names else TEXT
+    what = "messages (a chat; tools and reasoning beside it, if any) or text"
+    missing = not {*CHAT[:1], *TEXT} & set(names)
+    if pairs:
+        wanted, what = preferences.FIELDS, "chosen and rejected, and a prompt (objective.name dpo)"
+        missing = not set(preferences.SIDES) <= set(names)
     columns = tuple(name for name in wanted if name in names)
-    if not columns:
+    if missing:
         raise UserError(
             f"{path}: its columns are {', '.join(map(str, names[:12])) or 'none'}; a record has "
-            "messages (a chat; tools and reasoning beside it, if any) or text"
+            f"{what}"
         )
     groups = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
     return Layout(metadata, columns, tuple(accumulate(groups)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.config import Config
+from gptoss_jax.data import questions
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.examples import Examples, Stats, open_examples, open_sources
 from gptoss_jax.data.mixture import plan, shares
@@ -24,6 +25,8 @@ def describe(config: Config, *, held_out: bool = False) -> str:
     One line; of a mixture one more for each source, with its share of the tokens and how often
     `train.steps` repeat it. Exact for data up to some MiB; else from a sample, and marked "about".
     """
+    if config.objective.name == "grpo" and not held_out:
+        return questions.describe(config)
     if held_out or not config.data.weights:
         examples = open_examples(config, held_out=held_out)
         seed = 0 if held_out else config.train.seed

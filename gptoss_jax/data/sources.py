@@ -1,9 +1,9 @@
 """Files to records: what is read, where each record lies, and what is wrong with it.
 
 A `.jsonl` file holds a record a line: a chat `{"messages": [...], "tools"?, "reasoning"?}` or
-`{"text": ...}`. A `.parquet` file holds a record a row, of the same fields. A `.txt` file is one
-document, however long; for random access it is cut at line ends into stretches of about
-`stretch_bytes`.
+`{"text": ...}`; or, where pairs are asked for, one of these (`data/preferences.py`). A `.parquet`
+file holds a record a row, of the same fields. A `.txt` file is one document, however long; for
+random access it is cut at line ends into stretches of about `stretch_bytes`.
 
 `Records` keeps 16 bytes a record, not the records: each read opens the file and seeks. A file that
 is not what it was when it was indexed, by size and time of change, stops the run.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptoss_jax.data import parquet
+from gptoss_jax.data import parquet, preferences
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import CHANNELS, EFFORTS, ROLES
 
@@ -37,7 +37,7 @@ class Record:
     ends: bool = True  # its document ends with it: not so in all but the last stretch of a .txt
 
 
-def parse(line: bytes) -> dict[str, Any]:
+def parse(line: bytes, *, pairs: bool = False) -> dict[str, Any]:
     """Read one line of JSONL as a record; `ValueError` says in a phrase what is wrong with it."""
     try:
         record = json.loads(line.decode("utf-8-sig").rstrip())
@@ -47,16 +47,20 @@ def parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise ValueError(f"not JSON that can be read ({error})") from None
-    check(record)
+    check(record, pairs=pairs)
     return record
 
 
-def check(record: Any) -> None:
+def check(record: Any, *, pairs: bool = False) -> None:
     """Refuse what is no record, with a `ValueError` that says in a phrase why."""
     if not isinstance(record, dict):
         raise ValueError(f"{_kind(record)}, not an object with messages or text")
-    if "messages" in record:
+    if pairs:
+        preferences.check(record, _check_chat)
+    elif "messages" in record:
         _check_chat(record)
+    elif "chosen" in record:
+        raise ValueError("lacks messages (a chat) or text; a pair is for objective.name dpo")
     elif "text" not in record:
         raise ValueError("lacks messages (a chat) or text")
     elif not isinstance(record["text"], str):
@@ -137,14 +141,22 @@ class Records:
 
     Making it passes over all files once, so that a bad line stops before training starts, naming
     file and line; with `skip_bad` such lines are left out and counted in `skipped`. Raises
-    `UserError` also if no record is left. Blank lines and empty .txt files hold no record.
+    `UserError` also if no record is left, and for a .txt file where `pairs` are asked for. Blank
+    lines and empty .txt files hold no record.
     """
 
     def __init__(
-        self, files: Sequence[Path], *, field: str, stretch_bytes: int, skip_bad: bool = False
+        self,
+        files: Sequence[Path],
+        *,
+        field: str,
+        stretch_bytes: int,
+        skip_bad: bool = False,
+        pairs: bool = False,
     ) -> None:
         """Index `files`, of which `resolve` made the list; `field` names them in messages."""
         self.files = list(files)
+        self.pairs = pairs
         self.skipped = 0
         self.first_skipped = ""
         self._skip_bad = skip_bad
@@ -153,7 +165,9 @@ class Records:
         for k, path in enumerate(self.files):
             if path.suffix == ".parquet":
                 with self._open(k) as file:
-                    self._layouts[k] = parquet.read_layout(file, path)
+                    self._layouts[k] = parquet.read_layout(file, path, pairs=pairs)
+            elif path.suffix == ".txt" and pairs:
+                raise UserError(f"{path}: plain text, and objective.name dpo trains on pairs")
         self._group: tuple[int, int, Any] = (-1, -1, None)  # file, row group, and its table
         sizes = [
             self._layouts[k].num_bytes if k in self._layouts else size
@@ -184,7 +198,7 @@ class Records:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 try:
-                    parse(line)
+                    parse(line, pairs=self.pairs)
                     self._add(offset, len(line), number)
                 except ValueError as error:
                     self.bad(f"{path}:{number}", str(error))
@@ -198,7 +212,7 @@ class Records:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                check(row)
+                check(row, pairs=self.pairs)
                 self._add(0, 0, number)
             except ValueError as error:
                 self.bad(f"{path}:{number}", str(error))
@@ -267,7 +281,7 @@ class Records:
                 ends = i + 1 == len(self) or self._file(i + 1) != k
                 fields = {"text": data.decode("utf-8-sig")}
                 return Record(self.where(i), fields, ends=ends)
-            return Record(self.where(i), parse(data))
+            return Record(self.where(i), parse(data, pairs=self.pairs))
         except ValueError as error:  # changed within a tick of the clock, to the same size
             raise _changed(self.where(i), str(error)) from None
 

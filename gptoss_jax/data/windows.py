@@ -43,7 +43,10 @@ class Windows:
         return index
 
     def __getitem__(self, w: int) -> list[Row]:
-        """Return the rows of window w, in random order. Raises `UserError` if a file changed."""
+        """Return the rows of window w, in random order. Raises `UserError` if a file changed.
+
+        The two segments of a pair are neighbours: those of pair k of a row are 2k and 2k + 1.
+        """
         n, windows = self._records, self.per_round
         past, i = divmod(w, windows)
         places = range(i * n // windows, (i + 1) * n // windows)
@@ -54,10 +57,13 @@ class Windows:
             if self.stopped:
                 raise RuntimeError("the data loader is closed")
             read[index] = self.examples[index]
-        segments = [segment for index in chosen for segment in read[index]]
-        lengths = [len(s.tokens) for s in segments]
+        if self.examples.pairs:
+            items = [read[index] for index in chosen if read[index]]
+        else:
+            items = [[segment] for index in chosen for segment in read[index]]
+        lengths = [sum(len(s.tokens) for s in item) for item in items]
         rows = pack(lengths, self.examples.config.sequence_length)
-        return [[segments[k] for k in row] for row in rows]
+        return [[segment for k in row for segment in items[k]] for row in rows]
 
 
 class _WindowIterator(grain.DatasetIterator[list[Row]]):

@@ -31,7 +31,7 @@ def test_the_shipped_files_are_what_the_seed_gives(tmp_path):
         capture_output=True,
     )
     size = 0
-    for name in ("train.jsonl", "held_out.jsonl"):
+    for name in ("train.jsonl", "held_out.jsonl", "pairs.jsonl", "pairs_held_out.jsonl"):
         shipped = (demo.FOLDER / name).read_bytes()
         assert (tmp_path / "new" / name).read_bytes() == shipped
         size += len(shipped)
@@ -61,6 +61,18 @@ def test_seed_and_count_decide():
     assert demo.generate(5, 20, held_out=7) == (train[:20], held)
     with pytest.raises(UserError, match="negative"):
         demo.generate(5, -1)
+
+
+def test_pairs_are_a_sorted_answer_and_the_same_digits_in_another_order():
+    sets = [read(name) for name in ("pairs.jsonl", "pairs_held_out.jsonl")]
+    for record in (*sets[0], *sets[1]):
+        (question,) = record["prompt"]
+        digits = sorted(question["content"].removeprefix("sort ").split(" "))
+        assert record["chosen"] == " ".join(digits) != record["rejected"]
+        assert sorted(record["rejected"].split(" ")) == digits
+    answers = [record["chosen"] for record in (*sets[0], *sets[1])]
+    assert len(set(answers)) == len(answers) > 900  # so none of the held-out is in training
+    assert len(sets[1]) == demo.PAIRS_HELD_OUT
 
 
 def test_chats_fit_the_tiny_models_context():

@@ -16,7 +16,9 @@ from gptoss_jax.data.packing import Segment, fill
 from gptoss_jax.errors import UserError
 
 VOCAB = 700
-LEGEND = "[[trained]] (the loss counts these tokens)  other  <|special|>"
+LEGEND = (
+    "[[trained]] (the loss counts these tokens; [0.3[these]] by that factor)  other  <|special|>"
+)
 
 
 @pytest.fixture
@@ -105,6 +107,19 @@ def test_each_token_is_marked_as_the_loss_counts_it(plain):
         inspect.SPECIAL,
         inspect.TRAINED_SPECIAL,
     }
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_weight_other_than_1_is_said(plain):
+    encoding = tokenizer.get_tokenizer(VOCAB)
+    ids = np.array([ord(c) - 33 for c in "abxyz"], np.int32)
+    assert encoding.decode(ids.tolist()) == "abxyz"
+    weights = np.array([1, 0.3, 0.3, 0, 1], np.float32)
+    batch = fill([[Segment(ids, weights)]], 8)
+    *_, head, text = inspect.describe([batch], encoding, plain=plain)
+    assert head.plain == "- segment 1: 5 tokens, 3 trained"
+    assert text.plain == ("a[0.3[bx]]y[[z]]" if plain else "a0.3bxyz")
+    assert plain or [text.plain[s.start : s.end] for s in text.spans if s.style == inspect.FACTOR]
 
 
 def test_a_terminal_has_colours_and_no_brackets(config_file, capsys, monkeypatch):

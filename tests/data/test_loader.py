@@ -262,6 +262,27 @@ def test_chats_are_rendered_as_harmony_does(chats):
     assert 0 < batch.weights.sum() < (batch.segment_ids > 0).sum() / 4
 
 
+def test_texts_and_chats_mix(tmp_path):
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y z"}]
+    (tmp_path / "book.txt").write_text("One day.\n" * 3)
+    write(tmp_path / "a.jsonl", [{"text": "some words"}, {"messages": chat}])
+    options = {"sequence_length": 640, "train_on": ("assistant/final=0.5",)}
+    config = make_config(tmp_path, context=640, **options)
+    examples = open_examples(config)
+    found = [examples[i][0] for i in range(3)]
+    encoding = tokenizer.get_tokenizer(VOCAB)
+    said = [encoding.decode(s.tokens[s.weights > 0].tolist()) for s in found]
+    assert said == [
+        "some words<|endoftext|>",
+        "<|channel|>final<|message|>y z<|return|>",
+        "One day.\n" * 3 + "<|endoftext|>",
+    ]
+    # A text counts as a whole, whatever train_on says of chats.
+    assert [set(s.weights.tolist()) for s in found] == [{1.0}, {0.0, 0.5}, {1.0}]
+    (batch,) = take(data.train_batches(config), 1)
+    assert set(batch.weights[batch.segment_ids > 0].tolist()) == {0.0, 0.5, 1.0}
+
+
 def test_records_may_say_their_own_reasoning_and_tools(tmp_path):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     tools = [{"type": "function", "function": {"name": "f", "description": "Do it."}}]

@@ -171,9 +171,9 @@ def test_a_file_that_changes_while_it_is_indexed(tmp_path, monkeypatch):
     file.write_bytes(GOOD * 3)
     check = sources.check
 
-    def meddle(record):
+    def meddle(record, **kind):
         file.write_bytes(GOOD * 4)
-        check(record)
+        check(record, **kind)
 
     monkeypatch.setattr(sources, "check", meddle)
     with pytest.raises(UserError, match="changed while it was in use"):

@@ -1,0 +1,122 @@
+"""Pairs of answers to one prompt, one of them preferred: records of direct preference optimisation.
+
+A record has "chosen" and "rejected", each an answer as text, as a message or as a list of messages;
+and, as "prompt" or "messages", the chat that is answered, a list of messages or a question as text.
+"tools" and "reasoning" are as those of a chat. Where "chosen" or "rejected" begins with a message
+of a user or developer it is a whole chat: what both begin with is the prompt. All of these are
+formats of TRL's, too, but for whole chats as text.
+
+A pair becomes two segments, chosen and rejected, that always stand side by side in a row. Of their
+tokens those of the answers alone have weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptoss_jax import harmony
+from gptoss_jax.data.packing import Segment
+
+Message = dict[str, Any]
+
+SIDES = ("chosen", "rejected")
+FIELDS = ("prompt", "messages", *SIDES, "tools", "reasoning")
+
+_ANSWERS = ("assistant", "tool")  # whose messages an answer begins with
+
+
+class Pair(NamedTuple):
+    """A prompt and the two answers to it, as messages."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+def split(record: dict[str, Any]) -> Pair:
+    """Return what a record says, whatever its format. Raises `ValueError`: it is no pair."""
+    for name in SIDES:
+        if name not in record:
+            what = "lacks chosen and rejected" if name == "chosen" else f"lacks {name}"
+            raise ValueError(f"{what}: objective.name dpo trains on pairs of answers")
+    name = "prompt" if record.get("prompt") is not None else "messages"
+    sides = [_messages(record[name], "assistant", name) for name in SIDES]
+    whole = [side[0].get("role") not in _ANSWERS for side in sides]
+    if whole[0] != whole[1]:
+        raise ValueError("one of chosen and rejected is a whole chat, the other an answer")
+    if whole[0]:
+        shared = _shared(*sides)
+        if not shared:
+            raise ValueError("chosen and rejected are whole chats that begin differently")
+        return Pair(sides[0][:shared], sides[0][shared:], sides[1][shared:])
+    if record.get(name) is None:
+        raise ValueError("lacks prompt (the chat that chosen and rejected answer)")
+    return Pair(_messages(record[name], "user", name), sides[0], sides[1])
+
+
+def check(record: dict[str, Any], check_chat: Callable[[dict[str, Any]], None]) -> None:
+    """Refuse what is no pair, or of chats that `check_chat` refuses, with a `ValueError`."""
+    pair = split(record)
+    for name, answer in zip(SIDES, pair[1:], strict=True):
+        try:
+            check_chat({**record, "messages": [*pair.prompt, *answer]})
+        except ValueError as error:
+            raise ValueError(f"the chat with {name}: {error}") from None
+        if not any(message["role"] == "assistant" for message in answer):
+            raise ValueError(f"{name} has no message of the assistant")
+
+
+def fit(chosen: Segment, rejected: Segment, capacity: int) -> tuple[Segment, Segment]:
+    """Cut the ends of two segments so that both fit into a row: the longer one first."""
+    lengths = len(chosen.tokens), len(rejected.tokens)
+    half = capacity // 2
+    first = min(lengths[0], max(half, capacity - lengths[1]))
+    second = min(lengths[1], capacity - first)
+    cut = Segment(chosen.tokens[:first], chosen.weights[:first])
+    return cut, Segment(rejected.tokens[:second], rejected.weights[:second])
+
+
+def differ(chosen: Segment, rejected: Segment) -> bool:
+    """Say whether there is anything to prefer: other tokens, or other weights of theirs."""
+    return any(a.shape != b.shape or (a != b).any() for a, b in zip(chosen, rejected, strict=True))
+
+
+def question(record: dict[str, Any]) -> list[Message]:
+    """Return a record as a chat: its prompt with the chosen answer."""
+    pair = split(record)
+    return [*pair.prompt, *pair.chosen]
+
+
+def render(record: dict[str, Any], **options: Any) -> tuple[Segment, Segment]:
+    """Render both sides by `harmony.render`, which takes the `options`."""
+    pair = split(record)
+
+    def side(answer: list[Message]) -> Segment:
+        chat = [*pair.prompt, *answer]
+        tokens, weights = harmony.render(chat, given=len(pair.prompt), **options)
+        return Segment(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+    return side(pair.chosen), side(pair.rejected)
+
+
+def _messages(value: Any, role: str, name: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise ValueError(f"{name} is neither text nor a message nor a list of messages")
+    if not messages:
+        raise ValueError(f"{name} is empty")
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{name} has what is no message (an object with a role)")
+    return messages
+
+
+def _shared(chosen: list[Message], rejected: list[Message]) -> int:
+    """Return how many messages two chats begin with alike, less one if that is all of either."""
+    most = min(len(chosen), len(rejected)) - 1
+    same = (i for i in range(most) if chosen[i] != rejected[i])
+    return next(same, most)
