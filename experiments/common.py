@@ -56,6 +56,7 @@ class Experiment:
     variants: tuple[str, ...]
     changes: tuple[str, ...]  # the fields in which variants differ, such as "model.sinks"
     get_config: Callable[[str], Config]
+    starts_from: dict[str, str]  # a variant to the one whose end, with the same seed, is its start
 
     @property
     def folder(self) -> Path:
@@ -102,7 +103,8 @@ def load(name: str) -> Experiment:
     for part in ("VARIANTS", "CHANGES", "get_config"):
         if part not in there:
             raise UserError(f"experiments/{name}/config.py defines no {part}; see its neighbours")
-    return Experiment(name, there["VARIANTS"], there["CHANGES"], there["get_config"])
+    starts_from = there.get("STARTS_FROM", {})
+    return Experiment(name, there["VARIANTS"], there["CHANGES"], there["get_config"], starts_from)
 
 
 def differences(config: Config, base: Config) -> dict[str, Any]:

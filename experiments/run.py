@@ -50,6 +50,7 @@ class Job:
     log: Path
     seconds: float = 0.0  # what it has taken so far, over all attempts
     complete: bool = False
+    after: Job | None = None  # the run that has to be complete before this one can start
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
 
@@ -137,13 +138,20 @@ def plan(
     """List the runs, seed after seed, so that every variant has one early.
 
     Raises:
-        UserError: a folder holds a complete run of another config.
+        UserError: a folder holds a complete run of another config; a variant starts from one that
+            is not asked for.
     """
     base = experiment.get_config(experiment.variants[0])
     jobs = []
     for seed in seeds:
-        for variant in variants:
+        by_variant: dict[str, Job] = {}
+        for variant in sorted(variants, key=lambda name: name in experiment.starts_from):
             config = experiment.get_config(variant)
+            source = experiment.starts_from.get(variant)
+            if source is not None:
+                if source not in by_variant:
+                    raise UserError(f"--variants {variant}: it starts from {source}; name both")
+                config = dataclasses.replace(config, init=str(by_variant[source].run.workdir))
             train = dataclasses.replace(config.train, seed=seed, steps=steps or config.train.steps)
             config = dataclasses.replace(config, train=train)
             name = f"{variant.replace(':', '-')}-seed{seed}" + (f"-steps{steps}" if steps else "")
@@ -151,7 +159,8 @@ def plan(
             command = ["-m", "gptoss_jax.train", "--config", experiment.config_file]
             command += [*common.options(config, base), "--workdir", str(run.workdir)]
             log = folder / "logs" / f"{name}.txt"
-            job = Job(run, command, log)
+            job = Job(run, command, log, after=by_variant.get(source or ""))
+            by_variant[variant] = job
             _read_record(job)
             jobs.append(job)
     return jobs
@@ -165,8 +174,10 @@ def _read_record(job: Job) -> None:
     record = json.loads(path.read_text())
     old = config_cli.from_json(json.dumps(record["config"]), where=str(path))
     changed = [
-        name for name in common.differences(job.run.config, old) if not name.startswith("data.")
-    ]  # where the data lie depends on where the project does
+        name
+        for name in common.differences(job.run.config, old)
+        if name != "init" and not name.startswith("data.")
+    ]  # where data and runs lie depends on where the project does
     if changed:
         raise UserError(
             f"{job.run.workdir} is a run of another config ({', '.join(changed)} differ): "
@@ -213,9 +224,11 @@ def run_jobs(jobs: list[Job], *, at_once: int, console: Console) -> None:
     clock = _Clock(jobs, console)
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(waiting.pop(0))
-                _start(running[-1])
+            ready = [job for job in waiting if job.after is None or job.after.complete]
+            for job in ready[: at_once - len(running)]:
+                waiting.remove(job)
+                running.append(job)
+                _start(job)
             time.sleep(POLL)
             for job in [job for job in running if job.ended()]:
                 running.remove(job)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import common, run  # noqa: E402
 from experiments.layer_patterns import analysis as patterns_analysis  # noqa: E402
 from experiments.layer_patterns import config as patterns_config  # noqa: E402
+from experiments.qat import config as qat_config  # noqa: E402
 from experiments.sinks import analysis as sinks_analysis  # noqa: E402
 from experiments.sinks import config as sinks_config  # noqa: E402
 
@@ -64,6 +65,21 @@ def test_what_is_complete_stays_and_what_was_another_config_is_refused(tmp_path:
         plan(tmp_path)
 
 
+def test_a_variant_that_starts_from_another_waits_for_it_and_has_its_seed(tmp_path: Path):
+    experiment = common.load("qat")
+    asked = {"seeds": (3, 5), "steps": 7, "folder": tmp_path}
+    jobs = run.plan(experiment, variants=("qat", "float"), **asked)
+    assert [(j.run.variant, j.run.seed) for j in jobs] == [
+        ("float", 3), ("qat", 3), ("float", 5), ("qat", 5)
+    ]  # fmt: skip
+    assert [j.after for j in jobs] == [None, jobs[0], None, jobs[2]]
+    command = jobs[3].command
+    assert command[command.index("--init") + 1] == str(tmp_path / "float-seed5-steps7")
+    assert "--init" not in jobs[0].command and jobs[2].run.config.init == "random"
+    with pytest.raises(UserError, match="--variants qat: it starts from float; name both"):
+        run.plan(experiment, variants=("qat", "longer"), **asked)
+
+
 def test_the_last_step_is_read_from_a_log_that_is_being_written(tmp_path: Path):
     assert run.last_step(tmp_path) == 0
     log = tmp_path / "metrics.jsonl"
@@ -98,7 +114,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path):
     assert back.curves == {"c": ([0.0, 1.0], [2.5, 4])}
 
 
-@pytest.mark.parametrize("config", [patterns_config, sinks_config])
+@pytest.mark.parametrize("config", [patterns_config, sinks_config, qat_config])
 def test_every_character_of_the_generated_data_is_a_token(config):
     texts = [config.draw_record(random.Random(seed)) for seed in range(50)]
     encoding = tokenizer.get_tokenizer(512)
@@ -160,6 +176,20 @@ def test_the_weights_that_the_analysis_makes_again_are_the_models(sinks: str):
     np.testing.assert_allclose(weights.sum(-1) + on_sink, 1.0, rtol=1e-5)
     np.testing.assert_allclose(again, real, rtol=2e-4, atol=2e-4)
     assert (on_sink.max() == 0) == (sinks == "off")
+
+
+@pytest.mark.slow
+def test_what_is_trained_for_mxfp4_loses_nothing_by_it(tmp_path: Path):
+    options = ["qat", "--steps", "25", "--seeds", "1", "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "experiments/run.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "results.json").read_text())
+    numbers = {v: of["seeds"]["1"]["numbers"] for v, of in record["variants"].items()}
+    trained, exported = ({v: n[k] for v, n in numbers.items()} for k in list(numbers["qat"])[:2])
+    assert exported["qat"] == pytest.approx(trained["qat"], rel=1e-4)  # written with 5 digits
+    assert abs(exported["longer"] / trained["longer"] - 1) > 1e-4
+    assert trained["qat"] < trained["float"], "going on does not help"
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -129,7 +131,9 @@ class Experts(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Return the weighted sum of the chosen experts' outputs; see `ops.moe.experts`.
 
-        On a mesh by `parallel.experts`; in `decoding` tokens are not split over `context`.
+        On a mesh by `parallel.experts`; in `decoding` tokens are not split over `context`. With
+        `ModelConfig.qat` by what MXFP4 makes of the weights, formed here, so that there is one
+        layer's at a time and the backward pass forms it again wherever it does the layer.
         """
         c = self.config
         E, D, F = c.num_experts, c.d_model, c.d_expert + c.expert_padding
@@ -160,20 +164,32 @@ class Experts(nn.Module):
         own = [lora.adapter(self, f"{name}_weight", c.lora.scale) for name in ("gate_up", "down")]
         if any(own):
             parts["adapters"] = moe.Adapters(*own)
-        if mesh.current() is None:
-            rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
-            options = {"limit": c.swiglu_limit, "chunk": c.expert_chunk or None}
-            return moe.experts(*rows, **parts, mask=mask.reshape(-1), **options).reshape(x.shape)
-        from gptoss_jax.parallel import experts
+        return _weighted_sum(c, parts, x, chosen, weights, mask=mask, decoding=decoding)
 
-        return experts.experts(
-            x,
-            chosen,
-            weights,
-            weights=parts,
-            mask=mask,
-            limit=c.swiglu_limit,
-            chunk=c.expert_chunk or None,
-            exchange=c.expert_exchange,
-            row_axes=(mesh.ROWS, None) if decoding else None,
-        )
+
+def _weighted_sum(
+    c: ModelConfig,
+    parts: dict[str, Any],
+    x: Float[Array, "B T D"],
+    *routing: Array,
+    mask: Bool[Array, "B T"],
+    decoding: bool,
+) -> Float[Array, "B T D"]:
+    """Run the op on one device, or spread over the mesh; `routing` is experts and weights."""
+    common = {"limit": c.swiglu_limit, "chunk": c.expert_chunk or None}
+    if mesh.current() is None:
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, *routing))
+        parts = moe.quantised(parts, x.dtype) if c.qat else parts
+        return moe.experts(*rows, **parts, mask=mask.reshape(-1), **common).reshape(x.shape)
+    from gptoss_jax.parallel import experts
+
+    return experts.experts(
+        x,
+        *routing,
+        weights=parts,
+        mask=mask,
+        exchange=c.expert_exchange,
+        row_axes=(mesh.ROWS, None) if decoding else None,
+        quantised=c.qat,
+        **common,
+    )

@@ -56,6 +56,7 @@ def experts(
     exchange: Exchange = "all_gather",
     row_axes: tuple[Any, Any] | None = None,
     ragged: bool | None = None,
+    quantised: bool = False,
 ) -> Float[Array, "B T D"]:
     """Return `ops.moe.experts` of global arrays that are spread over the current mesh.
 
@@ -69,7 +70,7 @@ def experts(
     shard that has any of its experts, and sums what comes back in float32. Both are exact for any
     routing, and in both a shard has to have room for all rows of the axis: `chunk` of these are
     taken at a time. `ragged` says whether only real rows are sent, which a CPU can't do: None asks
-    for it where the backend can.
+    for it where the backend can. `quantised` computes with `ops.moe.quantised` of the weights.
 
     Without a mesh this is the op itself.
 
@@ -82,17 +83,18 @@ def experts(
     mesh = current()
     if mesh is None:
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, ids, shares))
+        weights = moe.quantised(weights, x.dtype) if quantised else weights
         out = moe.experts(*rows, **weights, limit=limit, mask=mask.reshape(-1), chunk=chunk)
         return out.reshape(x.shape)
-    check(weights, mesh)
+    check(weights, mesh, quantised=quantised)
     weights = {name: weight for name, weight in weights.items() if weight is not None}
     if ragged is None:
         ragged = chips.current().platform != "cpu"
     where = P(*(row_axes or (ROWS, "context")))
     rows = P(*where, None)
-    local = partial(_on_one_device, limit=limit, chunk=chunk, exchange=exchange, ragged=ragged)
+    options = {"limit": limit, "chunk": chunk, "exchange": exchange, "ragged": ragged}
     return jax.shard_map(
-        local,
+        partial(_on_one_device, **options, quantised=quantised),
         in_specs=(rows, rows, rows, where, _specs(weights)),
         out_specs=rows,
         check_vma=False,
@@ -110,13 +112,14 @@ def _on_one_device(
     chunk: int | None,
     exchange: Exchange,
     ragged: bool,
+    quantised: bool,
 ) -> Float[Array, "B T D"]:
     """Do what one device has to: inside `shard_map`, on its rows and its part of the weights."""
     shape, shards = x.shape, lax.axis_size("expert")
     num_experts = weights["gate_up_bias"].shape[0] * shards
     x, ids, shares = (a.reshape(-1, a.shape[-1]) for a in (x, ids, shares))
     ids = jnp.where(mask.reshape(-1, 1), ids, num_experts)
-    held = _local_weights(weights)
+    held = _local_weights(weights, x.dtype if quantised else None)
     run = partial(_run, limit=limit)
     if shards == 1:
         out: Any = run(x, ids, shares, held, chunk=chunk)
@@ -147,7 +150,7 @@ def _run(
     return moe.experts(x, mine, shares, **weights, limit=limit, mask=needed, chunk=chunk)
 
 
-def check(weights: dict[str, Any], mesh: Any) -> None:
+def check(weights: dict[str, Any], mesh: Any, *, quantised: bool = False) -> None:
     """Refuse weights that the mesh can't split; see `experts`."""
     num_experts, _, hidden = weights["gate_up_bias"].shape
     expert, tensor = mesh.shape["expert"], mesh.shape["tensor"]
@@ -164,7 +167,7 @@ def check(weights: dict[str, Any], mesh: Any) -> None:
                 f"{name} is in layout {held.layout!r} for a kernel, which can be split over the "
                 "axis expert alone, not over tensor, fsdp or context: load it without a layout"
             )
-    packed = isinstance(_held(weights["down_weight"]), MXFP4)
+    packed = quantised or isinstance(_held(weights["down_weight"]), MXFP4)
     if hidden % tensor or (packed and hidden // MXFP4_BLOCK % tensor):
         unit = f" of {MXFP4_BLOCK} x {tensor}, since it is packed in blocks" if packed else ""
         raise UserError(
@@ -207,9 +210,16 @@ def _spec(name: str, weight: Any) -> Any:
     return P(*axes)
 
 
-def _local_weights(weights: dict[str, Any]) -> dict[str, Any]:
-    """Gather what is only stored split, and leave one shard of `tensor` to add the last bias."""
+def _local_weights(weights: dict[str, Any], quantised_to: Any = None) -> dict[str, Any]:
+    """Gather what is only stored split, and leave one shard of `tensor` to add the last bias.
+
+    With a dtype in `quantised_to` give what `ops.moe.quantised` makes of the weights: here, where a
+    device's blocks are whole, each before it is gathered unless an adapter has to be folded in.
+    """
     weights = dict(weights)
+    adapted = weights.get("adapters") is not None
+    if quantised_to is not None and not adapted:
+        weights = moe.quantised(weights, quantised_to)
     if lax.axis_size(EXPERT) > 1:
         for name, axis in STORED.items():
             weights[name] = jax.tree.map(
@@ -218,6 +228,8 @@ def _local_weights(weights: dict[str, Any]) -> dict[str, Any]:
                 ),
                 layer_of(weights[name]),
             )
+    if quantised_to is not None and adapted:
+        weights = moe.quantised(weights, quantised_to)
     if lax.axis_size("tensor") > 1:
         bias: Any = layer_of(weights["down_bias"])
         weights["down_bias"] = jnp.where(lax.axis_index("tensor") == 0, bias, 0)

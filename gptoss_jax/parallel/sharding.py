@@ -161,9 +161,10 @@ def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def padded(config: ModelConfig) -> ModelConfig:
     """Return a model's config with `expert_padding` as the current mesh needs it.
 
-    Packed experts' hidden dimension is filled up so that each shard along `tensor` has whole
-    blocks (90 of them divide by neither 4 nor 8), and FSDP can split its rows. Zero rows and blocks
-    change no result, and their gradients are zero.
+    The hidden dimension of packed experts, or of those that compute as if they were (`qat`), is
+    filled up so that each shard along `tensor` has whole blocks (90 of them divide by neither 4 nor
+    8), and FSDP can split its rows. Zero rows and blocks change no result, and their gradients are
+    zero.
     """
     mesh = current()
     padding = 0
@@ -172,7 +173,7 @@ def padded(config: ModelConfig) -> ModelConfig:
             heads.check(config.num_heads, config.num_kv_heads, mesh.shape["tensor"])
         except ValueError as error:
             raise UserError(str(error)) from None
-    if mesh is not None and config.experts == "mxfp4":
+    if mesh is not None and (config.experts == "mxfp4" or config.qat):
         whole = math.lcm(MXFP4_BLOCK, math.prod(mesh.shape[axis] for axis in EXPERT))
         padding = -config.d_expert % (mesh.shape["tensor"] * whole)
     return dataclasses.replace(config, expert_padding=padding)
@@ -195,7 +196,10 @@ def batch_spec(x: Any) -> PartitionSpec:
 
 def batch_shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     """Return the shardings of a batch's arrays."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, batch_spec(x)), batch)
+    shared = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), batch.shared)
+    batch = batch.replace(shared=None)  # type: ignore[attr-defined]
+    batch = jax.tree.map(lambda x: NamedSharding(mesh, batch_spec(x)), batch)
+    return batch.replace(shared=shared)  # type: ignore[attr-defined]
 
 
 def cache_spec(x: Any, mesh: Any) -> PartitionSpec:

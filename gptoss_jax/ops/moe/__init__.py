@@ -16,9 +16,10 @@ from gptoss_jax.ops.grouped_matmul.weights import Weight, is_packed, layer_of
 from gptoss_jax.ops.moe import grouped, reference, xla
 from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.ops.moe.capacity import drop_beyond_capacity
+from gptoss_jax.ops.moe.quantised import quantised
 from gptoss_jax.types import MXFP4, LayerOf, Relaid
 
-__all__ = ["ORDER", "Adapters", "drop_beyond_capacity", "experts"]
+__all__ = ["ORDER", "Adapters", "drop_beyond_capacity", "experts", "quantised"]
 
 # The Pallas kernels and "planes" are for few rows, as in decoding.
 ORDER = {

@@ -44,9 +44,10 @@ def encode(
     """Return the MXFP4 form of `x`, whose last axis, a multiple of 32, the blocks run along.
 
     "ocp": the scale is 2**(floor(log2(amax)) - 2) (OCP Microscaling Formats v1.0, section 6.3), and
-    what exceeds 6 of it saturates. "least_error": that scale, twice it or half of it, whichever
-    gives the block the least squared error. Values round to the nearest, ties to even. `x` must be
-    finite; numbers below 2**-126 count as zero. Decoding and encoding again changes no value.
+    what exceeds 6 of it saturates. "least_error": that scale or twice it, whichever gives the block
+    the least squared error (`xla.nearest`), the same on every backend; training for MXFP4 computes
+    with its values (`fake`). Values round to the nearest, ties to even. `x` must be finite; numbers
+    below 2**-126 count as zero. Decoding and encoding again changes no value.
 
     A numpy array is encoded slice by slice and gives numpy arrays: for tensors too big to double.
     Raises ValueError on a last axis that is not a multiple of 32, or another `scale_rule`.

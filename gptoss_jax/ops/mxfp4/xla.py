@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK
 
 HALF = 0x3F000000  # the bits of 0.5 in float32
 SLICE_VALUES = 1 << 24  # of a host array, encoded at a time
+TOP = 252  # the largest scale byte that is chosen
+GAIN_ONE = 1 << 22  # what 1 is as an integer, where errors are compared: 32 times 4 of it fit
 
 
 def decode_nibbles(nibbles: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
@@ -82,29 +84,55 @@ def encode(x: Float[Array, "... C"] | np.ndarray, *, search: bool) -> MXFP4:
 
 @functools.partial(jax.jit, static_argnames="search")
 def _encode_blocks(x: Float[Array, "... 32"], *, search: bool) -> MXFP4:
+    unit, base = in_units(x)
+    if search:
+        _, double = nearest(unit, base)
+        unit, base = jnp.where(double[..., None], unit / 2, unit), base + double
+    return MXFP4(_pack(_round(unit)), base.astype(jnp.uint8))
+
+
+def in_units(x: Float[Array, "... 32"]) -> tuple[Float[Array, "... 32"], Int[Array, "..."]]:
+    """Return blocks in units of their OCP scale, below 8 in size, and these scales' bytes.
+
+    Byte 1 at least: a block of the smallest normal numbers then keeps its values, which byte 0,
+    itself a subnormal, would not; and zeros decode to zeros under any byte. `TOP` at most: above it
+    8 units would overflow float32. In the units nothing does.
+    """
     x = x.astype(jnp.float32)
     amax = jnp.max(jnp.abs(x), axis=-1)
     exponent = (lax.bitcast_convert_type(amax, jnp.uint32) >> 23).astype(jnp.int32)
-    # Byte 1 at least: a block of the smallest normal numbers then keeps its values, which byte 0,
-    # itself a subnormal, would not; and zeros decode to zeros under any byte.
-    # 252 at most: rounding up to the next scale would overflow at the top of float32.
-    base = jnp.clip(exponent - 2, 1, 252)
-    if not search:
-        return MXFP4(_pack(_round(_rescale(x, base))), base.astype(jnp.uint8))
-    best_error = jnp.full(base.shape, jnp.inf)
-    best_code, best = jnp.zeros(x.shape, jnp.uint8), base
-    # In units of the OCP scale nothing overflows. The first of equals stays: the OCP scale.
-    unit = _rescale(x, base)
-    for step in (0, 1, -1):
-        scale = jnp.clip(base + step, 1, 252)
-        factor = decode_scales((127 + scale - base).astype(jnp.uint8))[..., None]
-        code = _round(unit / factor)
-        error = jnp.sum((decode_nibbles(code) * factor - unit) ** 2, axis=-1)
-        better = error < best_error
-        best_error = jnp.where(better, error, best_error)
-        best_code = jnp.where(better[..., None], code, best_code)
-        best = jnp.where(better, scale, best)
-    return MXFP4(_pack(best_code), best.astype(jnp.uint8))
+    base = jnp.clip(exponent - 2, 1, TOP)
+    return _rescale(x, base), base
+
+
+def nearest(
+    unit: Float[Array, "... 32"], base: Int[Array, "..."]
+) -> tuple[Float[Array, "... 32"], Bool[Array, "..."]]:
+    """Return the values of least error for blocks of `in_units`, and which blocks double the scale.
+
+    The values are in the same units.
+
+    Only one whose largest value is above 6 units can gain by that: up to 6 units twice the scale
+    has no value that the scale lacks. Half the scale would cut the largest value by a quarter or
+    more, and loses (in none of 1.6 million random blocks of four distributions did it gain).
+
+    The two errors are compared by their difference: a product with a power of two for each element,
+    added up as integers, so that every compiler, backend and order of summation chooses alike, and
+    a model is exported with the very weights that it was trained with. Equal ones keep the scale.
+    """
+    single, double = _to_nearest(unit), 2 * _to_nearest(unit / 2)
+    gain = (single - double) * (single + double - 2 * unit)  # of the squared error; at most 4
+    gain = jnp.sum(jnp.round(gain * GAIN_ONE).astype(jnp.int32), axis=-1)
+    is_double = (gain > 0) & (base < TOP)
+    return jnp.where(is_double[..., None], double, single), is_double
+
+
+def _to_nearest(unit: Array) -> Array:
+    """Return the nearest e2m1 values, ties to the even code, saturating at 6; -0 stays."""
+    size = jnp.abs(unit)
+    step = jnp.where(size < 2, 0.5, jnp.where(size < 4, 1.0, 2.0))
+    # An even code is an even multiple of its step.
+    return lax.round(jnp.clip(unit, -6, 6) / step, lax.RoundingMethod.TO_NEAREST_EVEN) * step
 
 
 def _rescale(x: Array, scale: Array) -> Array:
