@@ -121,8 +121,10 @@ def merge(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """Fold adapters into the weights: return the model without any, and its parameters.
 
     Each sum is formed in float32 and kept in the weight's dtype. Packed experts are decoded and
-    encoded again by the OCP rule, in which updates that are small beside the steps of 4 bits are
-    lost: decode them first (`decode_experts`) where that matters. A layer at a time.
+    encoded again with the scales of least error, in which updates that are small beside the steps
+    of 4 bits are lost: decode them first (`decode_experts`) where that matters. A layer at a time.
+    To write a model, give it to `gptoss_jax.save` with its adapters: it merges them piece by piece,
+    and says what survives.
 
     Raises:
         UserError: there are no adapters, or a weight is in a layout for kernels.
@@ -170,9 +172,9 @@ def _merge_one(weight: Any, adapter: LowRank, path: str, scale: float) -> Any:
     """Add to one layer's weight, or to one that has no layers."""
     axes = lora.AXES[path]
     stack = axes.stack[1:]
-    update = scale * dense(adapter, experts=bool(stack))
+    update = dense(LowRank(adapter.a, adapter.b * scale), experts=bool(stack))  # as `lora.scaled`
     order = [(stack + axes.inputs + axes.outputs).index(x) for x in stack + axes.weight]
     update = update.transpose(order)
     if isinstance(weight, MXFP4):
-        return mxfp4.encode(mxfp4.decode(weight, jnp.float32) + update, scale_rule="ocp")
+        return mxfp4.encode(mxfp4.decode(weight, jnp.float32) + update, scale_rule="least_error")
     return (weight.astype(jnp.float32) + update).astype(weight.dtype)

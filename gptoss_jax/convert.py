@@ -1,22 +1,30 @@
 """Convert a checkpoint from any layout to another: `python -m gptoss_jax.convert SRC DST --to hf`.
 
 Streams from file to file without a model in memory (a workdir's parameters are restored first).
-By default every number is as stored: the bytes of each tensor are the same, reordered where the
-layouts differ. Converting to the same layout rewrites the folder into shards of 5 GB and copies
-config.json as it is; a file that the safetensors library wrote whole comes out identical.
+Adapters, the workdir's own or a folder of PEFT's (`--adapters`), are merged on the way. By default
+every other number is as stored: the bytes of each tensor are the same, reordered where the layouts
+differ. Converting to the same layout rewrites the folder into shards of 5 GB and copies config.json
+as it is; a file that the safetensors library wrote whole comes out identical. `--to peft` writes a
+workdir's adapters alone. docs/export.md says who reads what.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Literal
 
+from gptoss_jax.config import DType
 from gptoss_jax.errors import Parser, UserError, run_entry
-from gptoss_jax.weights import config_io
+from gptoss_jax.weights import config_io, peft
+from gptoss_jax.weights.merged import Merged, Report, with_adapters
 from gptoss_jax.weights.names import Form, Layout
 from gptoss_jax.weights.read import Stored, find_folder, open_checkpoint, open_workdir
+from gptoss_jax.weights.sources import ParamsSource, Source
 from gptoss_jax.weights.write import (
     SHARD_BYTES,
+    write_adapters,
     write_checkpoint,
     write_json,
     write_side_files,
@@ -27,59 +35,110 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Layout,
+    to: Layout | Literal["peft"],
     experts: Form | None = None,
+    dtype: DType | None = None,
     step: int | None = None,
+    base: str | Path | None = None,
+    adapters: str | Path | None = None,
+    force: bool = False,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> Report:
     """Write the checkpoint `source` (see `weights.load`) to the new folder `destination`.
 
-    `experts`: None as stored, "mxfp4" (encoded by the OCP rule), "dense" (decoded to, or cast to,
-    bfloat16). Tokenizer files are copied from a Hugging Face source and made for any other.
-    Raises UserError, with nothing written, as `weights.load` and `weights.save` do.
+    `experts`: None as stored, "mxfp4" (encoded with the scales of least error), "dense" (decoded
+    to, or cast to, bfloat16). `dtype` is that of all floats; None as stored. `adapters` is a folder
+    of PEFT's, merged into the source. `base`: as `weights.load`'s, where the base of a LoRA run is
+    no longer where it was. Tokenizer files are copied from a Hugging Face source and made for any
+    other. `to="peft"` writes the adapters of a workdir alone. Returns what merging and encoding
+    cost, as `weights.save`.
+
+    Raises UserError, with nothing written, as `weights.load`, `weights.save` and `peft.read` do.
     """
     folder = find_folder(source)
     if (folder / "checkpoints").is_dir():
-        weights = open_workdir(folder, step)
-    elif step is not None:
-        raise UserError(f"{folder}: --step is for workdirs, and this is none (no checkpoints)")
+        weights = open_workdir(folder, step, base=base)
+    elif step is not None or base is not None:
+        name = "--step" if step is not None else "--base"
+        raise UserError(f"{folder}: {name} is for workdirs, and this is none (no checkpoints)")
+    elif (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: holds PEFT's adapters alone: give the model they are of as SRC, and this "
+            "folder with --adapters"
+        )
     else:
         weights = open_checkpoint(folder)
+    if to == "peft":
+        options = {"experts": experts, "dtype": dtype, "adapters": adapters}
+        _write_peft(folder, destination, weights, given=[name for name, x in options.items() if x])
+        return Report()
     form = experts or weights.config.experts
 
     def finish(new: Path) -> None:
+        name = dtype or weights.config.param_dtype
         if isinstance(weights, Stored) and weights.layout == to:
-            _copy_side_files(folder, new, weights=weights, form=form)
-        else:
-            dtype = weights.config.param_dtype
-            write_side_files(new, weights.config, layout=to, form=form, dtype=dtype)
+            return _copy_side_files(folder, new, weights=weights, form=form, dtype=dtype)
+        return write_side_files(new, weights.config, layout=to, form=form, dtype=name)
 
-    write_checkpoint(
+    return write_checkpoint(
         destination,
-        weights,
+        _merged(folder, weights, adapters),
         layout=to,
         form=form,
+        dtype=dtype,
         dense_dtype="bfloat16" if experts == "dense" else None,
         shard_bytes=shard_bytes,
+        force=force,
         finish=finish,
     )
 
 
-def _copy_side_files(folder: Path, new: Path, *, weights: Stored, form: Form) -> None:
+def _merged(folder: Path, weights: Stored | ParamsSource, adapters: str | Path | None) -> Source:
+    """Return the source with its adapters, or with those of a folder, on top."""
+    if adapters is None:
+        return with_adapters(weights) if isinstance(weights, ParamsSource) else weights
+    if isinstance(weights, ParamsSource) and weights.adapters is not None:
+        raise UserError(f"{folder}: has adapters of its own: convert it first, then add --adapters")
+    lora, tree = peft.read(adapters, weights.config)
+    return Merged(weights, dataclasses.replace(weights.config, lora=lora), tree)
+
+
+def _write_peft(
+    folder: Path, destination: str | Path, weights: Stored | ParamsSource, *, given: list[str]
+) -> None:
+    """Write a workdir's adapters, and what they are of: the run's `--init`."""
+    from gptoss_jax import checkpoint as training
+
+    if given:
+        raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
+    if not isinstance(weights, ParamsSource):
+        raise UserError(f"{folder}: is a whole model without adapters; --to peft is for LoRA runs")
+    init = training.read_record(folder).config.init or ""
+    write_adapters(destination, weights, base="" if init == "random" else init)
+
+
+def _copy_side_files(
+    folder: Path, new: Path, *, weights: Stored, form: Form, dtype: DType | None
+) -> None:
     """Copy what lies beside the tensors, within one layout."""
     from gptoss_jax.tokenizer import TOKENIZER_FILES
 
+    same = form == weights.config.experts and dtype is None
     names = ["config.json"]
     if weights.layout == "hf":
         names += ["generation_config.json", *TOKENIZER_FILES]
-    elif form == weights.config.experts:
+    elif same:
         names += ["dtypes.json"]
     for name in names:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, new / name)
-    if weights.layout == "hf" and form != weights.config.experts:
+    if weights.layout == "hf" and not same:
         raw = config_io.read_json(folder / "config.json")
-        write_json(new / "config.json", config_io.with_form(raw, form))
+        if dtype is not None:  # transformers 5 calls it dtype
+            raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+        if form != weights.config.experts:
+            raw = config_io.with_form(raw, form)
+        write_json(new / "config.json", raw)
 
 
 def main(argv: list[str]) -> None:
@@ -87,12 +146,36 @@ def main(argv: list[str]) -> None:
     parser = Parser("gptoss_jax.convert", description="Convert a checkpoint to another layout.")
     parser.add_argument("source", metavar="SRC", help="checkpoint folder of any layout, or workdir")
     parser.add_argument("destination", metavar="DST", help="new folder")
-    parser.add_argument("--to", choices=("hf", "openai"), required=True)
+    parser.add_argument(
+        "--to", choices=("hf", "openai", "peft"), required=True, help="peft: the adapters alone"
+    )
     parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="default: as stored")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), help="of floats; default: as stored"
+    )
+    parser.add_argument("--adapters", metavar="DIR", help="a folder of PEFT's, to be merged")
     parser.add_argument("--step", type=int, help="of a workdir; default: its latest")
+    parser.add_argument("--base", metavar="DIR", help="of a LoRA run whose base was moved")
+    parser.add_argument(
+        "--force", action="store_true", help="write weights that keep less than 0.9 of their update"
+    )
     args = parser.parse_args(argv)
     experts: Form | None = "dense" if args.experts == "bf16" else args.experts
-    convert(args.source, args.destination, to=args.to, experts=experts, step=args.step)
+    report = convert(
+        args.source,
+        args.destination,
+        to=args.to,
+        experts=experts,
+        dtype=args.dtype,
+        step=args.step,
+        base=args.base,
+        adapters=args.adapters,
+        force=args.force,
+    )
+    if report.costs:
+        from rich.console import Console
+
+        Console().print(report.table())
     print(f"wrote {args.destination}")
 
 

@@ -60,6 +60,11 @@ def test_experts_decoded_and_encoded(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
     assert tensors["model.layers.0.mlp.experts.down_proj"].dtype.name == "bfloat16"
     assert tensors["lm_head.weight"].dtype == np.float32
+    convert(tmp_path / "dense", tmp_path / "half", to="hf", dtype="float16")
+    halves = load_file(tmp_path / "half" / "model.safetensors").values()
+    assert {x.dtype.name for x in halves} == {"float16"}
+    said = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert said == edited | {"torch_dtype": "float16"}
     convert(tmp_path / "dense", tmp_path / "packed", to="openai", experts="mxfp4")
     _, one = weights.load(tmp_path / "a", experts="dense")
     _, two = weights.load(tmp_path / "packed", experts="dense")

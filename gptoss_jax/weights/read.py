@@ -216,39 +216,38 @@ def load(
     step: int | None = None,
     split: bool = False,
     layout: str | None = None,
+    base: str | Path | None = None,
 ) -> tuple[Transformer, Params]:
     """Read a checkpoint and return (model, params).
 
     `checkpoint` is a Hugging Face folder, an OpenAI `original/` folder, a name on the hub, or a
-    workdir (its latest step, or `step`). `dtype` (float32, bfloat16, float16) is that of float
-    parameters and of compute. `experts`: None as stored, "mxfp4" (encoded by the OCP rule if stored
-    dense), "dense" (decoded). `split` gives stacks as tuples of L arrays. `layout` (a
-    name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`, piece by piece: for sampling by
-    kernels, which then copy nothing. With a mesh of `parallel.mesh` every leaf goes straight into
-    its shards, and a host reads no more than those of its devices need; over another mesh it is
+    workdir (its latest step, or `step`; that of a run with adapters has its base elsewhere: where
+    the run had it, or at `base`, or where the variable GPTOSS_JAX_BASE says). `dtype` (float32,
+    bfloat16, float16) is that of float parameters and of compute. `experts`: None as stored,
+    "mxfp4" (encoded, by least error, if stored dense), "dense" (decoded). `split` gives stacks as
+    tuples of L arrays. `layout` (a name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`,
+    piece by piece: for sampling by kernels, which then copy nothing. With a mesh of `parallel.mesh`
+    every leaf goes straight into its shards, and a host reads no more than those of its devices
+    need (a workdir's, where they are wanted as they were trained); over another mesh it is
     replicated; without one it goes to the default device.
 
     Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
     finite checkpoint of this model.
     """
-    name = jnp.dtype(dtype).name
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype is {name}: it is float32, bfloat16 or float16")
-    if experts not in (None, "dense", "mxfp4"):
-        raise UserError(f"experts is {experts!r}: it is None, 'dense' or 'mxfp4'")
     from gptoss_jax.model import Transformer
 
-    folder = find_folder(checkpoint)
-    if (folder / "checkpoints").is_dir():
-        source = open_workdir(folder, step)
-    elif step is not None:
-        raise UserError(f"{folder}: step={step} is for workdirs, and this is none (no checkpoints)")
-    else:
-        source = open_checkpoint(folder)
+    name, folder = _check_form(dtype, experts), find_folder(checkpoint)
+    spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
+    if mesh is not None and spread and layout is None and (folder / "checkpoints").is_dir():
+        found = _load_over(
+            mesh, folder, step=step, base=base, split=split, dtype=name, experts=experts
+        )
+        if found is not None:
+            return found
+    source = _open(folder, step=step, base=base)
     config = dataclasses.replace(
         source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
     )
-    spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
     if spread and layout is not None:
         sharding.check_layout(mesh)
     with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:
@@ -269,6 +268,26 @@ def load(
     return Transformer(config), params
 
 
+def _check_form(dtype: Any, experts: Form | None) -> str:
+    """Return the name of a dtype, if it and the form of experts are known."""
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {name}: it is float32, bfloat16 or float16")
+    if experts not in (None, "dense", "mxfp4"):
+        raise UserError(f"experts is {experts!r}: it is None, 'dense' or 'mxfp4'")
+    return name
+
+
+def _open(folder: Path, *, step: int | None, base: str | Path | None) -> Stored | ParamsSource:
+    """Open a folder of either layout, or a workdir, which alone has steps and a base."""
+    if (folder / "checkpoints").is_dir():
+        return open_workdir(folder, step, base=base)
+    if step is not None or base is not None:
+        what = "base" if step is None else f"step={step}"
+        raise UserError(f"{folder}: {what} is for workdirs, and this is none (no checkpoints)")
+    return open_checkpoint(folder)
+
+
 def read_config(checkpoint: str | Path) -> ModelConfig:
     """Read what model a checkpoint holds, from its headers alone: no weights are read.
 
@@ -282,12 +301,41 @@ def read_config(checkpoint: str | Path) -> ModelConfig:
     return open_checkpoint(folder).config
 
 
-def open_workdir(folder: Path, step: int | None) -> ParamsSource:
+def open_workdir(folder: Path, step: int | None, *, base: str | Path | None = None) -> ParamsSource:
     """Restore the parameters of a run, as they were trained, to be read from memory.
 
-    A capacity factor belongs to training: the model that is read has none.
+    With those of its base and its adapters, if it has these: see `checkpoint.load_params`. A
+    capacity factor belongs to training: the model that is read has none.
     """
     from gptoss_jax import checkpoint as training
 
-    config, params = training.load_params(folder, step=step)
+    where = None if base is None else str(base)
+    config, params = training.load_params(folder, step=step, base=where)
     return ParamsSource(dataclasses.replace(config, capacity_factor=0.0), params)
+
+
+def _load_over(
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+    *,
+    step: int | None,
+    base: str | Path | None,
+    split: bool,
+    dtype: str,
+    experts: Form | None,
+) -> tuple[Transformer, Params] | None:
+    """Restore a run straight into shards; None where it is wanted in another form than trained."""
+    from gptoss_jax import checkpoint as training
+    from gptoss_jax.model import Transformer
+
+    try:
+        stored = training.read_record(folder, step).config.model
+    except training.DamagedError:
+        return None  # which `open_workdir` says more of
+    if stored.param_dtype != dtype or experts not in (None, stored.experts):
+        return None
+    where = None if base is None else str(base)
+    config, params = training.load_params(folder, step=step, base=where, mesh=mesh)
+    if split:
+        params["layers"] = split_layers(params["layers"], config.num_layers)
+    return Transformer(dataclasses.replace(config, dtype=dtype, capacity_factor=0.0)), params

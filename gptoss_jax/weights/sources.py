@@ -73,7 +73,7 @@ def read_as(
         return read("value")
     if source.config.experts == "mxfp4":
         value = MXFP4(read("blocks"), read("scales"))  # pyright: ignore[reportArgumentType]
-        return value if form == "mxfp4" else _decode(value, jnp.dtype(dtype).name)
+        return value if form == "mxfp4" else decode_piece(value, jnp.dtype(dtype).name)
     array = read("value")
     if form == "dense":
         return array
@@ -83,13 +83,14 @@ def read_as(
 
 
 @partial(jax.jit, static_argnums=1)
-def _decode(packed: MXFP4, dtype: str) -> Any:
+def decode_piece(packed: MXFP4, dtype: str) -> Any:
+    """Decode rows of an MXFP4 weight, compiled."""
     return mxfp4.decode(packed, jnp.dtype(dtype))
 
 
 @jax.jit
 def _encode(array: Any) -> MXFP4:
-    return mxfp4.encode(array, scale_rule="ocp")
+    return mxfp4.encode(array, scale_rule="least_error")
 
 
 def check_packable(config: ModelConfig) -> None:
@@ -138,7 +139,7 @@ class ParamsSource:
         if isinstance(leaf, tuple):
             leaf, layer = leaf[layer or 0], None
         array = leaf if field == "value" else getattr(leaf, field)
-        piece = _rows(array, layer, start=start, size=stop - start)
+        piece = rows_of(array, layer, start=start, size=stop - start)
         if field == "scales":
             check_scales(piece, self.describe(path, layer))
         return piece
@@ -164,8 +165,8 @@ class ParamsSource:
         return found
 
 
-def _rows(array: Any, layer: int | None, *, start: int, size: int) -> np.ndarray:
-    """Copy rows to the host, and no more than the rows."""
+def rows_of(array: Any, layer: int | None, *, start: int, size: int) -> np.ndarray:
+    """Return rows of an array, or of one layer of a stack, on the host, and no more than them."""
     on_host = isinstance(array, np.ndarray) or (
         array.is_fully_addressable
         and {d.platform for d in array.devices()} == {"cpu"}

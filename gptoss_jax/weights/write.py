@@ -1,7 +1,8 @@
 """Checkpoints out: parameters, or another checkpoint, to a folder of either layout, in a stream.
 
-Header first, then tensor after tensor; memory is one piece. A folder appears under its name when
-it is whole, and not before.
+Header first, then tensor after tensor; memory is one piece. Adapters are merged on the way. What
+was written is read again and compared. A folder appears under its name when all that went well, and
+not before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +24,20 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import MXFP4, Params
-from gptoss_jax.weights import config_io
-from gptoss_jax.weights.names import PACKABLE, Form, Layout, Part, Tensor, shapes, tensors
+from gptoss_jax.types import Params
+from gptoss_jax.weights import config_io, peft
+from gptoss_jax.weights.coding import Coder
+from gptoss_jax.weights.compare import compare_file, hashed
+from gptoss_jax.weights.merged import Report, with_adapters
+from gptoss_jax.weights.names import PACKABLE, Form, Layout, Tensor, tensors
 from gptoss_jax.weights.safetensors_io import Plan, write_file
-from gptoss_jax.weights.sources import (
-    ParamsSource,
-    Source,
-    check_packable,
-    is_finite,
-    pieces,
-    progress,
-    read_as,
-)
+from gptoss_jax.weights.sources import ParamsSource, Source, check_packable, progress
 
 if TYPE_CHECKING:
     from gptoss_jax.model import Transformer
 
 INDEX = "model.safetensors.index.json"
+REPORT = "export_report.json"
 SHARD_BYTES = 5_000_000_000
 
 
@@ -48,25 +45,39 @@ def save(
     folder: str | Path,
     model: Transformer,
     params: Params,
-    to: Layout = "hf",
+    to: Layout | Literal["peft"] = "hf",
     experts: Form | None = None,
     *,
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+    force: bool = False,
+) -> Report:
     """Write a model as a checkpoint folder that did not exist, or was empty.
 
-    `to` is "hf" (with generation config and tokenizer files) or "openai" (`original/`). `experts`:
-    None as they are, "mxfp4" (encoded by the OCP rule), "dense". Floats are written as they are in
-    `params`, or as `dtype`. So what `load` gave in the stored dtype is written byte for byte.
+    `to` is "hf" (with generation config and tokenizer files), "openai" (`original/`), or "peft"
+    (the adapters alone: see `weights.peft`). `experts`: None as they are, "mxfp4" (encoded with the
+    scales of least error), "dense". Floats are written as they are in `params`, or as `dtype`. So
+    what `load` gave in the stored dtype is written byte for byte.
+
+    Adapters (`params["lora"]`) are merged, a piece at a time; what has none stays byte for byte.
+    Returns, and keeps beside the weights, what merging and encoding cost each weight: see
+    `weights.merged.Report`. A weight of which less than 0.9 of the update survives is refused,
+    unless `force`. Experts of a model with `qat` are written as it computed, and are not checked.
 
     What a layout can't say is refused: see `config_io.refuse_inexpressible`. OpenAI's own loader
     reads the packed experts only; dense ones get the names of its model's state dict.
 
-    Raises UserError for that, for a folder with something in it, and for NaN or infinity.
+    Raises UserError for that, for a folder with something in it, for NaN or infinity, for adapters
+    that are not the model's, and for a file that is not what was written when it is read again.
     """
     source = ParamsSource(model.config, params)
-    write_checkpoint(folder, source, layout=to, form=experts, dtype=dtype, shard_bytes=shard_bytes)
+    if to == "peft":
+        write_adapters(folder, source)
+        return Report()
+    merged = with_adapters(source)
+    return write_checkpoint(
+        folder, merged, layout=to, form=experts, dtype=dtype, shard_bytes=shard_bytes, force=force
+    )
 
 
 def write_checkpoint(
@@ -78,43 +89,45 @@ def write_checkpoint(
     dtype: Any = None,
     dense_dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
     finish: Callable[[Path], None] | None = None,
-) -> None:
+) -> Report:
     """Write `source` to `folder` in `layout`, its experts in `form` (None: as they are).
 
     `dtype` is that of all floats and `dense_dtype` that of dense experts; None is the source's.
     `finish(folder)` writes what belongs beside the tensors, in the place of config.json and the
-    others made here from the config. Raises UserError as `save` does.
+    others made here from the config. Returns and raises UserError as `save` does.
     """
     if layout not in ("hf", "openai"):
         raise UserError(f"layout {layout!r}: it is hf or openai")
     if form not in (None, "dense", "mxfp4"):
         raise UserError(f"experts is {form!r}: it is None, 'dense' or 'mxfp4'")
-    if getattr(source, "adapters", None) is not None:
-        raise UserError(
-            "the model has adapters (lora), which no layout holds: fold them into its weights "
-            "first, with gptoss_jax.adapters.merge"
-        )
     config = source.config
     form = form or config.experts
     config_io.refuse_inexpressible(config, layout)
     if form == "mxfp4":
         check_packable(config)
     type_of = partial(_dtype, source, dtype=dtype, dense_dtype=dense_dtype)
-    encoded: dict[tuple[str, int | None, int], np.ndarray] = {}
-    plans = []
+    coder = Coder(source, form=form, force=force)
+    digests: dict[str, Any] = {}
+    groups: list[list[Plan]] = []
     for tensor in tensors(config, layout, form):
         kind = np.dtype(np.uint8) if tensor.packed else type_of(tensor)
-        each = partial(_pieces, source, tensor, form=form, dtype=kind, encoded=encoded)
-        plans.append(Plan(tensor.name, kind, tensor.shape, each))
-    total = sum(plan.num_bytes for plan in plans)
+        each = hashed(tensor.name, partial(coder.pieces, tensor, kind), digests)
+        plan = Plan(tensor.name, kind, tensor.shape, each)
+        if tensor.parts[0].field == "scales":  # converters take them for those of the last blocks
+            groups[-1].append(plan)
+        else:
+            groups.append([plan])
+    total = sum(plan.num_bytes for group in groups for plan in group)
     cpu = jax.local_devices(backend="cpu")[0]  # re-coding must not take an accelerator's memory
     with _whole_folder(Path(folder), total) as new, jax.default_device(cpu):
-        shards = _shards(plans, shard_bytes)
+        shards = _shards(groups, shard_bytes)
         weight_map = {}
-        with progress(f"writing {Path(folder).name}", total) as advance:
+        with progress(f"writing {Path(folder).name}", 2 * total) as advance:
             for name, shard in zip(_shard_names(len(shards), layout), shards, strict=True):
                 write_file(new / name, shard, advance)
+                compare_file(new / name, shard, digests, advance)
                 weight_map |= {plan.name: name for plan in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -122,7 +135,33 @@ def write_checkpoint(
         if finish is not None:
             finish(new)
         else:
-            write_side_files(new, config, layout=layout, form=form, dtype=plans[0].dtype.name)
+            name = groups[0][0].dtype.name
+            write_side_files(new, config, layout=layout, form=form, dtype=name)
+        if coder.report.costs:
+            write_json(new / REPORT, coder.report.to_json())
+    return coder.report
+
+
+def write_adapters(folder: str | Path, source: ParamsSource, *, base: str = "") -> None:
+    """Write the adapters of parameters alone, in PEFT's layout; `base` names what they are of.
+
+    Raises UserError if there are none, or some that PEFT's layout has no place for.
+    """
+    if source.adapters is None:
+        raise UserError("there are no adapters to write: this model has no lora")
+    tree = jax.tree.map(np.asarray, source.adapters)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    written = peft.tensors_of(source.config, tree)
+    with _whole_folder(Path(folder), size) as new:
+        digests: dict[str, Any] = {}
+        plans = [
+            Plan(name, x.dtype, x.shape, hashed(name, lambda x=x: [x], digests))
+            for name, x in written.items()
+        ]
+        file = new / peft.WEIGHTS
+        write_file(file, plans, lambda _: None)
+        compare_file(file, plans, digests, lambda _: None)
+        write_json(new / peft.CONFIG, peft.config_of(source.config, base=base))
 
 
 def write_side_files(
@@ -162,65 +201,17 @@ def _dtype(source: Source, tensor: Tensor, *, dtype: Any, dense_dtype: Any) -> n
     return functools.reduce(np.promote_types, found)
 
 
-def _pieces(
-    source: Source,
-    tensor: Tensor,
-    *,
-    form: Form,
-    dtype: np.dtype,
-    encoded: dict[tuple[str, int | None, int], np.ndarray],
-) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor in the order of the file, checked.
-
-    `encoded` keeps the scales of blocks that were just encoded, since they are written next.
-    """
-    for part in tensor.parts:
-        shape = shapes(source.config)[part.path]
-        for rows in pieces(part.path, source.config, form, shape):
-            piece = _piece(source, part, rows, form=form, dtype=dtype, encoded=encoded)
-            if piece.dtype != dtype:
-                with np.errstate(over="ignore"):  # an overflow is found below
-                    piece = piece.astype(dtype)
-            piece = np.ascontiguousarray(part.to_file(piece))
-            if not tensor.packed and not is_finite(piece):
-                name = source.describe(part.path, part.layer)
-                raise UserError(f"{name} has NaN or infinity as {dtype}")
-            yield piece
-
-
-def _piece(
-    source: Source,
-    part: Part,
-    rows: range,
-    *,
-    form: Form,
-    dtype: np.dtype,
-    encoded: dict[tuple[str, int | None, int], np.ndarray],
-) -> np.ndarray:
-    if part.path not in PACKABLE or form == source.config.experts:
-        return source.read(part.path, part.layer, part.field, start=rows.start, stop=rows.stop)
-    at = (part.path, part.layer, rows.start)
-    if part.field == "scales" and at in encoded:
-        return encoded.pop(at)
-    value = read_as(source, part.path, part.layer, form=form, rows=rows, dtype=dtype)
-    if not isinstance(value, MXFP4):
-        return np.asarray(value)
-    if part.field == "scales":
-        return np.asarray(value.scales)
-    encoded[at] = np.asarray(value.scales)
-    return np.asarray(value.blocks)
-
-
-def _shards(plans: list[Plan], shard_bytes: int) -> list[list[Plan]]:
-    """Fill files in the order of the table; a tensor larger than a file has one of its own."""
+def _shards(groups: list[list[Plan]], shard_bytes: int) -> list[list[Plan]]:
+    """Fill files in the order of the table; a group larger than a file has one of its own."""
     shards: list[list[Plan]] = [[]]
     size = 0
-    for plan in plans:
-        if shards[-1] and size + plan.num_bytes > shard_bytes:
+    for group in groups:
+        num_bytes = sum(plan.num_bytes for plan in group)
+        if shards[-1] and size + num_bytes > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(plan)
-        size += plan.num_bytes
+        shards[-1] += group
+        size += num_bytes
     return shards
 
 

@@ -15,8 +15,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from gptoss_jax import weights  # noqa: E402
+from gptoss_jax.config import LoRAConfig  # noqa: E402
 from gptoss_jax.convert import convert  # noqa: E402
-from gptoss_jax.model import Transformer  # noqa: E402
+from gptoss_jax.model import Transformer, lora  # noqa: E402
+from gptoss_jax.types import nest  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 TOKENS = np.random.default_rng(0).integers(0, tiny.V, (2, 3 * tiny.W))
@@ -78,6 +80,31 @@ def test_it_loads_packed_experts_that_we_wrote(tmp_path: Path) -> None:
         assert np.array_equal(down, experts["down_weight"][n].swapaxes(1, 2))
     convert(tmp_path / "hf", tmp_path / "dense", to="hf", experts="dense")
     assert_same_logits(theirs.float(), tmp_path / "dense")
+
+
+def test_it_loads_tuned_models_that_we_merged(tmp_path: Path) -> None:
+    """In float32 the adapted model itself; in bfloat16 and in MXFP4 what was written of it."""
+    tiny.write(tmp_path / "base", tiny.make_tree(packed=True), "openai")
+    model, params = weights.load(tmp_path / "base", dtype=jnp.float32)
+    own = LoRAConfig(("attention", "experts", "router", "unembedding", "embedding"), rank=2)
+    model = Transformer(dataclasses.replace(model.config, lora=own))
+    rng, tree = np.random.default_rng(0), {}
+    for path, shape in lora.shapes(model.config).items():
+        tree[f"{path}/a"] = jnp.asarray(rng.standard_normal(shape.a), jnp.float32)
+        tree[f"{path}/b"] = jnp.asarray(0.01 * rng.standard_normal(shape.b), jnp.float32)
+    params["lora"] = nest(tree)
+    weights.save(tmp_path / "float32", model, params, experts="dense")
+    with torch.no_grad():
+        found = from_pretrained(tmp_path / "float32")(torch.as_tensor(TOKENS)).logits.numpy()
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(model.apply({"params": params}, jnp.asarray(TOKENS)))
+    assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
+    weights.save(tmp_path / "bf16", model, params, experts="dense", dtype="bfloat16")
+    assert_same_logits(from_pretrained(tmp_path / "bf16"), tmp_path / "bf16")
+    weights.save(tmp_path / "mxfp4", model, params, dtype="bfloat16", force=True)
+    decode = transformers.Mxfp4Config(dequantize=True)
+    theirs = from_pretrained(tmp_path / "mxfp4", "bfloat16", quantization_config=decode)
+    assert_same_logits(theirs.float(), tmp_path / "mxfp4")
 
 
 def test_layer_types_that_we_wrote_are_obeyed(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Pieces of a source as bytes of a file: merged, encoded, rounded, reordered, and checked.
+
+What is not merged and keeps its form is passed on as it is: frozen weights come out byte for byte.
+What is encoded takes the scales of least error (`mxfp4.encode`), as training with `model.qat` does,
+so that what such a run computed with is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from gptoss_jax.errors import UserError
+from gptoss_jax.ops import mxfp4
+from gptoss_jax.types import MXFP4
+from gptoss_jax.weights.merged import Cost, Merged, Report
+from gptoss_jax.weights.names import PACKABLE, Form, Part, Tensor, shapes
+from gptoss_jax.weights.sources import Source, decode_piece, is_finite, pieces, read_as
+
+
+class Coder:
+    """Turns a source's pieces into what is written, and counts what that costs, as `report`."""
+
+    def __init__(self, source: Source, *, form: Form, force: bool) -> None:
+        """Write experts in `form`; `force` writes a weight whose update does not survive."""
+        self.source = source
+        self.form: Form = form
+        self.force = force
+        self.report = Report()
+        # Scales of blocks that were just encoded: they are written next.
+        self._scales: dict[tuple[str, int | None, int], np.ndarray] = {}
+
+    def pieces(self, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yield the bytes of a tensor in the order of the file.
+
+        Raises:
+            UserError: NaN or infinity, or an update that does not survive (see `Report.check`).
+        """
+        for part in tensor.parts:
+            cost = Cost(part.path, part.layer, "MXFP4" if tensor.packed else dtype.name)
+            for rows in self._cut(part):
+                piece = self._piece(part, rows, dtype=dtype, cost=cost)
+                if piece.dtype != dtype:
+                    with np.errstate(over="ignore"):  # an overflow is found below
+                        piece = piece.astype(dtype)
+                piece = np.ascontiguousarray(part.to_file(piece))
+                if not tensor.packed and not is_finite(piece):
+                    name = self.source.describe(part.path, part.layer)
+                    raise UserError(f"{name} has NaN or infinity as {dtype}")
+                yield piece
+            if cost.weight:
+                self.report.costs.append(cost)
+                trained = self.source.config.qat and part.path in PACKABLE  # what is written
+                if not self.force and not trained:
+                    self.report.check(cost)
+
+    def _cut(self, part: Part) -> list[range]:
+        """Cut a leaf into pieces, small ones where they become float32."""
+        config = self.source.config
+        form = "dense" if isinstance(self.source, Merged) else self.form
+        return pieces(part.path, config, form, shapes(config)[part.path])
+
+    def _piece(self, part: Part, rows: range, *, dtype: np.dtype, cost: Cost) -> np.ndarray:
+        """Return rows of a leaf, or of its blocks or scales, in memory's order."""
+        at = (part.path, part.layer, rows.start)
+        if part.field == "scales" and at in self._scales:
+            return self._scales.pop(at)
+        read = partial(self.source.read, part.path, part.layer, start=rows.start, stop=rows.stop)
+        update = None
+        if isinstance(self.source, Merged):
+            update = self.source.update(part.path, part.layer, start=rows.start, stop=rows.stop)
+        config, packs = self.source.config, part.path in PACKABLE
+        quantises = packs and config.qat and config.experts == "dense"
+        recodes = quantises or (packs and self.form != config.experts)
+        if update is None and not recodes:
+            return read(part.field)
+        if update is None and not quantises and self.form == "dense":
+            return np.asarray(
+                read_as(self.source, part.path, part.layer, form="dense", rows=rows, dtype=dtype)
+            )
+        if packs and config.experts == "mxfp4":
+            stored = MXFP4(read("blocks"), read("scales"))  # pyright: ignore[reportArgumentType]
+        else:
+            stored = read("value")
+        name = self.source.describe(part.path, part.layer)
+        value = self._coded(stored, update, dtype=dtype, cost=cost, packs=packs, name=name)
+        if isinstance(value, np.ndarray):
+            return value
+        self._scales[at] = np.asarray(value.scales)
+        return np.asarray(value.blocks)
+
+    def _coded(
+        self,
+        stored: np.ndarray | MXFP4,
+        update: np.ndarray | None,
+        *,
+        dtype: np.dtype,
+        cost: Cost,
+        packs: bool,
+        name: str,
+    ) -> np.ndarray | MXFP4:
+        """Return rows with their update as they are written; those without stay as stored."""
+        before = _float32(stored)
+        exact = before if update is None else before + update
+        if not is_finite(exact):  # which the bytes of MXFP4 would not show
+            raise UserError(f"{name} has NaN or infinity")
+        frozen = np.zeros(len(before), bool)
+        if update is not None:
+            frozen = ~np.any(update.reshape(len(update), -1), axis=1)
+            exact[frozen] = before[frozen]  # -0 + 0 is another byte than -0
+        # What is kept dense is rounded to its dtype before it is encoded, as training has it.
+        kept = exact if isinstance(stored, MXFP4) else exact.astype(stored.dtype)
+        if packs and self.form == "mxfp4":
+            packed = mxfp4.encode(kept, scale_rule="least_error")
+            blocks, scales = np.asarray(packed.blocks), np.asarray(packed.scales)
+            if isinstance(stored, MXFP4):
+                blocks[frozen] = np.asarray(stored.blocks)[frozen]
+                scales[frozen] = np.asarray(stored.scales)[frozen]
+            written = MXFP4(blocks, scales)  # pyright: ignore[reportArgumentType]
+        else:
+            value = exact
+            if packs and self.source.config.qat:
+                value = _float32(mxfp4.encode(kept, scale_rule="least_error"))
+            with np.errstate(over="ignore"):
+                written = value.astype(dtype)
+        cost.add(before, _float32(written), exact=exact, update=update)
+        return written
+
+
+def _float32(value: np.ndarray | MXFP4) -> np.ndarray:
+    if isinstance(value, MXFP4):
+        return np.asarray(decode_piece(value, "float32"))
+    return np.asarray(value, np.float32)

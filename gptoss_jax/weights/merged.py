@@ -1,0 +1,258 @@
+"""Adapters folded into weights piece by piece, and what writing the sums in few bits costs.
+
+A layer is never whole in memory: rows of the weight as they were, W, and the same rows of what its
+adapter adds, U, make one piece, which is encoded or rounded and written. `Report` keeps, for each
+weight, how far what is written is from W + U, and how much of U is left in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.model import lora
+from gptoss_jax.ops.lora import LowRank, dense
+from gptoss_jax.types import Params, flatten
+from gptoss_jax.weights.names import Field
+from gptoss_jax.weights.sources import ParamsSource, Source, rows_of
+
+LEAST_SHARE = 0.9  # of an update, that must survive how it is written
+
+
+class Merged:
+    """Another source's weights, read as they are there, and the updates that go on top of them."""
+
+    def __init__(self, base: Source, model: ModelConfig, adapters: Params) -> None:
+        """Take the adapters (`params["lora"]`) that `model.lora` describes.
+
+        Raises:
+            UserError: they are not those of `model`, or `model` is not that of the base.
+        """
+        self.base = base
+        self.config = dataclasses.replace(base.config, lora=type(model.lora)())
+        self.scale = model.lora.scale
+        self.leaves = flatten(adapters)
+        if model.architecture != base.config.architecture:
+            raise UserError("the adapters are of a model of another architecture than the weights")
+        wanted = {}
+        for path, shape in lora.shapes(dataclasses.replace(model, expert_padding=0)).items():
+            wanted |= {f"{path}/a": shape.a, f"{path}/b": shape.b}
+        for name in [*wanted, *self.leaves]:
+            if name not in self.leaves or name not in wanted:
+                what = "lack" if name not in self.leaves else "have the unknown leaf"
+                raise UserError(
+                    f"the adapters {what} lora/{name}: they are not those of model.lora"
+                )
+            found = tuple(self.leaves[name].shape)
+            if found != wanted[name]:
+                raise UserError(
+                    f"lora/{name} has shape {list(found)}, and model.lora makes it "
+                    f"{list(wanted[name])}: the adapters are of another base or rank"
+                )
+
+    def read(
+        self, path: str, layer: int | None, field: Field, *, start: int, stop: int
+    ) -> np.ndarray:
+        """See `sources.Source`."""
+        return self.base.read(path, layer, field, start=start, stop=stop)
+
+    def dtype(self, path: str, layer: int | None) -> np.dtype:
+        """See `sources.Source`."""
+        return self.base.dtype(path, layer)
+
+    def describe(self, path: str, layer: int | None) -> str:
+        """See `sources.Source`."""
+        return self.base.describe(path, layer)
+
+    def update(self, path: str, layer: int | None, *, start: int, stop: int) -> np.ndarray | None:
+        """Return what is added to rows [start, stop) of a leaf, float32; None if that is nothing.
+
+        Rows of experts that were not trained are zeros exactly, since their B is.
+        """
+        if f"{path}/a" not in self.leaves:
+            return None
+        axes = lora.AXES[path]
+        stack, rows = axes.stack[1:], (axes.stack[1:] + axes.weight)[0]
+        cut = {"start": start, "size": stop - start}
+        a, b = (self.leaves[f"{path}/{part}"] for part in "ab")
+        depth = 0 if layer is None else 1
+        whole = [{"start": 0, "size": x.shape[depth]} for x in (a, b)]
+        in_a, in_b = rows in stack + axes.inputs[:1], rows in stack
+        a = rows_of(a, layer, **(cut if in_a else whole[0]))
+        b = rows_of(b, layer, **(cut if in_b else whole[1]))
+        if not in_a:
+            b = b[:, start:stop]
+        if not b.any():
+            return None
+        # As `lora.scaled` does it, so that a run with `qat` gets the sum that it computed with.
+        order = [(stack + axes.inputs + axes.outputs).index(x) for x in stack + axes.weight]
+        return np.asarray(_product(a, b * np.float32(self.scale), bool(stack), tuple(order)))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _product(a: Any, b: Any, experts: bool, order: tuple[int, ...]) -> jax.Array:
+    return dense(LowRank(a, b), experts=experts).transpose(order)
+
+
+def with_adapters(source: ParamsSource) -> Source:
+    """Return parameters in memory as what is written of them: with their adapters, if any, merged.
+
+    Raises:
+        UserError: the model says that there are adapters and there are none, or the reverse.
+    """
+    config = source.config
+    if source.adapters is not None:
+        return Merged(source, config, source.adapters)
+    if config.lora.targets:
+        raise UserError(
+            "model.lora names adapters, and these parameters have none (no lora): what was tuned "
+            "would be left out. Give the parameters with their adapters, or a model without "
+            "model.lora.targets to write the base"
+        )
+    return source
+
+
+@dataclass
+class Cost:
+    """What writing one weight of one layer did to it; sums over its pieces."""
+
+    path: str
+    layer: int | None
+    written: str  # MXFP4, or a dtype
+    kept: float = 0.0  # <Q(W + U) - W, U>
+    update: float = 0.0  # <U, U>
+    weight: float = 0.0  # <W + U, W + U>
+    lost: float = 0.0  # <Q(W + U) - (W + U)> with itself
+
+    @property
+    def name(self) -> str:
+        """Name the weight to a person."""
+        return self.path + ("" if self.layer is None else f", layer {self.layer}")
+
+    @property
+    def error(self) -> float:
+        """Return |Q(W + U) - (W + U)| / |W + U|, in the Frobenius norm."""
+        return math.sqrt(self.lost / self.weight) if self.weight else 0.0
+
+    @property
+    def size(self) -> float:
+        """Return |U| / |W + U|: how large the update is."""
+        return math.sqrt(self.update / self.weight) if self.weight else 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Return <Q(W + U) - W, U> / <U, U>, what survives of the update; None without one."""
+        return self.kept / self.update if self.update else None
+
+    def add(
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        *,
+        exact: np.ndarray,
+        update: np.ndarray | None,
+    ) -> None:
+        """Count a piece: W, Q(W + U), W + U and U, all float32."""
+        self.weight += _inner(exact, exact)
+        lost = after - exact
+        self.lost += _inner(lost, lost)
+        if update is not None:
+            self.update += _inner(update, update)
+            self.kept += _inner(after - before, update)
+
+
+def _inner(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the inner product: of rows in float32, without a copy, and of these in float64."""
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
+    return float(np.sum(np.einsum("ij,ij->i", a, b), dtype=np.float64))
+
+
+@dataclass
+class Report:
+    """What an export changed: every merged or newly encoded weight, layer by layer."""
+
+    costs: list[Cost] = field(default_factory=list)
+
+    def check(self, cost: Cost) -> None:
+        """Refuse a weight that has lost more of its update than a tuned model can.
+
+        Raises:
+            UserError: less than `LEAST_SHARE` of the update survives.
+        """
+        if cost.share is None or cost.share >= LEAST_SHARE:
+            return
+        if cost.written == "MXFP4":
+            instead = (
+                "write the experts in bf16 (--experts bf16, experts='dense'), tune attention and "
+                "router instead, or tune with model.qat"
+            )
+        else:
+            instead = (
+                "keep the adapters beside the model (--to peft), or write float32 (--dtype float32)"
+            )
+        raise UserError(
+            f"{cost.name}: only {cost.share:.2f} of its update survives as {cost.written} (the "
+            f"update is {cost.size:.2%} of the weight, at least {LEAST_SHARE} of it has to "
+            f"survive): {instead}; --force (force=True) writes it all the same"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as it is kept beside the weights."""
+        tensors = [
+            {
+                "weight": c.path,
+                "layer": c.layer,
+                "written": c.written,
+                "update": c.size,
+                "error": c.error,
+                "share": c.share,
+            }
+            for c in self.costs
+        ]
+        meaning = {
+            "update": "|U| / |W + U|, U what adapters add to the weight W",
+            "error": "|Q(W + U) - (W + U)| / |W + U|, Q what is written",
+            "share": "<Q(W + U) - W, U> / <U, U>: what survives of the update",
+        }
+        return {"meaning": meaning, "tensors": tensors}
+
+    def table(self) -> Any:
+        """Return a table for people, a row for each kind of weight, with its worst layer."""
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("merged weight", no_wrap=True)
+        for name in ("as", "update", "error", "worst (layer)", "kept", "least (layer)"):
+            table.add_column(name, justify="right", no_wrap=True)
+        kinds: dict[tuple[str, str], list[Cost]] = {}
+        for cost in self.costs:
+            kinds.setdefault((cost.path, cost.written), []).append(cost)
+        for (path, written), costs in kinds.items():
+            worst = max(costs, key=lambda c: c.error)
+            row = [f"{_mean(c.error for c in costs):.2%}", _at(f"{worst.error:.2%}", worst), "", ""]
+            size = ""
+            if adapted := [c for c in costs if c.share is not None]:
+                size = f"{_mean(c.size for c in adapted):.2%}"
+                low = min(adapted, key=lambda c: c.share or 0.0)
+                row[2:] = [f"{_mean(c.share or 0.0 for c in adapted):.3f}"]
+                row.append(_at(f"{low.share:.3f}", low))
+            table.add_row(path.removeprefix("layers/"), written, size, *row)
+        table.caption = "update and error: of the weight; kept: what is left of the update"
+        return table
+
+
+def _at(text: str, cost: Cost) -> str:
+    return text if cost.layer is None else f"{text} ({cost.layer})"
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

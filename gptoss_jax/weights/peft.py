@@ -1,0 +1,232 @@
+"""Adapters in PEFT's layout: adapter_config.json beside adapter_model.safetensors.
+
+PEFT (the library of Hugging Face) names a module of transformers' model and keeps, for each, A as
+[rank, inputs] and B as [outputs, rank]:
+
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight      q, k, v, o
+    base_model.model.model.layers.3.mlp.router.lora_A.weight            router
+    base_model.model.lm_head.lora_A.weight                              unembedding
+
+The router is a bare parameter there, which `target_parameters` of the config names (PEFT 0.17 and
+later). Experts are not written: how PEFT lays out A and B of a stack of experts depends on its
+version and on that of transformers. The embedding is not either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.config import LoRAConfig, ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.model import lora
+from gptoss_jax.types import Params, flatten, nest
+from gptoss_jax.weights import config_io, safetensors_io
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Weight -> module of transformers' model that holds it. Those of the router are parameters of it.
+_MODULES = {
+    "layers/attention/q_weight": "model.layers.{n}.self_attn.q_proj",
+    "layers/attention/k_weight": "model.layers.{n}.self_attn.k_proj",
+    "layers/attention/v_weight": "model.layers.{n}.self_attn.v_proj",
+    "layers/attention/o_weight": "model.layers.{n}.self_attn.o_proj",
+    "layers/router/weight": "model.layers.{n}.mlp.router",
+    "unembedding/weight": "lm_head",
+}
+_PARAMETERS = {"layers/router/weight": "mlp.router.weight"}
+# What changes the function beyond A B, or the base itself, and the value that does not.
+_PLAIN = {
+    "bias": "none", "use_dora": False, "use_qalora": False, "lora_bias": False,
+    "fan_in_fan_out": False, "modules_to_save": None, "trainable_token_indices": None,
+    "layer_replication": None, "alora_invocation_tokens": None, "velora_config": None,
+    "monteclora_config": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+}  # fmt: skip
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
+    """Return adapter_config.json; `base` is the name or folder that PEFT loads the model from."""
+    paths = lora.adapted(config)
+    _refuse(paths)
+    modules = [_MODULES[path].rpartition(".")[2] for path in paths if path not in _PARAMETERS]
+    return {
+        "base_model_name_or_path": base or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": config.lora.rank,
+        "target_modules": modules,
+        "target_parameters": [_PARAMETERS[path] for path in paths if path in _PARAMETERS] or None,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": config.lora.rslora,
+    }
+
+
+def tensors_of(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
+    """Return PEFT's tensors by name, float32.
+
+    Raises:
+        UserError: adapters of weights for which the layout has no place.
+    """
+    paths = lora.adapted(config)
+    _refuse(paths)
+    leaves = flatten(adapters)
+    out: dict[str, np.ndarray] = {}
+    for path in paths:
+        stacked = bool(lora.AXES[path].stack)
+        for part, letter in (("a", "A"), ("b", "B")):
+            stack = np.asarray(leaves[f"{path}/{part}"], np.float32)
+            for n, leaf in enumerate(stack if stacked else stack[None]):
+                rank = config.lora.rank
+                # [*inputs, r] -> [r, inputs]; [r, *outputs] -> [outputs, r]
+                flat = leaf.reshape(-1, rank) if part == "a" else leaf.reshape(rank, -1)
+                name = f"{_PREFIX}{_MODULES[path].format(n=n)}.lora_{letter}.weight"
+                out[name] = np.ascontiguousarray(flat.T)
+    return out
+
+
+def _refuse(paths: list[str]) -> None:
+    names = {path: name for name, path in lora.NAMES.items()}
+    for path in paths:
+        if path not in _MODULES:
+            raise UserError(
+                f"{path} ({names[path]} of model.lora.targets) has adapters that PEFT's layout has "
+                "no fixed place for: merge them into the model (--to hf or --to openai), or tune "
+                f"only {', '.join(names[p] for p in _MODULES)}"
+            )
+
+
+def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
+    """Read adapters of PEFT for a model: return (`model.lora`, `params["lora"]`), as numpy arrays.
+
+    Ranks and scales that differ between modules become the largest rank, filled up with zeros, and
+    one scale. Layers that PEFT left out have zeros, and are not among the targets.
+
+    Raises:
+        UserError: no such folder; settings beyond plain LoRA; tensors of modules that are not
+            adapted here, of another base (their shapes), missing, or not finite.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UserError(f"{folder}: no {CONFIG} in it: is it a folder that PEFT saved?")
+    raw = config_io.read_json(file)
+    _check_config(file, raw)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: no {WEIGHTS} in it: save the adapters as safetensors")
+    pairs = _pairs(folder / WEIGHTS, model)
+    rank = max(a.shape[0] for a, _ in pairs.values())
+    rslora, alpha = bool(raw.get("use_rslora")), _number(file, raw, "lora_alpha")
+    config = LoRAConfig(rank=rank, alpha=alpha, rslora=rslora)
+    full = dataclasses.replace(config, targets=tuple(lora.AXES))
+    shapes = lora.shapes(dataclasses.replace(model, lora=full, expert_padding=0))
+    adapters: dict[str, np.ndarray] = {}
+    layers: dict[str, list[int]] = {}
+    for (path, n), (a, b) in pairs.items():
+        own, its_alpha = a.shape[0], _of_pattern(raw, "alpha_pattern", path, n, alpha)
+        its_scale = its_alpha / (own**0.5 if rslora else own)
+        for part, x, shape in (("a", a.T, shapes[path].a), ("b", b.T, shapes[path].b)):
+            leaf = adapters.setdefault(f"{path}/{part}", np.zeros(shape, np.float32))
+            at = leaf if n is None else leaf[n]
+            if part == "a":
+                at.reshape(-1, rank)[:, :own] = x
+            else:
+                at.reshape(rank, -1)[:own] = x * np.float32(its_scale / config.scale)
+        layers.setdefault(path, []).append(0 if n is None else n)
+    order = [path for path in lora.AXES if path in layers]
+    targets = [_target(path, sorted(layers[path]), model.num_layers) for path in order]
+    leaves = {f"{path}/{part}": adapters[f"{path}/{part}"] for path in order for part in "ab"}
+    return dataclasses.replace(config, targets=tuple(targets)), nest(leaves)
+
+
+def _target(path: str, layers: list[int], count: int) -> str:
+    """Return what `model.lora.targets` calls a weight in these layers."""
+    if not path.startswith("layers/") or len(layers) == count:
+        return next(name for name, pattern in lora.NAMES.items() if pattern == path)
+    return path.replace("layers", f"layers[{','.join(map(str, layers))}]", 1)
+
+
+def _check_config(file: Path, raw: dict[str, Any]) -> None:
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {raw.get('peft_type')!r}: only LORA is read")
+    for name, plain in _PLAIN.items():
+        if raw.get(name, plain) not in (plain, None, [], {}):
+            raise UserError(
+                f"{file}: {name} is {json.dumps(raw[name])}: only plain LoRA is read "
+                f"({name} {json.dumps(plain)}); merge it with PEFT (merge_and_unload) and convert "
+                "the whole model"
+            )
+    begins = str(raw.get("init_lora_weights", "")).lower()
+    if begins.startswith(_CHANGES_THE_BASE):
+        raise UserError(
+            f"{file}: init_lora_weights is {begins!r}, which changes the base too: merge it with "
+            "PEFT (merge_and_unload) and convert the whole model"
+        )
+
+
+def _number(file: Path, raw: dict[str, Any], name: str) -> float:
+    value = raw.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+        raise UserError(f"{file}: {name} is {value!r}: it must be a positive number")
+    return float(value)
+
+
+def _of_pattern(raw: dict[str, Any], name: str, path: str, n: int | None, default: float) -> float:
+    """Return what a pattern of PEFT says of a module: the first that its name ends in."""
+    module = _MODULES[path].format(n=n)
+    for pattern, value in (raw.get(name) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return default
+
+
+def _pairs(
+    file: Path, model: ModelConfig
+) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
+    """Return (weight, layer) -> A and B as PEFT has them, checked against the model's sizes."""
+    modules: dict[str, tuple[str, int | None]] = {}
+    for path, module in _MODULES.items():
+        layers = range(model.num_layers) if "{n}" in module else [None]
+        modules |= {module.format(n=n): (path, n) for n in layers}
+    sizes = {"D": model.d_model, "N": model.num_heads, "K": model.num_kv_heads}
+    sizes |= {"H": model.head_dim, "E": model.num_experts, "V": model.vocab_size}
+    parts: dict[tuple[str, int | None], dict[str, np.ndarray]] = {}
+    for name, entry in safetensors_io.read_header(file).items():
+        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        if match is None or match[1] not in modules:
+            raise UserError(
+                f"{file}: tensor {name!r} adapts nothing that is read here (q, k, v, o, router, "
+                f"unembedding of {model.num_layers} layers): is it of another base? Else merge it "
+                "with PEFT (merge_and_unload) and convert the whole model"
+            )
+        where, letter = modules[match[1]], match[2]
+        axes = lora.AXES[where[0]]
+        side = int(np.prod([sizes[x] for x in (axes.inputs if letter == "A" else axes.outputs)]))
+        axis = 1 if letter == "A" else 0
+        if len(entry.shape) != 2 or entry.shape[axis] != side:
+            raise UserError(
+                f"{file}: tensor {name!r} has shape {list(entry.shape)}, and the model's side is "
+                f"{side}: it is of another base"
+            )
+        x = entry.read_rows(0, entry.shape[0]).astype(np.float32)
+        if not np.isfinite(x).all():
+            raise UserError(f"{file}: tensor {name!r} has NaN or infinity")
+        parts.setdefault(where, {})[letter] = x
+    if not parts:
+        raise UserError(f"{file}: there are no adapters in it")
+    for (path, n), pair in parts.items():
+        module = _MODULES[path].format(n=n)
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UserError(f"{file}: lora_A and lora_B of {module} are not a pair of one rank")
+    return {where: (pair["A"], pair["B"]) for where, pair in parts.items()}

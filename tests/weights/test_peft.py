@@ -1,0 +1,274 @@
+"""Adapters in PEFT's layout, there and back; and against PEFT itself, where it is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoint as tiny
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoint import D, E, H, K, L, N, V
+
+from gptoss_jax import weights
+from gptoss_jax.config import LoRAConfig, ModelConfig
+from gptoss_jax.convert import convert, main
+from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.model import Transformer, lora
+from gptoss_jax.types import flatten, nest
+from gptoss_jax.weights import peft
+
+SIZES = ModelConfig(
+    vocab_size=V, num_layers=L, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H,
+    num_experts=E, active_experts=tiny.A, d_expert=tiny.F, window=tiny.W,
+)  # fmt: skip
+HELD = ("attention", "router", "unembedding")
+TOKENS = np.random.default_rng(0).integers(0, V, (2, 3 * tiny.W))
+# What PEFT calls a weight's module, and the sides of it.
+SIDES = {
+    "self_attn.q_proj": (D, N * H),
+    "self_attn.k_proj": (D, K * H),
+    "self_attn.v_proj": (D, K * H),
+    "self_attn.o_proj": (N * H, D),
+    "mlp.router": (D, E),
+}
+
+
+def adapted(*targets: str, model: ModelConfig = SIZES, rank: int = 3, **options):
+    """Return a config with adapters and a tree of them, numpy arrays."""
+    config = dataclasses.replace(
+        model, lora=LoRAConfig(targets=targets, rank=rank, alpha=7.0, **options)
+    )
+    rng, tree = np.random.default_rng(3), {}
+    for path, shape in lora.shapes(config).items():
+        tree[f"{path}/a"] = rng.standard_normal(shape.a).astype(np.float32)
+        tree[f"{path}/b"] = 0.1 * rng.standard_normal(shape.b).astype(np.float32)
+    return config, nest(tree)
+
+
+def write(folder: Path, config: ModelConfig, tree) -> dict[str, np.ndarray]:
+    folder.mkdir()
+    (folder / peft.CONFIG).write_text(json.dumps(peft.config_of(config)))
+    tensors = peft.tensors_of(config, tree)
+    save_file(tensors, folder / peft.WEIGHTS)
+    return tensors
+
+
+def edit(folder: Path, **fields) -> None:
+    file = folder / peft.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_names_shapes_and_values(tmp_path: Path) -> None:
+    config, tree = adapted(*HELD)
+    found = write(tmp_path / "c", config, tree)
+    want = {"base_model.model.lm_head": (D, V)}
+    for n in range(L):
+        for module, sides in SIDES.items():
+            want[f"base_model.model.model.layers.{n}.{module}"] = sides
+    assert len(found) == 2 * len(want)
+    for name, (inputs, outputs) in want.items():
+        assert found[f"{name}.lora_A.weight"].shape == (3, inputs)
+        assert found[f"{name}.lora_B.weight"].shape == (outputs, 3)
+    own = tree["layers"]["attention"]["o_weight"]
+    name = "base_model.model.model.layers.2.self_attn.o_proj"
+    for head in range(N):
+        for i in range(H):
+            column = found[f"{name}.lora_A.weight"][:, head * H + i]
+            assert np.array_equal(column, own["a"][2, head, i])
+    q = tree["layers"]["attention"]["q_weight"]["b"]
+    row = found["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"][5 * H + 7]
+    assert np.array_equal(row, q[1, :, 5, 7])
+    raw = peft.config_of(config, base="openai/gpt-oss-20b")
+    assert raw["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
+    assert raw["target_parameters"] == ["mlp.router.weight"]
+    assert (raw["r"], raw["lora_alpha"], raw["use_rslora"]) == (3, 7.0, False)
+    assert raw["base_model_name_or_path"] == "openai/gpt-oss-20b"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_there_and_back(tmp_path: Path, rslora) -> None:
+    config, tree = adapted(*HELD, rslora=rslora)
+    write(tmp_path / "c", config, tree)
+    own, back = peft.read(tmp_path / "c", SIZES)
+    targets = ("q", "k", "v", "o", "router", "unembedding")
+    assert own == dataclasses.replace(config.lora, targets=targets)
+    assert flatten(back).keys() == flatten(tree).keys()
+    for path, leaf in flatten(tree).items():
+        assert np.array_equal(flatten(back)[path], leaf), path
+
+
+def test_other_ranks_scales_and_layers_become_one(tmp_path: Path) -> None:
+    """Ranks of 5 and 2, an alpha of its own, and layers 1 and 3 alone."""
+    rng = np.random.default_rng(0)
+    tensors, raw = {}, peft.config_of(adapted("q", "v")[0])
+    for n in (1, 3):
+        for module, rank in (("q_proj", 5), ("v_proj", 2)):
+            sides = SIDES[f"self_attn.{module}"]
+            at = f"base_model.model.model.layers.{n}.self_attn.{module}.lora_"
+            tensors[f"{at}A.weight"] = rng.standard_normal((rank, sides[0])).astype(np.float32)
+            tensors[f"{at}B.weight"] = rng.standard_normal((sides[1], rank)).astype(np.float32)
+    (tmp_path / "c").mkdir()
+    raw |= {"r": 5, "rank_pattern": {"v_proj": 2}, "layers_to_transform": [1, 3]}
+    raw |= {"alpha_pattern": {r"layers\.3\.self_attn\.v_proj": 12}}
+    (tmp_path / "c" / peft.CONFIG).write_text(json.dumps(raw))
+    save_file(tensors, tmp_path / "c" / peft.WEIGHTS)
+    own, tree = peft.read(tmp_path / "c", SIZES)
+    assert (own.rank, own.alpha) == (5, 7.0)
+    assert own.targets == ("layers[1,3]/attention/q_weight", "layers[1,3]/attention/v_weight")
+    for name, heads, rank in (("q", N, 5), ("v", K, 2)):
+        a, b = (tree["layers"]["attention"][f"{name}_weight"][part] for part in "ab")
+        assert a.shape == (L, D, 5) and b.shape == (L, 5, heads, H)
+        found = own.scale * np.einsum("LDr,LrKH->LKHD", a, b).reshape(L, -1, D)
+        for n in range(L):
+            want = np.zeros_like(found[n])
+            if n in (1, 3):
+                at = f"base_model.model.model.layers.{n}.self_attn.{name}_proj.lora_"
+                alpha = 12 if (n, name) == (3, "v") else 7
+                want = alpha / rank * tensors[f"{at}B.weight"] @ tensors[f"{at}A.weight"]
+            np.testing.assert_allclose(found[n], want, atol=1e-5 * 30)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q", "gate_up"), r"gate_up_weight \(gate_up of .* no fixed place for: merge them"),
+        (("experts",), r"--to hf or --to openai\), or tune only q, k, v, o, router, unembedding"),
+        (("embedding",), r"embedding/weight \(embedding of model\.lora\.targets\)"),
+    ],
+)
+def test_adapters_that_it_has_no_place_for(targets, message) -> None:
+    config, tree = adapted(*targets)
+    for call in (lambda: peft.config_of(config), lambda: peft.tensors_of(config, tree)):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+REFUSED = [
+    ({"peft_type": "IA3"}, "peft_type is 'IA3': only LORA is read"),
+    ({"use_dora": True}, "use_dora is true: only plain LoRA is read"),
+    ({"bias": "all"}, 'bias is "all": only plain LoRA'),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save is .*merge_and_unload"),
+    ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base too"),
+    ({"lora_alpha": "large"}, "lora_alpha is 'large': it must be a positive number"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_settings_beyond_plain_lora(tmp_path: Path, fields, message) -> None:
+    write(tmp_path / "c", *adapted("q"))
+    edit(tmp_path / "c", **fields)
+    with pytest.raises(UserError, match=message):
+        peft.read(tmp_path / "c", SIZES)
+
+
+def test_folders_of_another_base_and_broken_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    with pytest.raises(UserError, match=r"no adapter_config\.json in it"):
+        peft.read(tmp_path, SIZES)
+    tensors = write(folder, *adapted("q", "router"))
+    q = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    with pytest.raises(UserError, match=r"lora_B.weight' has shape \[80, 3\].* is 60: it is of an"):
+        peft.read(folder, dataclasses.replace(SIZES, num_heads=6))
+    with pytest.raises(UserError, match=r"layers\.3\..* adapts nothing that is read here .*base\?"):
+        peft.read(folder, dataclasses.replace(SIZES, num_layers=3))
+
+    def broken(message: str, **changes: np.ndarray | None) -> None:
+        kept = {name: x for name, x in (tensors | changes).items() if x is not None}
+        save_file(kept, folder / peft.WEIGHTS)
+        with pytest.raises(UserError, match=message):
+            peft.read(folder, SIZES)
+
+    broken("layers.0.self_attn.q_proj are not a pair of one rank", **{q: None})
+    broken("are not a pair of one rank", **{q: np.zeros((N * H, 2), np.float32)})
+    broken("q_proj.lora_B.weight' has NaN", **{q: np.full((N * H, 3), np.nan, np.float32)})
+    dora = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    broken("lora_magnitude_vector' adapts nothing", **{dora: np.zeros(4, np.float32)})
+    (folder / peft.WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors in it"):
+        peft.read(folder, SIZES)
+
+
+def test_merging_into_another_base_ends_with_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    tiny.write(tmp_path / "base", tiny.make_tree(packed=True), "openai")
+    write(tmp_path / "c", *adapted("q", model=dataclasses.replace(SIZES, d_model=96)))
+    base, new, folder = (str(tmp_path / name) for name in ("base", "new", "c"))
+    wrong = {
+        "has shape [3, 96], and the model's side is 64": [base, new, "--adapters", folder],
+        "no adapter_config.json in it": [base, new, "--adapters", base],
+        "give the model they are of as SRC": [folder, new],
+    }
+    for message, arguments in wrong.items():
+        monkeypatch.setattr("sys.argv", ["convert", *arguments, "--to", "hf"])
+        with pytest.raises(SystemExit) as stop:
+            run_entry(main)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and message in said and said.count("\n") == 1, said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "c"]
+
+
+def load_theirs(folder: Path):
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    return transformers.GptOssForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def their_logits(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(TOKENS)).logits.numpy()
+
+
+def our_logits(config: ModelConfig, params) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(Transformer(config).apply({"params": params}, jnp.asarray(TOKENS)))
+
+
+def close(found: np.ndarray, want: np.ndarray) -> None:
+    assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_peft_loads_what_we_wrote_and_we_what_it_wrote(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("peft")
+    tiny.write(tmp_path / "base", tiny.make_tree(packed=False, dtype="float32"), "hf")
+    model, params = weights.load(tmp_path / "base", dtype="float32")
+    config, tree = adapted(*HELD, model=model.config)
+    tuned = {**params, "lora": jax.tree.map(jnp.asarray, tree)}
+    weights.save(tmp_path / "ours", Transformer(config), tuned, to="peft")
+    base = load_theirs(tmp_path / "base")
+    plain = their_logits(base)
+    wrapped = theirs.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    found = their_logits(wrapped)
+    assert np.abs(found - plain).max() > 0.1 * np.abs(plain).max()
+    close(found, our_logits(config, tuned))
+    # Written by PEFT, with a rank of its own for k and rsLoRA, and read back.
+    import torch
+
+    options = theirs.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, rank_pattern={"k_proj": 2}, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "o_proj"], target_parameters=["mlp.router.weight"],
+    )  # fmt: skip
+    wrapped = theirs.get_peft_model(load_theirs(tmp_path / "base"), options).eval()
+    with torch.no_grad():
+        for name, x in wrapped.named_parameters():
+            if "lora_" in name:
+                x.copy_(torch.randn_like(x) * 0.1)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    names = peft.tensors_of(*adapted("q", "k", "o", "router")).keys()
+    assert load_file(tmp_path / "theirs" / peft.WEIGHTS).keys() == names
+    own, tree = peft.read(tmp_path / "theirs", model.config)
+    assert own.targets == ("q", "k", "o", "router") and own.rslora and own.rank == 4
+    want = their_logits(wrapped)
+    config = dataclasses.replace(model.config, lora=own)
+    close(our_logits(config, {**params, "lora": jax.tree.map(jnp.asarray, tree)}), want)
+    # And merged into the base on the way to another folder, which transformers loads.
+    convert(tmp_path / "base", tmp_path / "new", to="hf", adapters=tmp_path / "theirs")
+    close(their_logits(load_theirs(tmp_path / "new")), want)
