@@ -49,6 +49,9 @@ def _checksum(x: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, ""]:
     if len(x.devices()) == 1 and {d.platform for d in x.devices()} == {"cpu"}:
         bits = np.ascontiguousarray(np.asarray(x)[tuple(map(slice, shape))]).reshape(shape)
         return _sum_by_blocks(bits.view(_UNSIGNED[bits.dtype.itemsize]))
+    memory = next(iter(x.sharding.device_set)).default_memory().kind
+    if x.sharding.memory_kind not in (None, memory):  # kept on the host (`embedding_on_host`)
+        x = jax.device_put(x, x.sharding.with_memory_kind(memory))
     return _sum_at_once(x, shape)
 
 

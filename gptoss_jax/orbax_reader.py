@@ -1,21 +1,28 @@
-"""Arrays out of a folder that orbax wrote; and orbax kept off the terminal."""
+"""Arrays out of folders that orbax wrote, as they were written; and orbax kept off the terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from gptoss_jax import distributed
+from gptoss_jax import checksums, distributed
+from gptoss_jax.errors import UserError
 
 # Of what orbax and tensorstore leave behind in other threads when one of many reads or writes
 # fails: each of the others says later, in many lines, that nobody waited for it.
 _ECHOES = ("Event loop is closed", "TensorStore", "tensorstore")
+
+
+class DamagedError(UserError):
+    """A checkpoint of which something is missing, cut short or changed."""
 
 
 class UnreadableError(Exception):
@@ -26,6 +33,55 @@ class UnreadableError(Exception):
         super().__init__(f"{type(error).__name__}: {said}")
         machine = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
         self.is_damage = not isinstance(error, machine)
+
+
+def read_items(
+    folder: Path,
+    targets: Mapping[str, Any],
+    *,
+    sums: Mapping[str, Mapping[str, int]] | None,
+    resize: bool = False,
+    expert_padding: int = 0,
+) -> dict[str, Any]:
+    """Read the items of a checkpoint, each as `read_arrays`, and hold them against checksums.
+
+    Args:
+        folder: The checkpoint's, with a folder an item.
+        targets: By item, what `read_arrays` takes.
+        sums: By item, `checksums` of what was written; None: unknown.
+        resize: As `read_arrays`.
+        expert_padding: What of experts in `targets` a mesh added.
+
+    Raises:
+        DamagedError: what is there is not what was written, or arrays of other shapes.
+        UserError: it can't be read, for another reason. Each in one line, with the checkpoint.
+    """
+    restored: dict[str, Any] = {}
+    for name, target in targets.items():
+        if not distributed.from_first((folder / name).is_dir):
+            raise DamagedError(f"checkpoint {folder} has no {name}: it is not whole")
+        read = partial(_read_item, folder, name, target, resize=resize)
+        restored[name] = distributed.together(read)
+        if sums is not None:
+            found = checksums.checksums(restored[name], expert_padding=expert_padding)
+            wrong = checksums.differences(dict(sums.get(name, {})), found)
+            if wrong:
+                more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+                raise DamagedError(
+                    f"checkpoint {folder}: its {name} is damaged: {wrong[0]}{more} is not what was "
+                    "written, by its checksum"
+                )
+    return restored
+
+
+def _read_item(folder: Path, name: str, target: Any, *, resize: bool) -> Any:
+    try:
+        return read_arrays(folder / name, target, resize=resize)
+    except UnreadableError as error:
+        where = f"checkpoint {folder}: its {name}"
+        if error.is_damage:
+            raise DamagedError(f"{where} is cut short or damaged ({error})") from None
+        raise UserError(f"{where} can't be read ({error})") from None
 
 
 def read_arrays(folder: Path, target: Any, *, resize: bool = False) -> Any:

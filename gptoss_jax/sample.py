@@ -31,6 +31,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="Hugging Face, OpenAI, or workdir")
     add("--step", type=int, help="of a workdir; default: its latest")
+    add("--base", metavar="DIR", help="of a LoRA run's workdir; default: where it was in training")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the user says")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="ids, continued as they are")
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> None:
         args.checkpoint,
         dtype=dtype,
         step=args.step,
+        base=args.base,
         split=on_cpu,
         layout=moe.layout_for_chip(),
     )

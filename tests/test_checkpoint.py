@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -12,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import checkpoint, same_run
+from gptoss_jax import checkpoint, records, same_run
 from gptoss_jax.config import (
     Config,
     DataConfig,
     MeshConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
 from gptoss_jax.errors import UserError
+from gptoss_jax.objective_config import DistillConfig, DPOConfig, GRPOConfig
 from gptoss_jax.optimizer import make_optimizer
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding
@@ -178,14 +181,14 @@ def rewrite(folder, **fields) -> None:
     record = json.loads(path.read_text()) | fields
     record = {k: v for k, v in record.items() if v is not None and k != "sha256"}
     if record["schema"] != 1:
-        record["sha256"] = checkpoint._hash(record)
+        record["sha256"] = records.digest(record)
     path.write_text(json.dumps(record))
 
 
 def test_other_versions(workdir):
     folder = workdir / "checkpoints/4"
     rewrite(folder, schema=7)
-    with pytest.raises(UserError, match="is of schema 7, this version reads 1 and 2"):
+    with pytest.raises(UserError, match="is of schema 7, this version reads 1 to 3"):
         checkpoint.newest_record(workdir)
     # What the first version wrote.
     rewrite(folder, schema=1, checksums=None, spikes=None)
@@ -205,7 +208,7 @@ def test_a_record_s_hash_and_step_are_held(workdir):
     whole = path.read_text()
     for old, new in [
         ('"row": 3', '"row": 2'),
-        ('"schema": 2', '"schema": 1'),
+        ('"schema": 3', '"schema": 1'),
         ("sha256", "sha257"),
     ]:
         assert old in whole
@@ -332,6 +335,11 @@ def change(**sections):
     [
         ({"model": {"num_layers": 3}}, "another model: model.num_layers 24 -> 3"),
         ({"model": {"capacity_factor": 1.5}}, "another model: model.capacity_factor 0.0 -> 1.5"),
+        ({"model": {"qat": True}}, "another model: model.qat False -> True"),
+        (
+            {"objective": {"name": "dpo", "dpo": DPOConfig(beta=0.3)}},
+            "another objective: objective.name sft -> dpo;",
+        ),
         ({"model": {"param_dtype": "float32"}}, "model.param_dtype bfloat16 -> float32"),
         ({"optimizer": {"b2": 0.9}}, "another optimizer: optimizer.b2 0.95 -> 0.9"),
         ({"train": {"z_loss": 0.5}}, "another optimizer: train.z_loss 0.0 -> 0.5"),
@@ -360,6 +368,34 @@ def test_data_changes_are_refused_and_the_rest_may_change():
         data={"train": ("/moved/a.jsonl",)},
     )
     same_run.check_same_run(record, free, data_changes=[], workdir="w")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            ObjectiveConfig("dpo", dpo=DPOConfig(beta=0.2)),
+            ObjectiveConfig("dpo", dpo=DPOConfig(beta=0.3)),
+            "another objective: objective.dpo.beta 0.2 -> 0.3;",
+        ),
+        (
+            ObjectiveConfig("distill", distill=DistillConfig("/a/big")),
+            ObjectiveConfig("distill", distill=DistillConfig("/b/small")),
+            "objective.distill.teacher big -> small",
+        ),
+        (  # what was moved, and what is no part of the objective
+            ObjectiveConfig("grpo", grpo=GRPOConfig("a/r.py:f")),
+            ObjectiveConfig("grpo", grpo=GRPOConfig("/b/r.py:f"), dpo=DPOConfig(beta=0.3)),
+            None,
+        ),
+    ],
+)
+def test_objectives_are_compared(old, new, message):
+    one, two = (dataclasses.replace(CONFIG, objective=objective) for objective in (old, new))
+    with pytest.raises(UserError) if message else contextlib.nullcontext() as caught:
+        record = checkpoint.Record(4, one, {}, PRINT)
+        same_run.check_same_run(record, two, data_changes=[], workdir="w")
+    assert message is None or message in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +492,7 @@ def test_from_any_mesh_to_any_mesh(tmp_path):
     a, b = (checkpoint.load_params(tmp_path / name) for name in "02")
     assert a[0] == b[0] == config.model
     chex.assert_trees_all_equal(a[1], b[1])
-    records = [checkpoint._read_json(tmp_path / str(i), None)[0] for i in range(3)]
+    records = [records.read_json(tmp_path / str(i), None)[0] for i in range(3)]
     assert records[0]["checksums"] == records[1]["checksums"] == records[2]["checksums"]
 
 
