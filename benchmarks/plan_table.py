@@ -27,6 +27,10 @@ BF16 = (
     "--optimizer.moment_dtype bfloat16 --optimizer.second_moment_dtype bfloat16 "
     "--optimizer.masters stochastic"
 )
+SHORT = "--data.sequence_length 1024"
+ATTENTION = "--model.lora.targets attention --model.lora.rank 16"
+ON_HOST = "--model.embedding_on_host"
+LONG = "--data.sequence_length 131072 --model.expert_chunk 16384"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,19 @@ ROWS = (
         "--config configs/20b_lora.py"),
     Row("20b-lora-v6e", "20b LoRA, packed experts", "v6e:1x1",
         "--config configs/20b_lora.py"),
+    Row("20b-lora-1k", "20b LoRA of attention, rank 16, 1,024 tokens, embedding on the host",
+        "h200", f"--config configs/20b_lora.py {SHORT} {ATTENTION} {ON_HOST}"),
+    Row("20b-lora-1k-experts", "20b LoRA, experts too, rank 8, 1,024 tokens, embedding on the host",
+        "h200", f"--config configs/20b_lora.py {SHORT} {ON_HOST}"),
+    Row("20b-lora-1k-v5p", "20b LoRA of attention, 1,024 tokens, embedding and layers' inputs on "
+        "the host", "v5p:1x1x1",
+        f"--config configs/20b_lora.py {SHORT} {ATTENTION} {ON_HOST} --model.remat offload"),
+    Row("20b-lora-131k", "20b LoRA, experts too, 131,072 tokens", "h200",
+        f"--config configs/20b_lora.py {LONG}"),
+    Row("20b-lora-131k-h100", "20b LoRA, experts too, 131,072 tokens", "h100",
+        f"--config configs/20b_lora.py {LONG}"),
+    Row("20b-lora-131k-offload", "the same, layers' inputs on the host", "h100",
+        f"--config configs/20b_lora.py {LONG} --model.remat offload"),
     Row("20b-v5e-4x8", "20b full, float32 AdamW", "v5e:4x8",
         "--config configs/20b_v5e_4x8.py"),
     Row("20b-v5e-4x4", "20b full, bfloat16 moments, no copy", "v5e:4x4",
@@ -71,6 +88,10 @@ ROWS = (
         f"--config configs/120b.py {SAMPLE} {PACKED}"),
     Row("120b-lora-h200", "120b LoRA, packed experts", "h200",
         "--config configs/120b_lora.py"),
+    Row("120b-lora-1k", "120b LoRA of attention, rank 16, 1,024 tokens, embedding on the host",
+        "h200", f"--config configs/120b_lora.py {SHORT} {ATTENTION} {ON_HOST}"),
+    Row("120b-lora-1k-experts", "120b LoRA, experts too, rank 8, 1,024 tokens, embedding on the "
+        "host", "h200", f"--config configs/120b_lora.py {SHORT} {ON_HOST}"),
     Row("120b-h200x8", "120b full, Adafactor, no copy", "h200:8",
         "--config configs/120b_h200x8.py"),
     Row("120b-v5p-4x4x4", "120b full, float32 AdamW", "v5p:4x4x4",

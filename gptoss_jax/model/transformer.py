@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,101 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import lora
-from gptoss_jax.model.attention import Attention, LayerCache, Sequence
-from gptoss_jax.model.layers import Experts, RMSNorm, Router, Table
-from gptoss_jax.ops import chips
+from gptoss_jax.model import lora, scan
+from gptoss_jax.model.attention import Sequence
+from gptoss_jax.model.block import CAPTURES, Block
+from gptoss_jax.model.layers import RMSNorm, Table
 from gptoss_jax.ops.lora import product, rows_of
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
 from gptoss_jax.ops.unembed import unembed
 from gptoss_jax.parallel import context, mesh, sharding, vocabulary
-from gptoss_jax.types import (
-    MXFP4,
-    KVCache,
-    Output,
-    Params,
-    Relaid,
-    RouterStats,
-    is_weight,
-    point_at_layer,
-    take_layer,
-)
-
-# What `capture` may name, each [L, B, T, ...] in the result.
-CAPTURES: tuple[str, ...] = (
-    "residual",  # the residual stream after the layer [D]
-    "attention_out",  # what attention adds [D]
-    "moe_out",  # what the experts add [D]
-    "router_logits",  # [E], float32
-    "expert_ids",  # [A]; E where the expert was full (training with a capacity factor)
-    "expert_weights",  # [A], float32
-)
-
-
-class Block(nn.Module):
-    """One layer: attention and mixture of experts, each around a residual stream."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        sequence: Sequence,
-        *,
-        window: int | None,
-        cache: LayerCache | None = None,
-        capture: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array], dict[str, Array]]:
-        """Return the residual stream, the cache, the router's statistics and what was captured."""
-        c = self.config
-        D, dtype = c.d_model, jnp.dtype(c.dtype)
-        spread = sharding.tokens if cache is None else sharding.rows
-        attention_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="attention_norm")
-        moe_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="moe_norm")
-        attend = Attention(c, name="attention")
-        mask = sequence.segment_ids != 0
-        decoding = cache is not None
-
-        def mix(h: Float[Array, "B T D"]):
-            with jax.named_scope("router"):
-                chosen, weights, logits, stats = Router(c, name="router")(
-                    h, mask, decoding=decoding
-                )
-            with jax.named_scope("experts"):
-                experts = Experts(c, name="experts")
-                out = experts(h, chosen, weights, mask=mask, decoding=decoding)
-            return out, (logits, chosen, weights), stats
-
-        def add(x: Array, y: Array, norm: RMSNorm) -> Array:
-            x = spread(x + y.astype(x.dtype))
-            return norm(x) if c.norm == "post" else x
-
-        def into(x: Array, norm: RMSNorm) -> Array:
-            return (norm(x) if c.norm == "pre" else x).astype(dtype)
-
-        with jax.named_scope("attention"):
-            h = into(x, attention_norm)
-            attended, cache = attend(h, sequence, window=window, cache=cache)
-            x = add(x, attended, attention_norm)
-        mixed, routing, stats = mix(into(x, moe_norm))
-        x = add(x, mixed, moe_norm)
-        every = dict(zip(CAPTURES, (x, attended, mixed, *routing), strict=True))
-        return x, cache, stats, {name: every[name] for name in capture}
-
-
-def _picker() -> Callable:
-    """Choose how a layer is taken: kernels read packed stacks in place; a CPU takes them apart."""
-    return take_layer if chips.current().platform == "cpu" else point_at_layer
-
-
-def _remat(block: Callable, how: str) -> Callable:
-    """Wrap a layer so that the backward pass recomputes what `how` says."""
-    if how == "none":
-        return block
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if how == "dots" else None
-    return jax.checkpoint(block, policy=policy)
+from gptoss_jax.types import KVCache, Output, Params, RouterStats, is_weight
 
 
 class Transformer(nn.Module):
@@ -171,6 +84,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         capture: Iterable[str] = (),
         balanced: bool = False,
+        embedded: Float[Array, "B T D"] | None = None,
     ) -> Output:
         """Run all layers on bound parameters; see `forward`."""
         c = self.config
@@ -188,19 +102,23 @@ class Transformer(nn.Module):
         if reorders:
             order = partial(context.balance, shards=mesh.size("context"))
             tokens, segment_ids, positions = map(order, (tokens, segment_ids, positions))
+            embedded = None if embedded is None else order(embedded)
         sequence = Sequence(segment_ids, positions, *self._angles(positions))
         residual = jnp.dtype("float32" if c.dtype == "float16" else c.dtype)
-        table = self.embedding()
         self.unembedding()  # declared even where only hidden states are asked for
         with jax.named_scope("embedding"):
-            x = self._embed(table, tokens, decoding=cache is not None).astype(residual)
+            if embedded is None:
+                embedded = self._embed(self.embedding(), tokens, decoding=cache is not None)
+            x = embedded.astype(residual)
             if (adapter := lora.of_table(self.variables["params"], "embedding", self)) is not None:
                 x = x + rows_of(tokens, adapter, residual)
         layers = lora.join(self.variables["params"])
         if cache is None and not isinstance(_a_stack(layers), tuple):
-            x, stats, captured = self._scan(layers, x, sequence, capture)
+            x, stats, captured = scan.scanned(c, layers, x, sequence, capture=capture)
         else:
-            x, cache, stats, captured = self._unroll(layers, x, sequence, capture, cache=cache)
+            x, cache, stats, captured = scan.unrolled(
+                c, layers, x, sequence, capture=capture, cache=cache
+            )
         hidden = self.final_norm(x).astype(jnp.dtype(c.dtype))
         if reorders:
             hidden = context.unbalance(hidden, shards=mesh.size("context"))
@@ -225,77 +143,6 @@ class Transformer(nn.Module):
         )
         return cos_sin(positions, inverse, concentration)
 
-    def _block(self, window: int | None, capture: tuple[str, ...]) -> Callable:
-        """Return a function of (layer's parameters, x, sequence, cache) for one kind of layer."""
-
-        def block(params: Params, x: Array, sequence: Sequence, cache: LayerCache | None):
-            apply = partial(Block(self.config, parent=None).apply, {"params": params})
-            return apply(x, sequence, window=window, cache=cache, capture=capture)
-
-        return block
-
-    def _scan(self, layers: Params, x: Array, sequence: Sequence, capture: tuple[str, ...]):
-        """Scan groups of one period of layer kinds; unroll what is left over."""
-        c = self.config
-        groups, rest = divmod(c.num_layers, c.period)
-        blocks = [self._block(w, capture) for w in c.layer_windows[: c.period]]
-        pick = _picker()
-
-        def layer(i: int, x: Array, first: Array, params: Params):
-            # The layer is cut out in what is run again: cut out before, it would be kept for that.
-            def of(stack: Any, cut: Any) -> Any:
-                return pick(stack, first + i) if cut is None else cut[i]
-
-            own = jax.tree.map(of, layers, params, is_leaf=is_weight)
-            return blocks[i](own, x, sequence, None)
-
-        def group(x: Array, part: tuple[Array, Params]):
-            results = []
-            for i in range(c.period):
-                x, _, stats, captured = _remat(partial(layer, i), c.remat)(x, *part)
-                results.append((stats, captured))
-            return x, jax.tree.map(lambda *a: jnp.stack(a), *results)
-
-        def grouped(stack: Array) -> Array:
-            whole = stack[: groups * c.period] if rest else stack
-            return whole.reshape(groups, c.period, *stack.shape[1:])
-
-        def scanned(stack: Any) -> Any:
-            """Leave out what is read in place: a scan would cut out each layer, which copies."""
-            in_place = pick is point_at_layer and isinstance(stack, MXFP4 | Relaid)
-            return None if in_place else jax.tree.map(grouped, stack)
-
-        firsts = jnp.arange(groups, dtype=jnp.int32) * c.period
-        parts = firsts, jax.tree.map(scanned, layers, is_leaf=is_weight)
-        x, results = jax.lax.scan(group, x, parts)
-        results = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
-        for i in range(c.num_layers - rest, c.num_layers):
-            block = _remat(blocks[i % c.period], c.remat)
-            x, _, stats, captured = block(pick(layers, i), x, sequence, None)
-            results = jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b[None]]), results, (stats, captured)
-            )
-        return x, *results
-
-    def _unroll(self, layers, x, sequence: Sequence, capture: tuple[str, ...], *, cache):
-        """Run layer after layer, each with its part of the cache: how decoding does it."""
-        c = self.config
-        parts, results = [], []
-        for i, window in enumerate(c.layer_windows):
-            part = None
-            if cache is not None:
-                slots = cache.keys[i], cache.values[i], cache.positions[i]
-                part = LayerCache(*slots, empty=cache.empty)
-            # With a cache there is no backward pass, so nothing to recompute.
-            block = _remat(self._block(window, capture), "none" if cache is not None else c.remat)
-            x, part, stats, captured = block(_picker()(layers, i), x, sequence, part)
-            parts.append(part)
-            results.append((stats, captured))
-        if cache is not None:
-            keys, values, positions, _ = zip(*parts, strict=True)
-            cache = KVCache(keys, values, positions, empty=False)
-        return x, cache, *jax.tree.map(lambda *a: jnp.stack(a), *results)
-
     @nn.nowrap
     def forward(
         self,
@@ -307,6 +154,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         capture: Iterable[str] = (),
         balanced: bool = False,
+        embedded: Float[Array, "B T D"] | None = None,
     ) -> Output:
         """Return hidden states, cache, router statistics and captures: trainer and sampler both.
 
@@ -317,7 +165,8 @@ class Transformer(nn.Module):
 
         On a mesh that splits tokens over `context`, they are put into the order in which its shards
         have equal work (`parallel.context.balance`), and results back; with `balanced` tokens,
-        segments and positions come in that order, and results stay in it.
+        segments and positions come in that order, and results stay in it. With `embedded`, the
+        tokens' rows of the embedding, `params` need not hold that table.
 
         Raises ValueError for an unknown capture, or a cache without positions.
         """
@@ -329,6 +178,7 @@ class Transformer(nn.Module):
             cache=cache,
             capture=capture,
             balanced=balanced,
+            embedded=embedded,
             method="run",
         )  # type: ignore[return-value]
 

@@ -42,6 +42,7 @@ class Plan:
     temporaries: int | None = None
     code: int = 0
     peak: int | None = None
+    host: int = 0  # in the host's memory: of the state, and what waits there in the step
     refused: str | None = None
     flops: float = 0.0
     compiler_flops: float | None = None  # bodies of loops once
@@ -80,7 +81,7 @@ def measure(
     """Compile a program, and read what it takes."""
     facts = hardware.FACTS[kind]
     plan = Plan(lowered.name, lowered.parts, lowered.gradients, facts.memory)
-    plan.trace_seconds = lowered.seconds
+    plan.trace_seconds, plan.host = lowered.seconds, lowered.host
     plan.receive_buffer = receive_bytes(config, mesh, lowered.name, sampling)
     plan.flops = flops(config, lowered.name, sampling) / mesh.size
     start = time.perf_counter()
@@ -97,6 +98,7 @@ def measure(
     memory = compiled.memory_analysis()
     arguments, allocated = memory.argument_size_in_bytes, _allocated(memory, kind)
     plan.arguments, plan.code = arguments, memory.generated_code_size_in_bytes
+    plan.host += memory.host_temp_size_in_bytes
     plan.temporaries, plan.peak = allocated - arguments, allocated + plan.code
     plan.compiler_flops = (compiled.cost_analysis() or {}).get("flops")
     text = compiled.as_text()
@@ -199,7 +201,7 @@ def flops(config: Config, name: str, sampling: Sampling) -> float:
         length = config.data.sequence_length
         whole = metrics.step_flops(c, tokens=tokens, trained=tokens, sequence_length=length)
         layers = metrics.step_flops(c, tokens=tokens, trained=0, sequence_length=length)
-        return whole + (layers / 3 if c.remat == "full" else 0)
+        return whole + (layers / 3 if c.remat in ("full", "offload") else 0)
     if name == "prefill":
         tokens = sampling.batch * sampling.prompt
         length = sampling.prompt
@@ -239,6 +241,8 @@ def lines(plan: Plan) -> list[str]:
         out.append(_row("temporaries", plan.temporaries, "as the compiler plans"))
         out.append(_row("arguments", plan.arguments, "as laid out, with padding"))
     out.append(_fit(plan))
+    if plan.host:
+        out.append(_row("on the host", plan.host, "pinned memory, beside the peak"))
     if plan.receive_buffer:
         out.append(
             _row("receive buffer", plan.receive_buffer, "of the exchange, for the worst routing")

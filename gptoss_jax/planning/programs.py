@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptoss_jax import dry_run
+from gptoss_jax import dry_run, host_table
 from gptoss_jax.config import Config
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import moe
@@ -46,7 +46,7 @@ class Lowered:
     parts: dict[str, int]
     gradients: int  # part of what the compiler calls temporary
     seconds: float  # that tracing took
-    calls: int = 1  # how often it runs for what it is named after
+    host: int = 0  # bytes of the state that stay in the host's memory
 
 
 def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
@@ -67,20 +67,25 @@ def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
     )
     factors = dict(dry_run._by_path(run.program.factors))
     exact = config.optimizer.accumulate > 1
-    gradients = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (4 if exact else leaf.dtype.itemsize)
+    each = {
+        path: math.prod(leaf.sharding.shard_shape(leaf.shape))
+        * (4 if exact else leaf.dtype.itemsize)
         for path, leaf in dry_run._by_path(state.params)
         if np.any(factors[path]) and hasattr(leaf, "dtype")
-    )
+    }
+    gradients = dry_run.gradient_bytes(config, each)
+    # Of devices that are not here a sharding does not tell its kind of memory.
+    host = local_bytes(state.params[host_table.KEY]) if config.model.embedding_on_host else 0
     parts = {
-        "parameters": local_bytes(state.params),
+        "parameters": local_bytes(state.params) - host,
         "optimizer state": local_bytes(state.opt_state),
         "averaged parameters": local_bytes(state.ema),
         "batch": local_bytes(batch),
     }
     step: Any = run.program.step
     lowered = step.lower(state, batch)
-    return Lowered("train", lowered.compile, parts, gradients, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Lowered("train", lowered.compile, parts, gradients, seconds, host)
 
 
 def prefill(config: Config, mesh: jax.sharding.Mesh, sampling: Sampling) -> Lowered:

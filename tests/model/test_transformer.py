@@ -167,6 +167,28 @@ def test_remat_changes_nothing():
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(plain))
     for how in ("dots", "full"):
         chex.assert_trees_all_close(gradients(how), plain, rtol=1e-4, atol=1e-7)
+    # A group and a layer left over; what waits on the host is what was put there.
+    full, offloaded = gradients("full"), gradients("offload")
+    for a, b in zip(jax.tree.leaves(offloaded), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_offloaded_layers_keep_their_inputs_on_the_host():
+    """Traced: residuals of the layers are in host memory, one [B, T, D] each, none elsewhere."""
+    model, params = make(dataclasses.replace(TINY, remat="offload"))
+    ids = tokens(2, 20)
+
+    def hidden(params):
+        return model.forward(params, ids).hidden.sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(hidden))(params)
+    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    forward, backward = (str(e.params["jaxpr"]) for e in (scans[0], scans[-1]))
+    assert forward.count("f32<host>[2,20,32]") == backward.count("f32<host>[2,20,32]") / 2 == 2
+    on_host = [v.aval.str_short() for v in scans[0].outvars if "<host>" in v.aval.str_short()]
+    assert len(on_host) == 2
+    kept = [v.aval.shape for v in scans[0].outvars if v.aval.shape[-3:] == (2, 20, 32)]
+    assert len(kept) == 2 + 1  # and what the last of them gives
 
 
 SWITCHES = [

@@ -179,8 +179,26 @@ def test_default_chunks_are_equal_and_bounded() -> None:
     assert default_chunk(130, 201_088) == 130
     assert vocabulary.default_chunk(8192, 201_088) == 8064
     assert vocabulary.default_chunk(1 << 20, 201_088) == 2048
-    assert vocabulary.default_chunk(1, 201_088) == 201_088
+    assert vocabulary.default_chunk(1, 201_088) == 15_488 < vocabulary.MOST
     assert vocabulary.default_chunk(0, 71) == 128  # cut to V where it is used
+
+
+def test_memory_does_not_grow_with_the_vocabulary() -> None:
+    """Beside the weight itself, which is no temporary; the frozen one has no gradient."""
+    rows, dim = 24, 16
+
+    def temporaries(size: int) -> int:
+        def loss(*a):
+            return cross_entropy(*a, implementation="vocabulary")
+
+        args = inputs(rows, 7, dim)
+        args = args[0], jax.ShapeDtypeStruct((size, dim), jnp.float32), *args[2:]
+        fn = jax.value_and_grad(loss, has_aux=True)
+        return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = (temporaries(n * vocabulary.MOST) for n in (2, 9))
+    assert 4 * rows * vocabulary.MOST < large  # the logits of a chunk
+    assert large <= small + 4096
 
 
 def test_an_unknown_implementation_is_refused() -> None:

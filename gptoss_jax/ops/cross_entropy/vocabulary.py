@@ -27,6 +27,7 @@ from gptoss_jax.ops import chips
 
 LOGITS_BYTES = 256 << 20  # of one chunk in float32
 LEAST = 2048  # entries a chunk: each reads and writes all of d hidden, so fewer would not pay
+MOST = 16384  # a chunk of the weight is cut out before it is multiplied: a copy, 94 MB at D = 2880
 LANES = 128  # chunks are a multiple of it: whole tiles on every chip
 
 
@@ -72,8 +73,8 @@ def sharded(
 
 
 def default_chunk(rows: int, vocabulary: int) -> int:
-    """Choose the entries of a chunk: about equal chunks near `LOGITS_BYTES`, or `LEAST`."""
-    most = max(LOGITS_BYTES // (4 * max(rows, 1)), LEAST)
+    """Choose a chunk's entries: about equal chunks near `LOGITS_BYTES`, from `LEAST` to `MOST`."""
+    most = min(max(LOGITS_BYTES // (4 * max(rows, 1)), LEAST), MOST)
     even = -(-vocabulary // -(-vocabulary // most))
     return -(-even // LANES) * LANES
 

@@ -18,7 +18,13 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.grouped_matmul import pallas_gpu_kernels as kernels
 from gptoss_jax.ops.grouped_matmul.pallas_gpu_packed import packed
-from gptoss_jax.ops.grouped_matmul.weights import Weight, as_stack, layer_of
+from gptoss_jax.ops.grouped_matmul.weights import (
+    Weight,
+    as_it_lies,
+    as_stack,
+    layer_of,
+    wait_for,
+)
 from gptoss_jax.ops.mxfp4 import hopper
 from gptoss_jax.types import MXFP4, LayerOf, Relaid
 
@@ -62,7 +68,7 @@ def _grouped(rows: Array, weight: Weight, group_sizes: Array) -> Array:
         stack, layer = as_stack(weight)
         first = layer * weight.shape[0]
         if isinstance(stack, MXFP4):
-            stack, first = _relaid(layer_of(weight))[None], jnp.int32(0)
+            stack, first = _relaid(layer_of(wait_for(rows, weight)))[None], jnp.int32(0)
         if isinstance(stack, Relaid):
             codes, scales = (a.reshape(-1, *a.shape[-2:]) for a in (stack.codes, stack.scales))
             return _packed(stack.columns, rows, codes, scales, group_sizes, first)
@@ -72,6 +78,7 @@ def _grouped(rows: Array, weight: Weight, group_sizes: Array) -> Array:
 
 
 def _relaid(layer: Any) -> Relaid:
+    layer = layer.replace(scales=as_it_lies(layer.scales, *range(layer.scales.ndim)))
     rows = layer.shape[1:-1]
     wide = (layer.shape[0], math.prod(rows), layer.scales.shape[-1])
     codes, scales = hopper.pack(layer.blocks.reshape(*wide, -1), layer.scales.reshape(wide))

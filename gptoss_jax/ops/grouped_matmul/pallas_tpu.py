@@ -30,7 +30,14 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.grouped_matmul.blocks import BLOCKS, Blocks
-from gptoss_jax.ops.grouped_matmul.weights import Weight, as_stack, is_packed, layer_of
+from gptoss_jax.ops.grouped_matmul.weights import (
+    Weight,
+    as_it_lies,
+    as_stack,
+    is_packed,
+    layer_of,
+    wait_for,
+)
 from gptoss_jax.ops.mxfp4.layouts import SCALE_ROWS, relayout
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
 
@@ -91,7 +98,8 @@ def grouped_matmul(
     """
     stack, layer = as_stack(weight)
     if isinstance(stack, MXFP4):
-        packed: Any = layer_of(weight)
+        packed: Any = layer_of(wait_for(rows, weight))
+        packed = _rows_last(packed) if isinstance(weight, LayerOf) else packed
         weight = relayout(packed, "columns", row_axes=packed.ndim - 2)
         stack, layer = as_stack(weight)
     width = _width(weight)
@@ -110,6 +118,19 @@ def grouped_matmul(
         plans.append(plan)
     sizes = group_sizes.astype(jnp.int32)
     return _product(tuple(plans), not is_packed(weight), rows, leaves, layer, sizes)
+
+
+def _rows_last(layer: MXFP4) -> MXFP4:
+    """Leave a layer in the order that a TPU gives stacked arguments: rows closest (libtpu 0.0.48).
+
+    Under another order the stack is copied, with it or without it.
+    """
+    last = layer.ndim - 2
+    rows, block = range(1, last), last + 1
+    return MXFP4(
+        as_it_lies(layer.blocks, 0, *rows, block, block + 1, last),
+        as_it_lies(layer.scales, *rows, block, 0, last),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +21,27 @@ def as_stack(weight: Any) -> tuple[Array | MXFP4 | Relaid, Int[Array, ""]]:
     if isinstance(weight, LayerOf):
         return weight.stack, jnp.asarray(weight.layer, jnp.int32)
     return weight[None], jnp.int32(0)
+
+
+def wait_for(rows: Array, weight: Any) -> Any:
+    """Return the weight, a layer of a stack not to be cut out before `rows` are there.
+
+    For what is relaid on each call: XLA would relay several layers ahead, each of them a copy.
+    """
+    if not isinstance(weight, LayerOf):
+        return weight
+    index = jnp.asarray(weight.layer, jnp.int32)
+    index, _ = lax.optimization_barrier((index, lax.stop_gradient(rows[:1, :1])))
+    return LayerOf(weight.stack, index)
+
+
+def as_it_lies(layer: Array, *order: int) -> Array:
+    """Say in which order of axes, the last one closest, a layer lies that was cut out of its stack.
+
+    XLA, which would like it otherwise for what comes next, would else turn the whole stack before
+    the loop over layers.
+    """
+    return with_layout_constraint(layer, Layout(order))
 
 
 def layer_of(weight: Any) -> Array | MXFP4 | Relaid:

@@ -1,0 +1,115 @@
+"""The embedding table in the host's memory (`model.embedding_on_host`): 1.2 GB of gpt-oss less.
+
+The state holds the table in pinned host memory, and the step is compiled without it: rows of the
+batch's tokens are looked up on the host, and go to the device with the batch, [B, T, D]. What runs
+without gradients (held-out loss, sampling) has the table on the device while it lasts: it needs
+less memory than a step. An adapter of the embedding is trained on the device as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.types import Batch, Params, TrainState
+
+KEY = "embedding"  # of the table in the parameters, and of its rows in `Batch.per_token`
+HOST = "pinned_host"
+
+
+def check(config: ModelConfig, factors: Params) -> None:
+    """Refuse a table that is trained, or one that no process has whole. Raises UserError."""
+    if np.any(factors[KEY]["weight"]):
+        raise UserError(
+            "model.embedding_on_host leaves the embedding table out of the step, and this run "
+            "trains it: give --optimizer.freeze embedding/weight (an adapter of it is well), or "
+            "leave embedding_on_host out"
+        )
+    if jax.process_count() > 1:
+        raise UserError(
+            f"model.embedding_on_host is for one process, and there are {jax.process_count()}: "
+            "leave it out"
+        )
+
+
+def place(state: TrainState) -> TrainState:
+    """Say of the shapes of a state, each with its sharding, that the table is on the host."""
+    table = state.params[KEY]["weight"]
+    kept = jax.ShapeDtypeStruct(
+        table.shape, table.dtype, sharding=table.sharding.with_memory_kind(HOST)
+    )
+    return state.replace(params={**state.params, KEY: {"weight": kept}})  # type: ignore[attr-defined]
+
+
+def on_device(params: Params) -> Params:
+    """Return parameters with the table in the device's memory, if it is on the host."""
+    table = params.get(KEY, {}).get("weight")
+    if not isinstance(table, jax.Array) or isinstance(table, Tracer):
+        return params
+    if table.sharding.memory_kind != HOST:
+        return params
+    memory = next(iter(table.sharding.device_set)).default_memory().kind
+    weight = jax.device_put(table, table.sharding.with_memory_kind(memory))
+    return {**params, KEY: {"weight": weight}}
+
+
+def looking_up(prepare: Callable) -> Callable:
+    """Return `Objective.prepare` that gives each batch the rows of its tokens."""
+
+    def prepare_with_rows(state: TrainState, batch: Any, spread: Callable[[Batch], Batch]) -> Any:
+        batch, more = prepare(state, batch, spread)
+        table = np.asarray(state.params[KEY]["weight"])  # JAX keeps what it returns
+        rows: Any = table[np.asarray(batch.tokens)]
+        if isinstance(batch.tokens, jax.Array):
+            rows = jax.device_put(rows, batch.tokens.sharding)
+        return _with(batch, rows), more
+
+    return prepare_with_rows
+
+
+def complete(config: ModelConfig, batch: Batch) -> Batch:
+    """Add the shape of the rows to the shapes of a batch."""
+    rows = jax.ShapeDtypeStruct(
+        (*batch.tokens.shape, config.d_model), jnp.dtype(config.param_dtype)
+    )
+    return _with(batch, rows)
+
+
+def rows(batch: Batch) -> Array | None:
+    """Return the rows that a batch came with, None if it has none."""
+    return (batch.per_token or {}).get(KEY)
+
+
+class Step:
+    """A step of a state without the table: the state given has it, and so has the one returned."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        """Run it."""
+        table = state.params[KEY]
+        state, metrics = self._step(_without(state), batch)
+        params = {**state.params, KEY: table}
+        return state.replace(params=params), metrics  # type: ignore[attr-defined]
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """Lower what is compiled, as `jax.jit` does."""
+        return self._step.lower(_without(state), batch)
+
+
+def _with(batch: Batch, rows: Any) -> Batch:
+    return batch.replace(per_token={**(batch.per_token or {}), KEY: rows})  # type: ignore[attr-defined]
+
+
+def _without(state: TrainState) -> TrainState:
+    rest = {name: child for name, child in state.params.items() if name != KEY}
+    return state.replace(params=rest)  # type: ignore[attr-defined]
