@@ -70,7 +70,8 @@ def make_optimizer(
         total_steps: Where the schedule ends.
         masks: Factors on the learning rate, of all parameters or of those trained: what
             `patterns.masks` returns. Where a factor is 0, the gradient counts nowhere and no bit
-            of the parameter changes.
+            of the parameter changes. `update` takes `factors` in place of them, for a part of the
+            parameters.
         balance_bias: What a step adds to the router bias of an expert with less than its share of
             the rows, and takes from one with more, instead of following its gradient (Wang et al.
             2024, arXiv:2408.15664). `update` then takes `load`, [L, E]: each expert's share.
@@ -200,18 +201,17 @@ def _store_second_moment(
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _drop_unused(masks: Params | None, balance_bias: float) -> optax.GradientTransformation:
+def _drop_unused(
+    masks: Params | None, balance_bias: float
+) -> optax.GradientTransformationExtraArgs:
     """Zero the gradient where nothing follows it, so that it counts in no norm and no moment."""
 
     def of_leaf(path: tuple[Any, ...], grad: Array, factor: Any) -> Array:
         if balance_bias and path_name(path) == _ROUTER_BIAS:
             return jnp.zeros_like(grad)
-        return grad if np.all(factor) else jnp.where(factor == 0, 0.0, grad)
+        return grad if _all_are(factor, np.all) else jnp.where(factor == 0, 0.0, grad)
 
-    def of_tree(grads: Any, _: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(of_leaf, grads, _factors(masks, grads))
-
-    return optax.stateless(of_tree)
+    return _with_factors(of_leaf, masks)
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
@@ -259,7 +259,7 @@ def _balance(step: float) -> optax.GradientTransformationExtraArgs:
         load: Float[Array, "L E"] | None = None,
         **extra: Any,
     ) -> tuple[Params, optax.EmptyState]:
-        if not step:
+        if not step or "layers" not in updates:
             return updates, state
         if load is None:
             raise ValueError("balance_bias: update() has to be given load=")
@@ -271,22 +271,43 @@ def _balance(step: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _scale_by_factors(masks: Params | None, balance_bias: float) -> optax.GradientTransformation:
+def _scale_by_factors(
+    masks: Params | None, balance_bias: float
+) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by their factors; a balanced router bias only stays where it is frozen."""
 
     def of_leaf(path: tuple[Any, ...], update: Array, factor: Any) -> Array:
         if balance_bias and path_name(path) == _ROUTER_BIAS:
-            factor = np.asarray(factor != 0, np.float32)
-        if np.all(factor == 1):
+            factor = (factor != 0) * np.float32(1)
+        if _all_are(factor, lambda f: np.all(f == 1)):
             return update
         # Added to a zero of either sign, -0.0 leaves it as it is; and 0 * inf would be NaN.
         return jnp.where(factor == 0, jnp.float32(-0.0), update * factor)
 
-    def of_tree(updates: Any, _: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(of_leaf, updates, _factors(masks, updates))
-
-    return optax.stateless(of_tree)
+    return _with_factors(of_leaf, masks)
 
 
-def _factors(masks: Params | None, part: Params) -> Params:
-    return jax.tree.map(lambda _: 1.0, part) if masks is None else like(masks, part)
+def _all_are(factor: Any, test: Callable[[Any], Any]) -> bool:
+    """Say whether a factor passes a test, as far as that is known before the step runs."""
+    return not isinstance(factor, jax.Array) and bool(test(factor))
+
+
+def _with_factors(
+    of_leaf: Callable[[tuple[Any, ...], Array, Any], Array], masks: Params | None
+) -> optax.GradientTransformationExtraArgs:
+    """Map path, gradient and factor of each parameter to what becomes of the gradient."""
+
+    def update(
+        updates: Params,
+        state: optax.EmptyState,
+        params: Params | None = None,
+        *,
+        factors: Params | None = None,
+        **extra: Any,
+    ) -> tuple[Params, optax.EmptyState]:
+        del params, extra
+        found = masks if factors is None else factors
+        found = jax.tree.map(lambda _: 1.0, updates) if found is None else like(found, updates)
+        return jax.tree_util.tree_map_with_path(of_leaf, updates, found), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]

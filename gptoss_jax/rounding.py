@@ -23,8 +23,9 @@ class Float32State(NamedTuple):
 class StochasticState(NamedTuple):
     """State of the transformation within, and where the random bits come from.
 
-    The bits of an update are a function of (key, updates), so a run that is resumed draws those
-    that it would have drawn.
+    The bits of an update are a function of (key, updates), and of `part` where `update` is given
+    that: which part of the parameters it is called with. So a run that is resumed draws those that
+    it would have drawn.
     """
 
     inner: Any
@@ -125,13 +126,22 @@ def _rounded_by_chance(
         key = jax.random.key_data(jax.random.key(seed, impl=generator))
         return StochasticState(inner.init(_full(params)), key, jnp.zeros((), jnp.int32))
 
-    def update(grads: Params, state: StochasticState, params: Params | None = None, **extra: Any):
+    def update(
+        grads: Params,
+        state: StochasticState,
+        params: Params | None = None,
+        *,
+        part: Int[Array, ""] | int | None = None,
+        **extra: Any,
+    ):
         assert params is not None
         exact = _full(params)
         updates, inner_state = inner.update(_full(grads), state.inner, exact, **extra)
         key = jax.random.wrap_key_data(state.key, impl=generator)
         leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.fold_in(key, state.updates), len(leaves))
+        key = jax.random.fold_in(key, state.updates)
+        key = key if part is None else jax.random.fold_in(key, part)
+        keys = jax.random.split(key, len(leaves))
         changes = []
         rows = zip(leaves, jax.tree.leaves(exact), tree.flatten_up_to(updates), strict=True)
         for i, (param, x, change) in enumerate(rows):
