@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gptoss_jax.channels import parse_train_on
 from gptoss_jax.model_config import DType as DType
 from gptoss_jax.model_config import LoRAConfig as LoRAConfig
 from gptoss_jax.model_config import ModelConfig as ModelConfig
@@ -18,7 +19,8 @@ class DataConfig:
     """What is read, and how it becomes batches."""
 
     # Files, globs or folders of .jsonl and .parquet (chats if their records have "messages", else
-    # {"text": ...}) or .txt; hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the hub.
+    # {"text": ...}; with objective.name dpo pairs {"prompt", "chosen", "rejected"}) or .txt (plain
+    # text); hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the hub.
     # NAME=ENTRY names a source of a mixture.
     train: tuple[str, ...] = ()
     # Shares of the tokens that the entries of `train` get, each repeated as it runs out; empty: all
@@ -29,7 +31,8 @@ class DataConfig:
     batch_size: int = 8  # rows a step, over all hosts and microbatches
     on_long: Literal["truncate", "refuse"] = "truncate"  # records longer than sequence_length
     on_bad_record: Literal["stop", "skip"] = "stop"
-    # What counts in the loss: roles, or role/channel pairs such as assistant/final.
+    # What counts in the loss: roles or role/channel pairs, with a factor where that is not 1:
+    # assistant/final assistant/analysis=0.3. A pair goes before its role. Texts count as a whole.
     train_on: tuple[str, ...] = ("assistant",)
     reasoning: Literal["low", "medium", "high"] = "medium"  # where a record does not say
     pack_window: int = 1_024  # records that are shuffled into one packing plan
@@ -48,12 +51,7 @@ class DataConfig:
             f"data.weights has {len(self.weights)} numbers for the {len(self.train)} entries of "
             "data.train: give one for each",
         )
-        roles = {"system", "developer", "user", "assistant", "tool"}
-        for item in self.train_on:
-            _check(
-                item.split("/")[0] in roles,
-                f"data.train_on has {item!r}: a role is one of {', '.join(sorted(roles))}",
-            )
+        parse_train_on(self.train_on, field="data.train_on")
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,8 @@ class Config:
     """A run: what `configs/*.py` return and the command line overrides."""
 
     name: str = "20b"
-    # A checkpoint folder to start from, or "random"; None: it has to be given.
+    # A checkpoint folder to start from, or "random"; None: it has to be given. Of a LoRA run that
+    # goes on: where its base is now.
     init: str | None = None
     workdir: str | None = None  # None is runs/<name>
     dry_run: bool = False  # print config, parameters, memory and FLOPs of a step, and stop
@@ -250,8 +249,37 @@ class Config:
             "optimizer.masters is stochastic, which rounds to bfloat16, and model.param_dtype is "
             "float16: make it bfloat16, or masters float32",
         )
+        if self.optimizer.fused:
+            _check_fused(self)
 
     @property
     def run_folder(self) -> str:
         """Where the run lives."""
         return self.workdir or f"runs/{self.name}"
+
+
+def _check_fused(config: Config) -> None:
+    """Refuse what can't be with an update in the backward pass: see `fused_step.py`."""
+    model, name = config.model, config.objective.name
+    where = "optimizer.fused updates a layer in the backward pass"
+    _check(
+        config.train.on_nan == "stop",
+        f"{where}, before all of a gradient is there: make train.on_nan stop",
+    )
+    _check(
+        not model.lora.targets,
+        f"{where}, which adapters don't need: leave out model.lora.targets, or optimizer.fused",
+    )
+    _check(
+        name not in ("dpo", "grpo"),
+        f"{where} of one run of the model, and objective.name {name} asks for a reference without "
+        "adapters: leave out optimizer.fused",
+    )
+    _check(
+        model.remat == "full",
+        f"{where}, and runs it again for that: model.remat is {model.remat}, make it full",
+    )
+    _check(
+        not model.embedding_on_host,
+        f"{where}, the embedding too: leave out model.embedding_on_host",
+    )

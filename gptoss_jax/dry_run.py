@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gptoss_jax import data, metrics
 from gptoss_jax.config import Config
+from gptoss_jax.fused_step import largest_part
 from gptoss_jax.program import Program, make_program
 from gptoss_jax.types import MXFP4, Batch, Params, Relaid, TrainState, is_weight
 
@@ -132,11 +133,12 @@ def memory_table(config: Config, run: Shapes) -> list[str]:
     state = run.state
     factors = dict(_by_path(run.program.factors))
     exact = config.optimizer.accumulate > 1  # gradients then add up in float32
-    gradients = sum(
-        math.prod(leaf.shape) * 4 if exact else _bytes(leaf)
+    each = {
+        path: math.prod(leaf.shape) * 4 if exact else _bytes(leaf)
         for path, leaf in _by_path(state.params)
         if np.any(factors[path])
-    )
+    }
+    gradients = gradient_bytes(config, each)
     parts = {
         "parameters": _bytes(state.params),
         "optimizer state": _bytes(state.opt_state),
@@ -178,6 +180,13 @@ def memory_table(config: Config, run: Shapes) -> list[str]:
             " too."
         )
     return lines
+
+
+def gradient_bytes(config: Config, each: dict[str, int]) -> int:
+    """Return the bytes of gradients that there are at once, of those of each parameter by path."""
+    if config.optimizer.fused:
+        return largest_part(each, num_layers=config.model.num_layers)
+    return sum(each.values())
 
 
 def device_bytes() -> int | None:

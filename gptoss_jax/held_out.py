@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
 
 from gptoss_jax import data, harmony, tokenizer
 from gptoss_jax.config import Config
-from gptoss_jax.loss import loss_fn
 from gptoss_jax.model import Transformer
+from gptoss_jax.objective_config import ObjectiveConfig
+from gptoss_jax.objectives import held_out_loss
 from gptoss_jax.sampler import Sampler
 from gptoss_jax.types import Batch, Params
 
@@ -28,18 +30,22 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return scores: held-out loss and perplexity, and the share of questions answered exactly.
 
+    Of pairs the loss is that of the pairs, with their rewards beside it, and no perplexity.
+
     And the first `train.eval_samples` questions as they were answered, records for
     `MetricsLog.write_samples`. An answer is what the final channel says, or all that was sampled
     where it never came to it.
     """
     # One after the other, as CPUs of several processes need it: see `checksums`.
-    sums = [jax.device_get(_held_out(model, params, batch)) for batch in batches]
+    measure = _measure(config.objective)
+    sums = [jax.device_get(measure(model, params, batch)) for batch in batches]
     nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
     loss = nll / weight if weight else math.nan
-    scores: dict[str, Any] = {
-        "held_out_loss": loss,
-        "held_out_perplexity": math.exp(min(loss, 700.0)),
-    }
+    scores: dict[str, Any] = {"held_out_loss": loss}
+    if config.objective.name != "dpo":
+        scores["held_out_perplexity"] = math.exp(min(loss, 700.0))
+    for name in sums[0][2] if weight else ():
+        scores[f"held_out_{name}"] = sum(float(s[2][name]) for s in sums) / weight
     samples: list[dict[str, Any]] = []
     if questions:
         sampler = Sampler(model, params)
@@ -67,10 +73,19 @@ def evaluate(
     return scores, samples
 
 
-@partial(jax.jit, static_argnums=0)
-def _held_out(model: Transformer, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    sums = loss_fn(model, params, batch)
-    return sums.nll, sums.weight
+@cache
+def _measure(objective: ObjectiveConfig) -> Callable[..., Any]:
+    """Return a jitted function of (model, params, batch): sums of loss, weight, and what is beside.
+
+    One for an objective, so that it is compiled once.
+    """
+    loss = held_out_loss(objective)
+
+    def run(model: Transformer, params: Params, batch: Batch) -> Any:
+        sums = loss(model, params, batch)
+        return sums.nll, sums.weight, sums.extra
+
+    return jax.jit(run, static_argnums=0)
 
 
 def _final_text(ids: list[int], encoding: Any) -> str | None:

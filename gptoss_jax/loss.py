@@ -11,6 +11,7 @@ from flax import struct
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax import host_table
 from gptoss_jax.model import lora
 from gptoss_jax.ops import chips
 from gptoss_jax.ops.cross_entropy import cross_entropy
@@ -81,10 +82,12 @@ def forward(model: Any, params: Params, batch: Batch) -> tuple[Batch, Output]:
 
     On a mesh that splits tokens over `context` that order is another one, which changes no sum.
     """
-    where = {}
+    where: dict[str, Any] = {}
     if mesh.size("context") > 1:
         batch = _balance(batch)
         where["balanced"] = True
+    if (rows := host_table.rows(batch)) is not None:
+        where["embedded"] = rows
     out = model.forward(
         params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, **where
     )
@@ -114,7 +117,7 @@ def weighted_nll(
     rows = hidden.reshape(-1, hidden.shape[-1])
     of_rows = jnp.asarray(targets).reshape(-1), weights.reshape(-1)
     if chips.current().platform == "cpu":
-        *trained, goes_to = _trained_first(rows, *of_rows)
+        *trained, goes_to = trained_first(rows, *of_rows)
         rows, *of_rows = trained
         nll, each = _nll_sum(rows, table, *of_rows)
         each = each[goes_to]
@@ -156,7 +159,7 @@ def _by_source(batch: Batch, nll: Float[Array, "B T"], *, num_sources: int) -> S
     return SourceSums(total(nll), total(batch.weights), total(batch.segment_ids != 0))
 
 
-def _trained_first(
+def trained_first(
     hidden: Float[Array, "M D"], targets: Int[Array, " M"], weights: Float[Array, " M"]
 ) -> tuple[Float[Array, "M D"], Int[Array, " M"], Float[Array, " M"], Int[Array, " M"]]:
     """Move the rows whose weight is not 0 to the front, in order; say last where each went."""

@@ -82,8 +82,9 @@ class ModelConfig:
     # What the backward pass recomputes: nothing, all but matmul outputs, or every layer; "offload"
     # is every layer, from inputs that wait in the host's memory.
     remat: Literal["none", "dots", "full", "offload"] = "none"
-    # Experts compute with what MXFP4 would make of their weights, gradients as if it did not
-    # (straight-through): exporting to MXFP4 then changes nothing.
+    # Experts compute with what MXFP4 makes of their weights, adapters folded in, and gradients are
+    # as if it did not (straight-through): exporting to MXFP4 then changes nothing. A layer at a
+    # time; with remat "none" every layer's copy is kept for the backward pass.
     qat: bool = False
     # The embedding table, where it is not trained, stays in the host's memory.
     embedding_on_host: bool = False
@@ -118,13 +119,11 @@ class ModelConfig:
             f"model.active_experts ({self.active_experts}) is more than model.num_experts "
             f"({self.num_experts})",
         )
-        if self.experts == "mxfp4":
+        if self.experts == "mxfp4" or self.qat:
+            asks = "model.experts=mxfp4" if self.experts == "mxfp4" else "model.qat"
             for name in ("d_model", "d_expert"):
                 size = getattr(self, name)
-                check(
-                    size % 32 == 0,
-                    f"model.{name} is {size}: model.experts=mxfp4 needs a multiple of 32",
-                )
+                check(size % 32 == 0, f"model.{name} is {size}: {asks} needs a multiple of 32")
         for name in ("expert_chunk", "expert_padding"):
             value = getattr(self, name)
             check(value >= 0, f"model.{name} is {value}: it is 0 (off) or positive")

@@ -11,9 +11,14 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float
 
-from gptoss_jax import data
+from gptoss_jax import data, distill, dpo, rollouts
 from gptoss_jax.config import Config
+from gptoss_jax.distill import distill_loss
+from gptoss_jax.dpo import dpo_loss
+from gptoss_jax.grpo import grpo_loss
 from gptoss_jax.loss import LossSums, loss_fn
+from gptoss_jax.objective_config import ObjectiveConfig
+from gptoss_jax.rollouts import Rollouts
 from gptoss_jax.train_step import trained_weight
 from gptoss_jax.types import Batch, Params, TrainState
 
@@ -51,6 +56,18 @@ def make_objective(config: Config, model: Any, *, num_sources: int = 0) -> Objec
         UserError: what the objective needs is not there.
     """
     penalties = {"balance_loss": config.train.balance_loss, "z_loss": config.train.z_loss}
+    if config.objective.name == "dpo":
+        dpo.check(config)
+        loss = partial(dpo_loss, dpo=config.objective.dpo, **penalties)
+        return Objective(loss, dpo.total_pairs, _as_it_is, lambda batch: batch)
+    if config.objective.name == "distill":
+        loss = partial(distill_loss, distill=config.objective.distill, **penalties)
+        teacher = distill.Teacher(config)
+        return Objective(loss, trained_weight, teacher, teacher.complete)
+    if config.objective.name == "grpo":
+        rollouts.check(config)
+        loss = partial(grpo_loss, grpo=config.objective.grpo, **penalties)
+        return Objective(loss, trained_weight, Rollouts(config, model), rollouts.complete)
     sft = partial(loss_fn, **penalties, num_sources=num_sources)
     return Objective(sft, trained_weight, _as_it_is, lambda batch: batch)
 
@@ -61,7 +78,18 @@ def open_batches(config: Config, *, rows: tuple[int, int]) -> Any:
     Raises:
         UserError: bad data, or data of another kind.
     """
+    if config.objective.name == "dpo":
+        dpo.check(config)
+    if config.objective.name == "distill":
+        distill.check(config)
+    if config.objective.name == "grpo":
+        return rollouts.open_questions(config)
     return data.train_batches(config, rows=rows)
+
+
+def held_out_loss(objective: ObjectiveConfig) -> Callable[[Any, Params, Batch], LossSums]:
+    """Return what held-out data is judged by: of pairs the loss of the pairs, else the nll."""
+    return partial(dpo_loss, dpo=objective.dpo) if objective.name == "dpo" else loss_fn
 
 
 def _as_it_is(state: TrainState, batch: Batch, spread: Spread) -> tuple[Batch, dict[str, float]]:

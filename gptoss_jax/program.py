@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jaxtyping import Float
 
-from gptoss_jax import adapters, data, patterns, routing
+from gptoss_jax import adapters, data, host_table, patterns, routing
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
-from gptoss_jax.loss import loss_fn
+from gptoss_jax.fused_step import make_fused_step
 from gptoss_jax.model import Transformer
+from gptoss_jax.objectives import Objective, make_objective
 from gptoss_jax.optimizer import make_optimizer
 from gptoss_jax.parallel import sharding
 from gptoss_jax.train_step import StepMetrics, init_params, init_state, make_train_step
@@ -33,6 +33,7 @@ class Program(NamedTuple):
     model: Transformer
     factors: Params  # on the learning rate of each parameter, see `patterns.masks`
     optimizer: optax.GradientTransformation
+    objective: Objective
     begin: Callable[[Params | None], TrainState]  # from parameters, or None: random ones
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
@@ -44,7 +45,10 @@ class Program(NamedTuple):
         """
         state = jax.eval_shape(self.begin, None)
         mesh = jax.sharding.get_mesh()
-        return state if mesh.empty else sharding.place(state, mesh)
+        if mesh.empty:
+            return state
+        state = sharding.place(state, mesh)
+        return host_table.place(state) if self.model.config.embedding_on_host else state
 
     def describe_trained(self) -> list[str]:
         """Return lines that say which parameters are trained, if not all are, and alike."""
@@ -75,21 +79,21 @@ def make_program(
         balance_bias=config.train.balance_bias,
         seed=config.train.seed,
     )
-    objective = partial(
-        loss_fn,
-        balance_loss=config.train.balance_loss,
-        z_loss=config.train.z_loss,
-        num_sources=num_sources,
-    )
-    step = make_train_step(
-        model,
-        optimizer,
-        objective,
-        accumulate=config.optimizer.accumulate,
-        on_nan=config.train.on_nan,
-        frozen_paths=frozen,
-        ema=config.optimizer.ema,
-    )
+    objective = make_objective(config, model, num_sources=num_sources)
+    complete = objective.complete
+    common: dict[str, Any] = {"total": objective.total, "frozen_paths": frozen}
+    if config.optimizer.fused:
+        step = make_fused_step(model, optimizer, objective.loss, factors=factors, **common)
+    else:
+        step = make_train_step(
+            model,
+            optimizer,
+            objective.loss,
+            accumulate=config.optimizer.accumulate,
+            on_nan=config.train.on_nan,
+            ema=config.optimizer.ema,
+            **common,
+        )
 
     def begin(params: Params | None) -> TrainState:
         seed = config.train.seed
@@ -99,7 +103,14 @@ def make_program(
             model, optimizer, params, seed=seed, frozen_paths=frozen, average=averages
         )
 
-    return Program(model, factors, optimizer, begin, step)
+    if model.config.embedding_on_host:
+        host_table.check(model.config, factors)
+        step = host_table.Step(step)
+        objective = objective._replace(
+            prepare=host_table.looking_up(objective.prepare),
+            complete=lambda batch: host_table.complete(model.config, complete(batch)),
+        )
+    return Program(model, factors, optimizer, objective, begin, step)
 
 
 def check_patterns(config: Config) -> None:

@@ -55,7 +55,11 @@ class RunProgress:
     def say(self, step: int, scores: dict[str, Any]) -> None:
         """Print an evaluation, which stays on the screen."""
         text = f"step {step}/{self._steps}  held-out loss {scores['held_out_loss']:.4f}"
-        text += f"  perplexity {scores['held_out_perplexity']:,.2f}"
+        if "held_out_reward_accuracy" in scores:  # of pairs, whose loss is no likelihood
+            text += f"  reward accuracy {scores['held_out_reward_accuracy']:.3f}"
+            text += f"  margin {scores['held_out_reward_margin']:.3f}"
+        else:
+            text += f"  perplexity {scores['held_out_perplexity']:,.2f}"
         if "exact_match" in scores:
             text += f"  exact match {scores['exact_match']:.3f}"
         self._line(text, style="bold")

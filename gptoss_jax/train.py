@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from gptoss_jax import base as bases
 from gptoss_jax import (
     checkpoint,
     config_cli,
@@ -26,6 +27,7 @@ from gptoss_jax import (
     dry_run,
     held_out,
     metrics,
+    patterns,
     profiling,
     weights,
 )
@@ -102,6 +104,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     #   1. the newest checkpoint of the workdir, with optimizer, data position and random state;
     #   2. the folder of --init: parameters alone;
     #   3. the seed.
+    # What a run with adapters leaves as it is, its base, comes from 2 or 3 when it goes on, too.
     record = checkpoint.newest_record(workdir)
     if record is not None:
         changes = data.differences(record.fingerprint, fingerprint)
@@ -116,8 +119,9 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         raise UserError(
             "no weights to start from: give --init DIR (a checkpoint), or --init random"
         )
+    base = bases.begin(config) if record is None else None
     if record is None and config.init != "random":
-        params = _load_init(config, mesh)
+        params = _load_init(config, mesh, step=base.step if base else None)
 
     # --- Optimizer and step -----------------------------------------------------------------
     load = expert_load(config, params, workdir, resuming=record is not None)
@@ -125,8 +129,8 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     padding = program.model.config.expert_padding
     restore = partial(checkpoint.restore_newest, workdir, expert_padding=padding)
     if record is not None:
-        restored = restore(program.abstract_state())
-        state, record = restored.state, restored.record
+        restored = restore(program.abstract_state(), place=config.init)
+        state, record, base = restored.state, restored.record, restored.record.base
         _tell_damaged(restored, workdir, console)
         batches.set_state(record.data_state)
         source = f"step {record.step} of {workdir}"
@@ -135,6 +139,9 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state())
         state = jax.device_put(program.begin(params), shardings)
         source = f"random, seed {config.train.seed}" if config.init == "random" else config.init
+        if base is not None:
+            frozen = patterns.frozen_paths(program.factors)
+            base = bases.measure(base, state.params, frozen_paths=frozen, expert_padding=padding)
     del params  # the state's, and given up to the first step
     total, active = program.model.num_parameters()
     console.print(
@@ -142,6 +149,8 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     )
     for line in program.describe_trained():
         console.print(line, soft_wrap=True)
+    if base is not None:
+        console.print(f"base      {base.describe()}; not in the checkpoints", soft_wrap=True)
     console.print(f"mesh      {meshes.describe(mesh)}, {jax.devices()[0].device_kind}")
     console.print(f"workdir   {workdir}\n")
 
@@ -185,6 +194,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
             spikes=spikes.state(),
             held_out_loss=held_out_loss,
             expert_padding=padding,
+            base=base,
         )
 
     # --- Loop -------------------------------------------------------------------------------
@@ -234,8 +244,9 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
                 if not spikes.may_rewind:
                     progress.stop()
                     give_up(spike, workdir, max_rewinds=every.max_rewinds)
+                frozen = bases.split(state.params, base)[1]  # the same at every step
                 del state  # there is room for one
-                restored = restore(program.abstract_state())
+                restored = restore(program.abstract_state(), frozen=frozen)
                 _tell_damaged(restored, workdir, console)
                 state, start, last = restored.state, restored.record.step, False
                 step = start
@@ -310,8 +321,11 @@ def _check_same_data(fingerprint: dict[str, Any]) -> None:
     distributed.together(check)
 
 
-def _load_init(config: Config, mesh: jax.sharding.Mesh) -> Params:
-    """Read the parameters of --init in the form that the config asks for."""
+def _load_init(config: Config, mesh: jax.sharding.Mesh, *, step: int | None) -> Params:
+    """Read the parameters of --init (a workdir's of `step`) in the form that the config asks for.
+
+    Adapters that are there come with them.
+    """
     c = config.model
     assert config.init is not None
     stored = weights.read_config(config.init)
@@ -323,7 +337,7 @@ def _load_init(config: Config, mesh: jax.sharding.Mesh) -> Params:
             f"--init {config.init} is another model than the config's: {', '.join(changes)}"
         )
     dtype = jnp.dtype(c.param_dtype)
-    return weights.load(config.init, dtype=dtype, experts=c.experts, mesh=mesh)[1]
+    return weights.load(config.init, dtype=dtype, experts=c.experts, mesh=mesh, step=step)[1]
 
 
 def _once(stopped: list[int], *, alone: bool) -> Any:

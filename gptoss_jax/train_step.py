@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from gptoss_jax import host_table
 from gptoss_jax.loss import LossSums, SourceSums
 from gptoss_jax.optimizer import merge, split_trainable, update_ema
 from gptoss_jax.parallel import mesh, sharding
@@ -80,7 +81,8 @@ def init_state(
 
 def averaged_params(state: TrainState) -> Params:
     """Return what is evaluated: the averaged parameters, in their dtypes, where there are any."""
-    return state.params if state.ema is None else overlay(state.params, state.ema)
+    params = host_table.on_device(state.params)
+    return params if state.ema is None else overlay(params, state.ema)
 
 
 @jax.jit

@@ -49,7 +49,7 @@ def lower_step(config: Config) -> str:
         positions=ids,
         sources=jax.ShapeDtypeStruct((B,), jnp.int32) if sources else None,
     )
-    lowered = program.step.lower(state, batch)
+    lowered = program.step.lower(state, program.objective.complete(batch))
     new, measured = lowered.out_info
     assert jax.tree.map(_form, new) == jax.tree.map(_form, state), "the state changes its form"
     assert measured.router.load.shape == (c.num_layers, c.num_experts)

@@ -13,11 +13,12 @@ import pytest
 from training import TINY, write_chats
 
 import gptoss_jax
-from gptoss_jax import adapters, checkpoint, config_cli, dry_run, metrics, train
+from gptoss_jax import adapters, checkpoint, config_cli, convert, dry_run, metrics, train
 from gptoss_jax.config import LoRAConfig, MeshConfig, OptimizerConfig
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.matrices import _view
 from gptoss_jax.model import Transformer
+from gptoss_jax.model.lora import adapted as lora_paths
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.program import make_program
@@ -233,17 +234,26 @@ def test_a_run_goes_on_and_is_loaded(ran, tmp_path):
             train.main([*new, *wrong])
 
 
-def test_a_run_is_exported_merged_and_not_otherwise(ran, tmp_path):
+def test_a_run_is_exported_merged(ran, tmp_path):
+    """Trained, merged, exported, imported: the adapted model, or the same requantised."""
     model, params = gptoss_jax.load(ran[0], dtype=jnp.float32)
-    with pytest.raises(UserError, match=r"has adapters .*adapters\.merge"):
-        gptoss_jax.save(tmp_path / "out", model, params)
-    config, merged = adapters.merge(*adapters.decode_experts(model.config, params))
-    gptoss_jax.save(tmp_path / "out", Transformer(config), merged)
-    again, stored = gptoss_jax.load(tmp_path / "out", dtype=jnp.float32)
     tokens = jnp.arange(20)[None] + 5
-    got = again.apply({"params": stored}, tokens)
-    want = model.apply({"params": params}, tokens)
-    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+    def same(folder, config, expected):
+        again, stored = gptoss_jax.load(folder, dtype=jnp.float32)
+        assert again.config.experts == config.experts and "lora" not in stored
+        got = again.apply({"params": stored}, tokens)
+        want = Transformer(config).apply({"params": expected}, tokens)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+    gptoss_jax.save(tmp_path / "dense", model, params, experts="dense")
+    same(tmp_path / "dense", *adapters.merge(*adapters.decode_experts(model.config, params)))
+    report = convert.convert(ran[0], tmp_path / "packed", to="hf", force=True)
+    assert {cost.path for cost in report.costs} == set(lora_paths(model.config))
+    same(tmp_path / "packed", *adapters.merge(model.config, params))
+    with pytest.raises(UserError, match=r"gate_up_weight .* no fixed place for"):
+        convert.convert(ran[0], tmp_path / "peft", to="peft")
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops.cross_entropy import sharded
+from gptoss_jax.ops.divergence import Mix, chunk_rows, chunk_sums
 from gptoss_jax.parallel.collectives import sum_once
 from gptoss_jax.parallel.mesh import DENSE, ROWS
 from gptoss_jax.parallel.sharding import TABLE
@@ -102,7 +103,47 @@ def cross_entropy(
     )(hidden, table, targets, weights)
 
 
-def _chunks(rows: int, group: int) -> int:
+def divergence(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    given_hidden: Float[Array, "B T C"],
+    given_table: Float[Array, "V C"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    mix: Mix,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Return the sums of `ops.divergence`, with a vocabulary that is spread on both sides."""
+    tokens, shards = P(ROWS, "context"), ("tensor", *DENSE)
+    tables = P(*TABLE["unembedding/weight"])
+
+    def local(hidden: Array, table: Array, taught: Array, taught_table: Array, *rest: Array):
+        rows, group = rest[0].size, math.prod(lax.axis_size(axis) for axis in DENSE)
+        chunks = _chunks(rows, group, most=chunk_rows(rows * group, table.shape[0]))
+        parts = [x.reshape(chunks, rows // chunks, *x.shape[2:]) for x in (hidden, taught, *rest)]
+        table = table if chunks == 1 else table.astype(jnp.float32)
+
+        @jax.checkpoint
+        def one(part: list[Array]) -> tuple[Array, tuple[Array, Array]]:
+            h, g, t, w = (lax.all_gather(x, DENSE, tiled=True) for x in part)
+            return chunk_sums(h, table, (g, taught_table, t, w), mix=mix, axis=shards)
+
+        def step(sums: Any, part: list[Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, one(part)), None
+
+        zero = jnp.float32(0)
+        (total, others), _ = lax.scan(step, (zero, (zero, zero)), parts)
+        return sum_once(total, "data"), *lax.psum(lax.stop_gradient(others), "data")
+
+    return jax.shard_map(
+        local,
+        in_specs=(P(*tokens, None), tables, P(*tokens, None), tables, tokens, tokens),
+        out_specs=(P(), P(), P()),
+        check_vma=False,
+    )(hidden, table, given_hidden, given_table, targets, jnp.asarray(weights, jnp.float32))
+
+
+def _chunks(rows: int, group: int, most: int = GATHERED_ROWS) -> int:
     """Return the fewest equal chunks of a device's rows of which a group gathers few enough."""
-    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * group <= GATHERED_ROWS)
+    fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * group <= most)
     return next(fits, rows)

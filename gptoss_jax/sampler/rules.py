@@ -29,12 +29,16 @@ class Rules:
     top_k: keep the k likeliest tokens (more where the last ones tie).
     top_p: keep the likeliest tokens until their probability reaches top_p.
     min_p: keep tokens of at least min_p times the probability of the likeliest.
+
+    tempered: record log-probabilities of the tempered logits, which is what was drawn from where
+        nothing was cut off. Else they are the model's own, whatever the rules.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    tempered: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is no rule."""
@@ -63,6 +67,7 @@ class Rules:
             np.int32(min(self.top_k or vocab_size, vocab_size)),
             np.float32(self.top_p),
             np.float32(self.min_p),
+            np.float32(self.temperature if self.tempered and self.temperature else 1.0),
         )
         return RuleValues(*values)
 
@@ -75,6 +80,7 @@ class RuleValues:
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     min_p: Float[Array, ""]
+    recorded: Float[Array, ""]  # the temperature of the log-probabilities that are recorded
 
 
 def kept(
@@ -107,17 +113,19 @@ def choose(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Choose a token a row, and return it with its log-probability.
 
-    The log-probability is that of the model, log_softmax(logits) in float32, whatever the rules.
-    `keys` [B] is a random key a row: a row's token depends on its own logits and key alone.
+    The log-probability is that of the model, log_softmax(logits) in float32, whatever the rules;
+    with `Rules.tempered`, of the tempered logits. `keys` [B] is a random key a row: a row's token
+    depends on its own logits and key alone.
     """
     logits = logits.astype(jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     centred = logits - top
-    log_sum = jnp.log(jnp.sum(jnp.exp(centred), axis=-1))
+    recorded = centred / jnp.maximum(values.recorded, _COLDEST)
+    log_sum = jnp.log(jnp.sum(jnp.exp(recorded), axis=-1))
     if mode == "greedy":
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), -log_sum
     scaled = centred / jnp.maximum(values.temperature, _COLDEST)
     keep = kept(scaled, values, ordered=mode == "sorted")
     tokens = jax.vmap(jax.random.categorical)(keys, jnp.where(keep, scaled, -jnp.inf))
-    chosen = jnp.take_along_axis(centred, tokens[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(recorded, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - log_sum

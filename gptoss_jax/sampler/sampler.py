@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptoss_jax import tokenizer
+from gptoss_jax import host_table, tokenizer
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import chips, moe
@@ -35,7 +35,7 @@ class Generation:
     """What was sampled, a list a prompt: the prompt left out, the stop token kept."""
 
     tokens: list[list[int]]
-    logprobs: list[list[float]]  # log_softmax of the model's logits, whatever the rules
+    logprobs: list[list[float]]  # log_softmax of the model's logits, or of tempered ones: `Rules`
     prefill_seconds: float  # to the first token of all prompts, compiling included if there was any
     decode_seconds: float  # for the tokens after the first of each prompt, without compiling
 
@@ -76,19 +76,41 @@ class Sampler:
 
     def __init__(self, model: Transformer, params: Params) -> None:
         """Take a model and its parameters, which stay where they are otherwise."""
-        layers = params["layers"]
-        stacks = jax.tree.leaves(layers, is_leaf=is_weight)
         self._mesh = _mesh_of(params)
+        self.model = model.dropless()
+        self.params = self._in_order(params)
+
+    def renew(self, params: Params) -> None:
+        """Take what training has made of the parameters: nothing compiles anew.
+
+        Packed weights are taken to be those that are here, since nothing trains them: what was
+        copied of them, into another order, is not copied again.
+        """
+        have = self.params["layers"]["experts"]
+        experts = params["layers"]["experts"]
+        kept = {
+            name: have[name]
+            for name, stack in experts.items()
+            if isinstance(stack, MXFP4) and not isinstance(have[name], MXFP4)
+        }
+        new = {name: stack for name, stack in experts.items() if name not in kept}
+        params = self._in_order({**params, "layers": {**params["layers"], "experts": new}})
+        layers = params["layers"]
+        self.params = {**params, "layers": {**layers, "experts": {**layers["experts"], **kept}}}
+
+    def _in_order(self, params: Params) -> Params:
+        """Return the parameters in the form that is decoded from."""
+        params = host_table.on_device(params)
+        layers, count = params["layers"], self.model.config.num_layers
+        stacks = jax.tree.leaves(layers, is_leaf=is_weight)
         with self._on_mesh():
             if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
-                params = {**params, "layers": _split_layers(layers, model.config.num_layers)}
+                params = {**params, "layers": _split_layers(layers, count)}
                 if "layers" in (own := params.get("lora", {})):
-                    split = _split_layers(own["layers"], model.config.num_layers)
-                    params["lora"] = {**own, "layers": split}
-            elif _can_relay(model):
+                    params["lora"] = {**own, "layers": _split_layers(own["layers"], count)}
+            elif _can_relay(self.model):
                 params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
-        self.model = model.dropless()
-        self.params = params
+        return params
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -104,6 +126,7 @@ class Sampler:
         min_p: float = 0.0,
         seed: int | Sequence[int] = 0,
         stop_ids: Sequence[int] | None = None,
+        tempered: bool = False,
     ) -> Generation:
         """Continue each prompt until it samples a stop token or has `max_tokens` new ones.
 
@@ -115,7 +138,9 @@ class Sampler:
         Raises UserError for a prompt without ids, ids outside the vocabulary, prompts that with
         `max_tokens` are longer than `model.config.context`, and rules that are none.
         """
-        rules = Rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        rules = Rules(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tempered=tempered
+        )
         if not len(prompts):
             return Generation([], [], 0.0, 0.0)
         start = time.perf_counter()

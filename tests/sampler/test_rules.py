@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,18 @@ def test_greedy_takes_the_likeliest_and_its_untempered_logprob():
     np.testing.assert_allclose(
         logprobs, np.asarray(jax.nn.log_softmax(logits))[[0, 1], [1, 0]], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("rules", [RULES[1], RULES[2], RULES[12], Rules()], ids=str)
+def test_tempered_log_probabilities_are_those_before_anything_is_cut_off(rules: Rules):
+    rules = dataclasses.replace(rules, tempered=True)
+    logits = np.random.default_rng(6).normal(size=(30, V)).astype(np.float32) * 3
+    keys = jax.random.split(jax.random.key(1), 30)
+    values = rules.values(V)
+    tokens, logprobs = choose(jnp.asarray(logits), keys, values, mode=rules.mode)
+    scaled = logits.astype(np.float64) / (rules.temperature or 1.0)
+    want = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, want[np.arange(30), tokens], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45])

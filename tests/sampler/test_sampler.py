@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,6 +248,25 @@ def test_packed_experts_sample_as_their_decoded_values():
     assert one.tokens == other.tokens
     for a, b in zip(one.logprobs, other.logprobs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_sampler_takes_new_parameters_and_keeps_what_it_made_of_packed_ones():
+    (model, params), _ = make_packed()
+    sampler = Sampler(model, params)
+    experts = sampler.params["layers"]["experts"]
+
+    def train(x):  # all but the packed bytes, which nothing trains
+        return x if x.dtype == jnp.uint8 else x * 1.1
+
+    new = jax.tree.map(train, params)
+    sampler.renew(new)
+    want = Sampler(model, new)
+    chex.assert_trees_all_equal(sampler.params, want.params)
+    renewed = sampler.params["layers"]["experts"]
+    assert renewed["down_weight"] is experts["down_weight"]
+    assert renewed["down_bias"] is not experts["down_bias"]
+    found, expected = (s.generate(PROMPTS, max_tokens=TOKENS, stop_ids=[]) for s in (sampler, want))
+    assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
 
 
 def test_stacks_become_tuples_on_a_cpu_and_tuples_stay():

