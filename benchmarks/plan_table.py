@@ -70,7 +70,7 @@ ROWS = (
         f"--config configs/20b_lora.py {LONG}"),
     Row("20b-lora-131k-h100", "20b LoRA, experts too, 131,072 tokens", "h100",
         f"--config configs/20b_lora.py {LONG}"),
-    Row("20b-lora-131k-offload", "20b LoRA, experts too, 131,072 tokens, inputs on the host", "h100",
+    Row("20b-lora-131k-offload", "20b LoRA, experts too, 131,072 tokens, inputs on host", "h100",
         f"--config configs/20b_lora.py {LONG} --model.remat offload"),
     Row("20b-v5e-4x8", "20b full, float32 AdamW", "v5e:4x8",
         "--config configs/20b_v5e_4x8.py"),
