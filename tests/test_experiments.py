@@ -92,7 +92,7 @@ def test_the_last_step_is_read_from_a_log_that_is_being_written(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["nope"], "no experiment 'nope': there are .*layer_patterns, sinks"),
+        (["nope"], "no experiment 'nope': there are .*layer_patterns, qat, sinks"),
         (["sinks", "--variants", "of"], "--variants of: sinks has learned, zero, off"),
         (["sinks", "--steps", "0"], "--steps 0: at least 1"),
         (["sinks", "--seeds", "a"], "invalid int value: 'a'"),

@@ -13,7 +13,7 @@ import numpy as np
 from gptoss_jax.errors import UserError
 from gptoss_jax.weights.safetensors_io import DTYPES, Plan
 
-_READ = 1 << 26  # bytes read back at a time
+_READ = 1 << 23  # bytes read back at a time
 
 
 def hashed(
@@ -69,14 +69,17 @@ def _difference(
                 found = (DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
                 if found != (plan.dtype, plan.shape):
                     return f"tensor {name!r} has another shape or dtype"
-                digest, count = _new_hash(), plan.shape[0]
-                rows = max(1, _READ * count // plan.num_bytes)
-                for start in range(0, count, rows):
-                    piece = part[start : min(start + rows, count)]
-                    _feed(digest, piece)
-                    advance(piece.nbytes)
-                if digest.digest() != digests[name].digest():
-                    return f"tensor {name!r} has other bytes"
+        for name, plan in plans.items():
+            digest, count = _new_hash(), plan.shape[0]
+            rows = max(1, _READ * count // plan.num_bytes)
+            for start in range(0, count, rows):
+                # Opened for each piece: what was read of an open file stays in this process.
+                with safe_open(file, framework="numpy") as stored:
+                    piece = stored.get_slice(name)[start : min(start + rows, count)]
+                _feed(digest, piece)
+                advance(piece.nbytes)
+            if digest.digest() != digests[name].digest():
+                return f"tensor {name!r} has other bytes"
     except SafetensorError as error:
         return str(error)
     return None
