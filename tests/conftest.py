@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,29 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 # The parity tests share a mapping that is no package.
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of a test's cases only every N-th; all of those that some versions of JAX skip",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after the marks were looked at
+def pytest_collection_modifyitems(config, items):
+    every, seen, kept, left_out = config.getoption("--every"), Counter(), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        of_some = item.get_closest_marker("skipif") is not None
+        (kept if of_some or seen[test] % every == 0 else left_out).append(item)
+        seen[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 @pytest.fixture(scope="module")
