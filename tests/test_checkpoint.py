@@ -492,8 +492,8 @@ def test_from_any_mesh_to_any_mesh(tmp_path):
     a, b = (checkpoint.load_params(tmp_path / name) for name in "02")
     assert a[0] == b[0] == config.model
     chex.assert_trees_all_equal(a[1], b[1])
-    records = [records.read_json(tmp_path / str(i), None)[0] for i in range(3)]
-    assert records[0]["checksums"] == records[1]["checksums"] == records[2]["checksums"]
+    there = [records.read_json(tmp_path / str(i), None)[0] for i in range(3)]
+    assert there[0]["checksums"] == there[1]["checksums"] == there[2]["checksums"]
 
 
 def placement(x):

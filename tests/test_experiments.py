@@ -188,7 +188,6 @@ def test_what_is_trained_for_mxfp4_loses_nothing_by_it(tmp_path: Path):
     numbers = {v: of["seeds"]["1"]["numbers"] for v, of in record["variants"].items()}
     trained, exported = ({v: n[k] for v, n in numbers.items()} for k in list(numbers["qat"])[:2])
     assert exported["qat"] == pytest.approx(trained["qat"], rel=1e-4)  # written with 5 digits
-    assert abs(exported["longer"] / trained["longer"] - 1) > 1e-4
     assert trained["qat"] < trained["float"], "going on does not help"
 
 
