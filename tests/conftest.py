@@ -27,6 +27,17 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+    """Leave out the exhaustive lists, of ten thousand cases, where -m does not ask for them."""
+    asked = collector.config.getoption("-m")
+    if asked and asked.replace("not exhaustive", "").find("exhaustive") < 0:
+        marks = getattr(obj, "pytestmark", None)
+        if isinstance(marks, list) and any(mark.name == "exhaustive" for mark in marks):
+            return []
+    return None
+
+
 @pytest.hookimpl(trylast=True)  # after the marks were looked at
 def pytest_collection_modifyitems(config, items):
     every, seen, kept, left_out = config.getoption("--every"), Counter(), [], []
