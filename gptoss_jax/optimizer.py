@@ -223,7 +223,9 @@ def _clip(limit: float) -> optax.GradientTransformation:
     def update(grads: Params, _: ClipState, params: Params | None = None):
         norm = optax.tree.norm(grads)
         if limit > 0:
-            grads = jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), grads)
+            # One factor: a division of each entry would be written out before it is used.
+            factor = jnp.where(norm < limit, 1.0, limit / norm)
+            grads = jax.tree.map(lambda g: g * factor, grads)
         return grads, ClipState(norm)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]

@@ -15,6 +15,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.attention import LayerCache, Sequence
 from gptoss_jax.model.block import Block
 from gptoss_jax.ops import chips
+from gptoss_jax.parallel import mesh
 from gptoss_jax.types import (
     MXFP4,
     KVCache,
@@ -37,6 +38,9 @@ def scanned(
     groups, rest = divmod(c.num_layers, c.period)
     blocks = [_block(c, w, capture) for w in c.layer_windows[: c.period]]
     pick = _picker()
+    remat = partial(_remat, how=c.remat)
+    if c.remat == "none" and chips.current().platform == "cpu" and mesh.current() is None:
+        remat = partial(jax.checkpoint, policy=_all_but_cuts, prevent_cse=False)
 
     def layer(i: int, x: Array, first: Array, params: Params):
         # The layer is cut out in what is run again: cut out before, it would be kept for that.
@@ -49,7 +53,7 @@ def scanned(
     def group(x: Array, part: tuple[Array, Params]):
         results = []
         for i in range(c.period):
-            x, _, stats, captured = _remat(partial(layer, i), c.remat)(x, *part)
+            x, _, stats, captured = remat(partial(layer, i))(x, *part)
             results.append((stats, captured))
         return x, jax.tree.map(lambda *a: jnp.stack(a), *results)
 
@@ -121,6 +125,14 @@ def _block(config: ModelConfig, window: int | None, capture: tuple[str, ...]) ->
 def _picker() -> Callable:
     """Choose how a layer is taken: kernels read packed stacks in place; a CPU takes them apart."""
     return take_layer if chips.current().platform == "cpu" else point_at_layer
+
+
+def _all_but_cuts(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep for the backward pass all but what is cut out: a scan would copy every layer's weights.
+
+    Not for loops, which no policy reaches: what they return is run again, unless it has a name.
+    """
+    return primitive not in (jax.lax.slice_p, jax.lax.squeeze_p)
 
 
 def _remat(layer: Callable, how: str) -> Callable:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
@@ -280,7 +281,8 @@ def _forward(
     y, *hidden = lax.fori_loop(0, routes.num_used, expert, init)
     routed = jnp.where(routes.slots < routes.bounds[-1], shares, 0)
     out = _collect(y, routes.slots, routed).astype(x.dtype)
-    return out, routes, hidden[0] if keep else None
+    # The name is for rematerialisation: a loop's results are kept only where they have one.
+    return out, routes, checkpoint_name(hidden[0], "experts_hidden") if keep else None
 
 
 def _experts_bwd(limit: float, saved: Any, d_out: Array) -> tuple[Array, None, Array, Weights]:
