@@ -6,8 +6,8 @@ Adafactor has no first moment and keeps the second as rows and columns; paramete
 copy and are rounded by chance: 2 bytes a parameter, and 2 of its gradient.
 
 Hardware: h200:8. `python -m gptoss_jax.plan --config configs/120b_h200x8.py --target h200:8` says
-89.8 of 139.4 GiB a GPU: parameters 27.2, gradients 27.2, and 35.3 of activations and of the largest
-stack's update in float32. Result: whatever your data teaches.
+63.7 of 139.4 GiB a GPU: parameters 27.2, gradients as much, and 9.3 of activations and of the
+update. Result: whatever your data teaches.
 """
 
 from gptoss_jax.config import (

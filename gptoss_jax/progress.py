@@ -38,6 +38,9 @@ class RunProgress:
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Show a step's record."""
         text = f"loss {values['loss']:.4f}"
+        for name in ("reward", "reward_accuracy"):  # what GRPO and DPO are run for
+            if name in values:
+                text += f"  {name.replace('_', ' ')} {values[name]:.3f}"
         if "tokens_per_second" in values:
             text += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if values.get("mfu"):
