@@ -4,7 +4,7 @@
 
 The experts compute with what MXFP4 makes of their packed weights and adapters together, so that
 folding the adapters in and writing 4 bits again loses nothing of what was trained. A layer's sum is
-formed in full. Hardware: one GPU of 80 GB; compiled for an H200, a step takes 44.2 GiB.
+formed in full. Hardware: one GPU of 80 GB; compiled for an H100, a step takes 43.2 GiB.
 All weights, on more of them: --model.experts dense --model.lora.targets.
 """
 

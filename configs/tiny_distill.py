@@ -4,8 +4,8 @@
     python -m gptoss_jax.train --config configs/tiny_distill.py
 
 Any checkpoint of the same vocabulary teaches: --objective.distill.teacher DIR. Hardware: any;
-minutes on two cores. Result: the divergence from the teacher falls from 6.7 nats a token to 0.6 in
-60 steps.
+minutes on two cores. Result: of questions that neither saw it answers 0.14 exactly after 200 steps
+and 0.73 after 600; the teacher, 0.98. The divergence falls from 6.97 nats a token to 0.03.
 """
 
 from gptoss_jax.config import (
@@ -52,5 +52,5 @@ def get_config() -> Config:
             reasoning="low",
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-        train=TrainConfig(steps=200, eval_every=100, checkpoint_every=100, eval_questions=64),
+        train=TrainConfig(steps=600, eval_every=100, checkpoint_every=100, eval_questions=64),
     )
