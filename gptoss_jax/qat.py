@@ -23,17 +23,29 @@ def pack(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
 
     Of a model with `qat` it is the same function, without the work of quantising in every pass; of
     another it is what quantising after training gives. Scales are those of least error. Experts
-    that are packed and have no adapter keep their bytes. A layer at a time.
+    that are packed and have no adapter keep their bytes, and those that are not there are no
+    trouble. A layer at a time; over a mesh what is packed is spread as what it is of.
     """
-    experts, own = dict(params["layers"]["experts"]), params.get("lora", {}).get("layers", {})
-    adapters = own.get("experts", {})
+    experts = dict(params["layers"]["experts"])
     for name in _MATRICES:
-        experts[name] = _pack(experts[name], scaled(adapters, name, model.lora.scale))
+        if name in experts:
+            adapter = scaled(adapters(params), name, model.lora.scale)
+            experts[name] = _pack(experts[name], adapter)
     new = {**params, "layers": {**params["layers"], "experts": experts}}
-    if adapters:
-        rest = {module: part for module, part in own.items() if module != "experts"}
+    if adapters(params):
+        rest = {k: part for k, part in params["lora"]["layers"].items() if k != "experts"}
         new["lora"] = {**params["lora"], "layers": rest}
-    return dataclasses.replace(model, experts="mxfp4", qat=False), new
+    return packed(model), new
+
+
+def packed(model: ModelConfig) -> ModelConfig:
+    """Return the model whose parameters `pack` gives."""
+    return dataclasses.replace(model, experts="mxfp4", qat=False)
+
+
+def adapters(params: Params) -> Params:
+    """Return the experts' adapters, by the names of what they adapt: `pack` folds them in."""
+    return params.get("lora", {}).get("layers", {}).get("experts", {})
 
 
 def _pack(weight: Any, adapter: LowRank | None) -> Any:

@@ -222,7 +222,7 @@ def decode_bytes(
     """
     c = config
     unpacked = jnp.dtype(c.param_dtype).itemsize
-    per_weight = 17 / 32 if c.experts == "mxfp4" else unpacked
+    per_weight = 17 / 32 if c.experts == "mxfp4" or c.qat else unpacked
     experts = c.num_layers * c.num_experts * 3 * c.d_model * c.d_expert * per_weight / mesh.size
     table = c.vocab_size * c.d_model * unpacked / mesh.size  # the embedding's: a row is read
     chosen = 1 - (1 - c.active_experts / c.num_experts) ** sampling.batch

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptoss_jax import dry_run, host_table
+from gptoss_jax import dry_run, host_table, qat
 from gptoss_jax.config import Config
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import moe
@@ -151,6 +151,9 @@ def _sampled(config: Config, mesh: jax.sharding.Mesh) -> tuple[Transformer, Para
     """Return the model and its parameters as the sampler holds them: packed experts relaid."""
     model = Transformer(sharding.padded(config.model)).dropless()
     params = model.abstract_params()
+    if model.config.qat:
+        params = jax.eval_shape(lambda params: qat.pack(model.config, params)[1], params)
+        model = Transformer(qat.packed(model.config))
     if sampler._can_relay(model):
         layout: Any = moe.layout_for_chip()
         experts = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptoss_jax import host_table, tokenizer
+from gptoss_jax import host_table, qat, tokenizer
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import chips, moe
@@ -72,27 +72,37 @@ class Sampler:
     that its kernels read, unless they are so already (`weights.load(..., layout=)`). Of parameters
     that are spread over a mesh (`parallel.mesh`) each device samples with its part; on many hosts
     all have to call alike, and all get the result.
+
+    A model with `qat`, which quantises its experts in every pass, is sampled as the packed one that
+    it computes as (`qat.pack`): the same function, and `model` is that one.
     """
 
     def __init__(self, model: Transformer, params: Params) -> None:
         """Take a model and its parameters, which stay where they are otherwise."""
         self._mesh = _mesh_of(params)
-        self.model = model.dropless()
+        self._given = model.dropless()
+        self.model = self._given
+        if model.config.qat:
+            self.model = Transformer(qat.packed(self._given.config))
         self.params = self._in_order(params)
 
     def renew(self, params: Params) -> None:
         """Take what training has made of the parameters: nothing compiles anew.
 
         Packed weights are taken to be those that are here, since nothing trains them: what was
-        copied of them, into another order, is not copied again.
+        copied of them, into another order, is not copied again. With `qat` those that have adapters
+        are not: these are folded in anew.
         """
         have = self.params["layers"]["experts"]
         experts = params["layers"]["experts"]
+        folded = qat.adapters(params) if self._given.config.qat else {}
         kept = {
             name: have[name]
             for name, stack in experts.items()
-            if isinstance(stack, MXFP4) and not isinstance(have[name], MXFP4)
+            if isinstance(stack, MXFP4) and not isinstance(have[name], MXFP4) and name not in folded
         }
+        del have
+        self.params = {}  # makes room for the new ones
         new = {name: stack for name, stack in experts.items() if name not in kept}
         params = self._in_order({**params, "layers": {**params["layers"], "experts": new}})
         layers = params["layers"]
@@ -101,14 +111,13 @@ class Sampler:
     def _in_order(self, params: Params) -> Params:
         """Return the parameters in the form that is decoded from."""
         params = host_table.on_device(params)
-        layers, count = params["layers"], self.model.config.num_layers
-        stacks = jax.tree.leaves(layers, is_leaf=is_weight)
         with self._on_mesh():
-            if _on_cpu(params) and not all(isinstance(stack, tuple) for stack in stacks):
-                params = {**params, "layers": _split_layers(layers, count)}
-                if "layers" in (own := params.get("lora", {})):
-                    params["lora"] = {**own, "layers": _split_layers(own["layers"], count)}
+            if self._given.config.qat:  # on a CPU before what is large is copied
+                params = qat.pack(self._given.config, params)[1]
+            if _on_cpu(params):
+                params = _taken_apart(params, self.model.config.num_layers)
             elif _can_relay(self.model):
+                layers = params["layers"]
                 params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
         return params
 
@@ -284,6 +293,21 @@ def _mesh_of(params: Params) -> jax.sharding.Mesh | None:
 def prefill_piece() -> int | None:
     """Return how many tokens of a prompt are read at a time; None: all, where memory is plenty."""
     return PIECE if chips.current().kind in SMALL_CHIPS else None
+
+
+def _taken_apart(params: Params, count: int) -> Params:
+    """Return parameters, their adapters too, with an array a layer; what is so already stays."""
+    own = params.get("lora", {})
+    if not _is_apart(params["layers"]):
+        params = {**params, "layers": _split_layers(params["layers"], count)}
+    if not _is_apart(own.get("layers", {})):
+        params = {**params, "lora": {**own, "layers": _split_layers(own["layers"], count)}}
+    return params
+
+
+def _is_apart(layers: Params) -> bool:
+    stacks = jax.tree.leaves(layers, is_leaf=is_weight)
+    return all(isinstance(stack, tuple) for stack in stacks)
 
 
 def _can_relay(model: Transformer) -> bool:
