@@ -102,7 +102,7 @@ class OptimizerConfig:
         _check(
             self.name != "adafactor" or self.moment_dtype == "float32",
             "optimizer.moment_dtype is bfloat16, of a first moment, and optimizer.name is "
-            "adafactor, which has none: leave it out",
+            "adafactor, which has none: leave it at float32",
         )
         coarse = self.second_moment_dtype == "bfloat16"
         _check(
@@ -212,6 +212,9 @@ class Config:
     # A checkpoint folder to start from, or "random"; None: it has to be given. Of a LoRA run that
     # goes on: where its base is now.
     init: str | None = None
+    # A folder of PEFT's adapters that those of model.lora begin as: rank, alpha and rslora have to
+    # be its own, and what it adapts among the targets.
+    init_adapters: str | None = None
     workdir: str | None = None  # None is runs/<name>
     dry_run: bool = False  # print config, parameters, memory and FLOPs of a step, and stop
     model: ModelConfig = field(default_factory=ModelConfig)

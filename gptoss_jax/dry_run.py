@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.console import Console
 
-from gptoss_jax import data, metrics
+from gptoss_jax import data, init_adapters, metrics
 from gptoss_jax.config import Config
 from gptoss_jax.fused_step import largest_part
 from gptoss_jax.program import Program, make_program
@@ -42,12 +42,14 @@ def show(config: Config, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    run = shapes(config)
+    run, begun = shapes(config), init_adapters.read(config)
     say("\nparameters")
     for line in parameter_table(run):
         say(line)
     total, active = run.program.model.num_parameters()
     say(f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active")
+    if begun is not None:
+        say(f"adapters  begin as {config.init_adapters}: {init_adapters.describe(begun[0])}")
 
     rows, length = config.data.batch_size, config.data.sequence_length
     tokens = trained = float(rows * length)

@@ -26,6 +26,7 @@ from gptoss_jax import (
     distributed,
     dry_run,
     held_out,
+    init_adapters,
     metrics,
     patterns,
     profiling,
@@ -33,7 +34,7 @@ from gptoss_jax import (
 )
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError, run_entry
-from gptoss_jax.objectives import open_batches
+from gptoss_jax.objectives import check_start, open_batches
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
 from gptoss_jax.program import check_patterns, expert_load, keep_load, make_program
@@ -119,6 +120,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         raise UserError(
             "no weights to start from: give --init DIR (a checkpoint), or --init random"
         )
+    begun = init_adapters.read(config) if record is None else None
     base = bases.begin(config) if record is None else None
     if record is None and config.init != "random":
         params = _load_init(config, mesh, step=base.step if base else None)
@@ -137,6 +139,9 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     else:
         # Placed as restored arrays are, so that a run and its continuation are one program.
         shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state())
+        if begun is not None:
+            on_mesh = dataclasses.replace(config, model=program.model.config)
+            params = init_adapters.put(on_mesh, params, begun[1])
         state = jax.device_put(program.begin(params), shardings)
         source = f"random, seed {config.train.seed}" if config.init == "random" else config.init
         if base is not None:
@@ -149,6 +154,9 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     )
     for line in program.describe_trained():
         console.print(line, soft_wrap=True)
+    if begun is not None:
+        said = init_adapters.describe(begun[0])
+        console.print(f"begins    as {config.init_adapters}: {said}", soft_wrap=True)
     if base is not None:
         console.print(f"base      {base.describe()}; not in the checkpoints", soft_wrap=True)
     console.print(f"mesh      {meshes.describe(mesh)}, {jax.devices()[0].device_kind}")
@@ -336,6 +344,7 @@ def _load_init(config: Config, mesh: jax.sharding.Mesh, *, step: int | None) -> 
         raise UserError(
             f"--init {config.init} is another model than the config's: {', '.join(changes)}"
         )
+    check_start(config, stored)
     dtype = jnp.dtype(c.param_dtype)
     return weights.load(config.init, dtype=dtype, experts=c.experts, mesh=mesh, step=step)[1]
 

@@ -14,8 +14,8 @@ import tiny_checkpoint as tiny
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import D, E, H, K, L, N, V
 
-from gptoss_jax import weights
-from gptoss_jax.config import LoRAConfig, ModelConfig
+from gptoss_jax import init_adapters, weights
+from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig
 from gptoss_jax.convert import convert, main
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.model import Transformer, lora
@@ -269,6 +269,13 @@ def test_peft_loads_what_we_wrote_and_we_what_it_wrote(tmp_path: Path) -> None:
     want = their_logits(wrapped)
     config = dataclasses.replace(model.config, lora=own)
     close(our_logits(config, {**params, "lora": jax.tree.map(jnp.asarray, tree)}), want)
+    # A run begins as it, the rest of k's rank with an A that is new, for there to be a gradient.
+    run = Config(model=config, init="DIR", init_adapters=str(tmp_path / "theirs"))
+    run = dataclasses.replace(run, data=DataConfig(sequence_length=TOKENS.shape[1]))
+    begun = init_adapters.put(run, params, tree)
+    assert begun["lora"]["layers"]["attention"]["k_weight"]["a"].all()
+    assert init_adapters.read(run) is not None
+    close(our_logits(config, begun), want)
     # And merged into the base on the way to another folder, which transformers loads.
     convert(tmp_path / "base", tmp_path / "new", to="hf", adapters=tmp_path / "theirs")
     close(their_logits(load_theirs(tmp_path / "new")), want)
