@@ -180,14 +180,17 @@ def test_the_weights_that_the_analysis_makes_again_are_the_models(sinks: str):
 
 @pytest.mark.slow
 def test_what_is_trained_for_mxfp4_loses_nothing_by_it(tmp_path: Path):
-    options = ["qat", "--steps", "25", "--seeds", "1", "--jobs", "2", "--out", str(tmp_path)]
+    options = ["qat", "--steps", "120", "--seeds", "1", "--jobs", "2", "--out", str(tmp_path)]
     command = [sys.executable, "experiments/run.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "results.json").read_text())
-    numbers = {v: of["seeds"]["1"]["numbers"] for v, of in record["variants"].items()}
-    trained, exported = ({v: n[k] for v, n in numbers.items()} for k in list(numbers["qat"])[:2])
-    assert exported["qat"] == pytest.approx(trained["qat"], rel=1e-4)  # written with 5 digits
+    seeds = {v: of["seeds"]["1"] for v, of in record["variants"].items()}
+    # As the trainer computed it after its last step, and as a model that was exported and read.
+    trained = {v: seed["curves"]["held_out_loss"][1][-1] for v, seed in seeds.items()}
+    lost = {v: abs(seed["numbers"]["in MXFP4"] - trained[v]) for v, seed in seeds.items()}
+    assert lost["qat"] < 1.01e-4, "more than the last of the 5 digits that are written"
+    assert lost["longer"] > 5e-4, "quantising costs too little for this to show anything"
     assert trained["qat"] < trained["float"], "going on does not help"
 
 

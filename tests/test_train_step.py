@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache, partial
 
 import chex
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import D, E, L, Toy, toy_batch
+from training import D, E, L, Toy, V, toy_batch
 
-from gptoss_jax.config import OptimizerConfig
+from gptoss_jax.config import ModelConfig, OptimizerConfig
 from gptoss_jax.loss import loss_fn
+from gptoss_jax.model import Transformer
 from gptoss_jax.optimizer import make_optimizer
 from gptoss_jax.train_step import init_state, make_train_step
-from gptoss_jax.types import MXFP4
+from gptoss_jax.types import MXFP4, flatten
 
 CONFIG = OptimizerConfig(learning_rate=0.02, warmup_steps=3)
 
@@ -50,6 +52,52 @@ def test_accumulation_is_one_big_batch():
         np.testing.assert_allclose(a.router.z_loss, b.router.z_loss, rtol=1e-5)
         np.testing.assert_allclose(a.router.load, b.router.load, rtol=1e-5)
         assert a.tokens == b.tokens
+
+
+# Its "update" is the gradient, as the optimizer gets it.
+KEEP = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
+)
+SMALL = ModelConfig(
+    vocab_size=V, num_layers=2, d_model=D, num_heads=3, num_kv_heads=1, head_dim=6, num_experts=E,
+    active_experts=2, d_expert=10, window=4, context=32, dtype="float32", param_dtype="float32",
+    init_std=0.4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model", [Toy(), pytest.param(Transformer(SMALL), marks=pytest.mark.slow)], ids=["toy", "real"]
+)
+def test_gradients_that_accumulate_are_those_of_one_batch(model):
+    """Of the mean over all weights, by all logits at once; the four parts weigh unevenly."""
+    batch = toy_batch(8, 9)
+    share = np.repeat(np.array([[2.0], [0.05], [0.0], [0.7]], np.float32), 2, axis=0)
+    batch = dataclasses.replace(batch, weights=batch.weights * share)
+    parts = batch.weights.reshape(4, -1).sum(1)
+    assert parts[2] == 0 and 5 * parts[1] < parts[3] and 5 * parts[1] < parts[0]
+    state = init_state(model, KEEP, None, seed=4)
+
+    def mean(params):
+        out = model.forward(
+            params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
+        )
+        table = params["unembedding"]["weight"]
+        logits = jnp.einsum("BTD,VD->BTV", out.hidden, table, precision="highest")
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+        return -jnp.sum(logp * batch.weights) / batch.weights.sum()
+
+    loss, want = jax.device_get(jax.jit(jax.value_and_grad(mean))(state.params))
+    for accumulate in (4, 1):
+        step = make_train_step(model, KEEP, loss_fn, accumulate=accumulate)
+        after, measured = step(init_state(model, KEEP, None, seed=4), batch)
+        np.testing.assert_allclose(measured.loss, loss, rtol=1e-5)
+        got, expected = flatten(after.opt_state), flatten(want)
+        assert got.keys() == expected.keys()
+        for path, g in expected.items():
+            limit = 1e-5 * np.abs(g).max()
+            np.testing.assert_allclose(got[path], g, rtol=0, atol=limit, err_msg=path)
+        assert np.abs(expected["unembedding/weight"]).max() > 1e-3
 
 
 def test_low_precision_parameters_stay_so_and_accumulate_in_float32():
