@@ -30,7 +30,7 @@ demo: $(VENV)/installed
 	@echo "Ask it yourself:  $(RUN) -m gptoss_jax.sample --checkpoint $(DEMO) --prompt 'sort 3 1 2' --reasoning low"
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m "not slow and not aot and not exhaustive"
+	$(RUN) -m pytest -n 2 --quick -m "not slow and not aot and not exhaustive"
 
 slow: $(VENV)/installed
 	$(RUN) -m pytest -n 2 -m slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,20 @@ def pytest_addoption(parser):
         metavar="N",
         help="of a test's cases only every N-th; all of those that some versions of JAX skip",
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="compile for the CPU with little optimisation: a quarter of the compiler's time",
+    )
+
+
+def pytest_configure(config):
+    """Ask for little optimisation before JAX is imported; runs that tests start inherit it."""
+    if config.getoption("--quick"):
+        flags = ["--xla_backend_optimization_level=0"]
+        if version("jax").startswith("0.10."):  # others do not know it, and XLA ends the process
+            flags.append("--xla_cpu_use_fusion_emitters=false")
+        os.environ["XLA_FLAGS"] += " " + " ".join(flags)
 
 
 @pytest.hookimpl(tryfirst=True)

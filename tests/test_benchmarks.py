@@ -46,13 +46,18 @@ def test_a_training_case_on_a_cpu_has_the_same_loss_on_each_side(tmp_path):
         assert side["peak bytes"] > side["of which libraries"] > 0
 
 
-@pytest.mark.slow
-def test_what_a_device_is_for_runs_at_tiny_size(tmp_path):
-    cases = run_training(tmp_path / "train.json", "--device", "--cases", "2", "3")
-    assert [case["case"] for case in cases] == ["tiny full", "tiny LoRA attention r=16"]
-    for case in cases:
-        (side,) = case["sides"].values()
-        assert side["loss"] > 6 and side["tokens per second"] > 0
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        pytest.param("2", "tiny full", marks=pytest.mark.exhaustive),
+        pytest.param("3", "tiny LoRA attention r=16", marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_device_is_for_runs_at_tiny_size(tmp_path, number, name):
+    (case,) = run_training(tmp_path / "train.json", "--device", "--cases", number)
+    assert case["case"] == name
+    (side,) = case["sides"].values()
+    assert side["loss"] > 6 and side["tokens per second"] > 0
 
 
 def test_operations_of_a_training_step_by_hand(monkeypatch):

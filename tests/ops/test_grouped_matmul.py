@@ -8,12 +8,14 @@ from covering import name
 from gptoss_jax.ops import mxfp4
 
 
-# The widest are for the slow tier: the reference takes gigabytes there.
+# The widest are for hours by hand: the reference takes gigabytes there.
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(
-            case, id=name(case), marks=[pytest.mark.slow] if case["N"] * case["C"] > 1e6 else []
+            case,
+            id=name(case),
+            marks=[pytest.mark.exhaustive] if case["N"] * case["C"] > 1e6 else [],
         )
         for case in cases.COVERING
     ],
