@@ -61,8 +61,9 @@ def two_steps(config, mesh):
 
 def test_it_trains_the_same():
     """In microbatches, with layers' inputs on the host too: as if all were on the device."""
-    options = ["--optimizer.accumulate", "2"]
-    plain, on_host = config_of(*options), config_of(*options, ON_HOST, "--model.remat", "offload")
+    # Both run layers again: another order of sums is more than rounding after Adam's division.
+    options = ["--optimizer.accumulate", "2", "--model.remat", "offload"]
+    plain, on_host = config_of(*options), config_of(*options, ON_HOST)
     mesh = meshes.make(plain.mesh, jax.devices())
     with jax.set_mesh(mesh):
         want, expected = two_steps(plain, mesh)
