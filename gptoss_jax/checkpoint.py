@@ -301,6 +301,8 @@ def load_params(
                         f"step={earlier})"
                     ) from None
             raise UserError(f"{error}; no earlier checkpoint is whole") from None
+        if record.base is None and base is not None:
+            raise UserError(f"{workdir} holds all of its parameters: leave out base")
         if record.base is not None:
             own = record.config.model
             frozen = bases.load(record.base, own, place=base, whose=workdir)[0]

@@ -90,3 +90,6 @@ class ObjectiveConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    # Of dpo, and of grpo with kl, which compare with the model without its adapters. start: the
+    # model that the run begins with, so --init must have none; base: what is below those of --init.
+    reference: Literal["start", "base"] = "start"

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Array, Float
 
 from gptoss_jax import data, distill, dpo, rollouts
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, ModelConfig
 from gptoss_jax.distill import distill_loss
 from gptoss_jax.dpo import dpo_loss
+from gptoss_jax.errors import UserError
 from gptoss_jax.grpo import grpo_loss
 from gptoss_jax.loss import LossSums, loss_fn
 from gptoss_jax.objective_config import ObjectiveConfig
@@ -85,6 +86,44 @@ def open_batches(config: Config, *, rows: tuple[int, int]) -> Any:
     if config.objective.name == "grpo":
         return rollouts.open_questions(config)
     return data.train_batches(config, rows=rows)
+
+
+def first_batches(config: Config, count: int) -> list[Batch]:
+    """Return the first batches of the training data, whole: of questions, without answers.
+
+    Raises:
+        UserError: as `open_batches`.
+    """
+    if config.objective.name == "grpo":
+        return rollouts.unanswered(config, count)
+    batches = data.train_batches(config)
+    try:
+        return [next(batches) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def check_start(config: Config, stored: ModelConfig) -> None:
+    """Refuse to begin with the adapters of another run where the reference leaves these out, too.
+
+    The run would be held to what was there before that other run, and seem to be as it should.
+
+    Args:
+        config: Of a run that begins.
+        stored: The model that --init holds.
+
+    Raises:
+        UserError: it has adapters, and `objective.reference` does not say that this is meant.
+    """
+    name, kl = config.objective.name, config.objective.grpo.kl
+    compares = name == "dpo" or (name == "grpo" and kl > 0)
+    if compares and stored.lora.targets and config.objective.reference == "start":
+        raise UserError(
+            f"--init {config.init} has adapters, and the reference of objective.name {name} is the "
+            "model without any, so not what this run starts from: merge them (python -m "
+            f"gptoss_jax.convert {config.init} OUT --to hf) and give --init OUT, or take the model "
+            "below them as the reference with --objective.reference base"
+        )
 
 
 def held_out_loss(objective: ObjectiveConfig) -> Callable[[Any, Params, Batch], LossSums]:

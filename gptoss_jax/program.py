@@ -12,12 +12,12 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from gptoss_jax import adapters, data, host_table, patterns, routing
+from gptoss_jax import adapters, host_table, patterns, routing
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
 from gptoss_jax.fused_step import make_fused_step
 from gptoss_jax.model import Transformer
-from gptoss_jax.objectives import Objective, make_objective
+from gptoss_jax.objectives import Objective, first_batches, make_objective
 from gptoss_jax.optimizer import make_optimizer
 from gptoss_jax.parallel import sharding
 from gptoss_jax.train_step import StepMetrics, init_params, init_state, make_train_step
@@ -149,11 +149,7 @@ def expert_load(
     model = Transformer(sharding.padded(config.model))
     if params is None:
         params = init_params(model, seed=config.train.seed)
-    batches = data.train_batches(config)
-    try:
-        first = [next(batches) for _ in range(config.train.load_batches)]
-    finally:
-        batches.close()
+    first = first_batches(config, config.train.load_batches)
     return routing.measure_load(model, params, first)
 
 

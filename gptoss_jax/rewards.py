@@ -5,8 +5,9 @@
 
 `objective.grpo.reward` names the file, and the function where it is not called `reward`:
 FILE.py[:FUNCTION]. It is called once an answer, with an `Answer` and the record as data.train's
-file has it, all of its fields included, and returns a number: a float, an int or a bool. It runs
-in the training process, on the first host alone, so it may be slow and need not be deterministic.
+file has it, all of its fields included (of a .parquet file those that are not null), and returns a
+number: a float, an int or a bool. It runs in the training process, on the first host alone, so it
+may be slow and need not be deterministic.
 The file's folder is not on Python's path: what it imports has to be installed.
 """
 
@@ -82,7 +83,9 @@ def load(spec: str | None) -> Reward:
         raise UserError(f"{field}: there is no file {file}")
     try:
         names = _run(path.resolve(), path.stat().st_mtime_ns)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit and asyncio's are no `Exception`
         raise UserError(f"{field}: {file} can't be run: {_what(error, path)}") from error
     function = names.get(name)
     if not callable(function):
@@ -115,7 +118,9 @@ def score(reward: Reward, answer: Answer, record: dict[str, Any], *, where: str)
     name = getattr(reward, "__name__", "reward")
     try:
         value = reward(answer, record)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         file = getattr(getattr(reward, "__code__", None), "co_filename", None)
         what = _what(error, Path(file) if file else None)
         raise UserError(f"{where}: the reward of an answer to {prompt!r}: {what}") from error

@@ -65,6 +65,17 @@ def open_questions(config: Config) -> Questions:
     return Questions(config)
 
 
+def unanswered(config: Config, count: int) -> list[Batch]:
+    """Return the questions of the first rounds, as many, as batches without answers to them."""
+    questions = open_questions(config)
+    updates = config.objective.grpo.updates
+    rounds = [next(questions) for _ in range(count * updates)][::updates]
+    for asked in rounds:
+        size = len(asked.questions) * config.objective.grpo.group_size
+        asked.answers = {"tokens": [[]] * size, "logprobs": [[]] * size, "rewards": [0.0] * size}
+    return [make_batch(asked, config, fresh=True) for asked in rounds]
+
+
 class Rollouts:
     """Answers the questions of each round, has the answers judged, and makes a batch of them.
 

@@ -423,6 +423,8 @@ def test_load_params_reads_the_model_of_the_run(model_run):
     workdir, config, params, ema = model_run
     got, read = checkpoint.load_params(workdir, ema=False)
     assert got == config
+    with pytest.raises(UserError, match="holds all of its parameters: leave out base"):
+        checkpoint.load_params(workdir, base="elsewhere")
     chex.assert_trees_all_equal(read, params)
     _, read = checkpoint.load_params(workdir)
     averaged = params | {

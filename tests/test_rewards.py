@@ -56,6 +56,7 @@ def an_answer(**more):
         ("return [1.0]", "returned"),
         ("return 10 ** 400", "no finite number"),
         ("raise SystemExit", "SystemExit"),
+        ("import asyncio\n    raise asyncio.CancelledError", "CancelledError"),
     ],
 )
 def test_a_reward_that_fails_names_the_prompt(tmp_path, body, message):

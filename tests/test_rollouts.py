@@ -17,6 +17,7 @@ from training import TINY
 from gptoss_jax import config_cli, metrics, rollouts, train
 from gptoss_jax.data.questions import Asked, Round
 from gptoss_jax.errors import UserError
+from gptoss_jax.objectives import first_batches
 
 ROOT = Path(__file__).parents[1]
 SUMS = ROOT / "configs" / "rewards" / "sums.py"
@@ -140,6 +141,19 @@ def test_short_answers_share_rows_of_few_counts():
     # 28 tokens fit one row of 29, and 6 rows halve once; with microbatches of a row not at all.
     assert sizes == {(29, 1): 3, (11, 1): 3, (29, 2): 6, (7, 1): 6}
     assert not batch.shared["fresh"]
+
+
+def test_questions_alone_tell_the_load_of_experts(tmp_path):
+    """They have no token that is trained; each round counts once, whatever is done with it."""
+    asked = [{"messages": chat(i)["messages"][:1]} for i in range(5)]
+    file = write(tmp_path / "a.jsonl", asked)
+    c = config("--data.train", file, "--objective.grpo.updates", "2")
+    batches = first_batches(c, 3)
+    questions = rollouts.open_questions(config("--data.train", file))
+    rounds = [next(questions) for _ in range(3)]
+    for batch, each in zip(batches, rounds, strict=True):
+        tokens = sum(3 * len(q.prompt) for q in each.questions)
+        assert (batch.segment_ids != 0).sum() == tokens and not batch.weights.any()
 
 
 def test_the_log_of_a_round():

@@ -174,10 +174,11 @@ class Examples:
         if step > 1 and not stats.trained:
             stats = self._count(range(n))
         if not stats.trained:
+            bad = f"; {self.records.skip_summary()}" if self.records.skipped else ""
             raise UserError(
                 f"{self.field}: no token of its {n:,} records is trained; data.train_on is "
                 f"{', '.join(self.config.train_on) or 'empty'}, and data.sequence_length "
-                f"{self.config.sequence_length}"
+                f"{self.config.sequence_length}{bad}"
             )
         return stats
 
@@ -236,13 +237,13 @@ def _stamped(files: Sequence[Path], field: str) -> _Stamped:
     return field, tuple((path, stamp(path)) for path in files)
 
 
-def _how(config: Config) -> tuple[DataConfig, int, bool]:
-    return config.data, config.model.vocab_size, config.objective.name == "dpo"
+def _how(config: Config) -> tuple[DataConfig, int, str]:
+    return config.data, config.model.vocab_size, config.objective.name
 
 
 @lru_cache(maxsize=2)  # the training data and the held-out
 def _open(
-    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, pairs: bool
+    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, objective: str
 ) -> tuple[Examples, ...]:
     opened = []
     for field, stamped in groups:
@@ -251,7 +252,8 @@ def _open(
             field=field,
             stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
             skip_bad=config.on_bad_record == "skip",
-            pairs=pairs,
+            pairs=objective == "dpo",
+            whole=objective == "grpo",  # a reward function may ask for any
         )
         room = CACHE_TOKENS // len(groups)
         opened.append(

@@ -2,8 +2,8 @@
 
 The columns are those of a JSONL record: `messages` (a list of structs), with `tools` and
 `reasoning` where there are any; or `text`; or those of a pair (`data/preferences.py`). Others are
-not read. Arrow gives each struct of a column the fields of all: those that are null are dropped, at
-any depth.
+read where a reward function is to see them. Arrow gives each struct of a column the fields of all:
+those that are null are dropped, at any depth.
 
 A row costs the decoding of its row group, unless the one before was of the same: files of many GiB
 are best written with row groups of some thousand rows.
@@ -51,8 +51,11 @@ class Layout:
         return bisect_right(self.ends, row)
 
 
-def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False) -> Layout:
-    """Read the footer. Raises `UserError`: no parquet file, or columns that make no record."""
+def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False, whole: bool = False) -> Layout:
+    """Read the footer; rows will have all columns if `whole`, else what makes a record.
+
+    Raises `UserError`: no parquet file, or columns that make no record.
+    """
     with _naming(path):
         from pyarrow.parquet import ParquetFile
 
@@ -64,7 +67,7 @@ def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False) -> Layout:
     if pairs:
         wanted, what = preferences.FIELDS, "chosen and rejected, and a prompt (objective.name dpo)"
         missing = not set(preferences.SIDES) <= set(names)
-    columns = tuple(name for name in wanted if name in names)
+    columns = tuple(names if whole else (name for name in wanted if name in names))
     if missing:
         raise UserError(
             f"{path}: its columns are {', '.join(map(str, names[:12])) or 'none'}; a record has "

@@ -153,8 +153,13 @@ class Records:
         stretch_bytes: int,
         skip_bad: bool = False,
         pairs: bool = False,
+        whole: bool = False,
     ) -> None:
-        """Index `files`, of which `resolve` made the list; `field` names them in messages."""
+        """Index `files`, of which `resolve` made the list; `field` names them in messages.
+
+        Records have all columns of parquet files if `whole`, else those that a chat, a text or a
+        pair is made of; of .jsonl files they have all fields.
+        """
         self.files = list(files)
         self.pairs = pairs
         self.skipped = 0
@@ -165,7 +170,7 @@ class Records:
         for k, path in enumerate(self.files):
             if path.suffix == ".parquet":
                 with self._open(k) as file:
-                    self._layouts[k] = parquet.read_layout(file, path, pairs=pairs)
+                    self._layouts[k] = parquet.read_layout(file, path, pairs=pairs, whole=whole)
             elif path.suffix == ".txt" and pairs:
                 raise UserError(f"{path}: plain text, and objective.name dpo trains on pairs")
         self._group: tuple[int, int, Any] = (-1, -1, None)  # file, row group, and its table

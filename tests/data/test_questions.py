@@ -6,10 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from gptoss_jax import harmony, tokenizer
 from gptoss_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.questions import Questions
 from gptoss_jax.errors import UserError
 from gptoss_jax.objective_config import GRPOConfig
@@ -89,6 +92,26 @@ def test_a_question_is_the_chat_before_the_answer(tmp_path):
     assert answered.record == chat(3, key="k")
     want = harmony.render_prompt(chat(3)["messages"][:1], reasoning="low", tokenizer=encoding)
     assert answered.prompt == want
+
+
+def test_a_parquet_file_asks_as_a_jsonl_file_does(tmp_path):
+    """With all fields, which a reward function may look at; but for those that are null."""
+    records = [chat(i, key=i, solution={"sums": [i, 2.5], "unit": "m"}) for i in range(4)]
+    records += [{**records[0], "key": None}]
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(records), table, row_group_size=2)
+
+    def asked(file: str) -> list:
+        questions = Questions(config(file))
+        return [q for _ in range(3) for q in next(questions).questions][:5]  # an epoch
+
+    del records[4]["key"]
+    lines = asked(write(tmp_path / "a.jsonl", records))
+    for got, want in zip(asked(str(table)), lines, strict=True):
+        assert (got.prompt, got.question, got.record) == (want.prompt, want.question, want.record)
+    plain = dataclasses.replace(config(str(table)), objective=ObjectiveConfig())
+    (record,) = {tuple(open_examples(plain).records[i].fields) for i in range(5)}
+    assert record == ("messages",)  # what no one asks for is not read
 
 
 def test_questions_that_do_not_fit_are_left_out_or_refused(tmp_path):
