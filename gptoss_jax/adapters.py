@@ -54,7 +54,8 @@ def masks(
     """Return the factor on the learning rate of each parameter: see `patterns.masks`.
 
     With adapters these alone are trained, where their targets choose layers and experts, and what
-    `optimizer.only` names; `freeze` and `learning_rates` hold for them, too, by their paths.
+    `optimizer.only` names; where it names adapters, these alone of them. `freeze` and
+    `learning_rates` hold for them, too, by their paths.
 
     Raises:
         UserError: as `patterns.masks`, of targets too; nothing that can be adapted by a target's
@@ -67,7 +68,8 @@ def masks(
     chosen = patterns.selected(
         "model.lora.targets", lora.target_patterns(model), weights, load=load
     )
-    only = (f"{ROOT}/*", *optimizer.only)
+    some = any(pattern.startswith(f"{ROOT}/") for pattern in optimizer.only)  # of the adapters
+    only = optimizer.only if some else (f"{ROOT}/*", *optimizer.only)
     factors = flatten(patterns.masks(params, dataclasses.replace(optimizer, only=only), load=load))
     for path in adapted:
         for part in "ab":

@@ -194,6 +194,8 @@ def restore(
     if record.base is not None:
         if frozen is None:
             model = record.config.model
+            if place == record.config.init:  # the run's own: where its base is the record knows
+                place = None
             frozen, base = bases.load(record.base, model, place=place, whose=workdir)
             record = dataclasses.replace(record, base=base)
         items["params"] = _join(items["params"], jax.tree.map(_place, frozen, rest))

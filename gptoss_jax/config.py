@@ -275,8 +275,8 @@ def _check_fused(config: Config) -> None:
     )
     _check(
         name not in ("dpo", "grpo"),
-        f"{where} of one run of the model, and objective.name {name} asks for a reference without "
-        "adapters: leave out optimizer.fused",
+        f"{where} by a pass of its own over the model, and objective.name {name} makes its own, "
+        "too: leave out optimizer.fused",
     )
     _check(
         model.remat == "full",

@@ -69,8 +69,8 @@ def convert(
     else:
         weights = open_checkpoint(folder)
     if to == "peft":
-        options = {"experts": experts, "dtype": dtype, "adapters": adapters}
-        _write_peft(folder, destination, weights, given=[name for name, x in options.items() if x])
+        options = {"experts": experts, "dtype": dtype, "adapters": adapters}.items()
+        _write_peft(folder, destination, weights, step=step, given=[n for n, x in options if x])
         return Report()
     form = experts or weights.config.experts
 
@@ -104,16 +104,28 @@ def _merged(folder: Path, weights: Stored | ParamsSource, adapters: str | Path |
 
 
 def _write_peft(
-    folder: Path, destination: str | Path, weights: Stored | ParamsSource, *, given: list[str]
+    folder: Path,
+    destination: str | Path,
+    weights: Stored | ParamsSource,
+    *,
+    step: int | None,
+    given: list[str],
 ) -> None:
-    """Write a workdir's adapters, and what they are of: the run's `--init`."""
+    """Write a workdir's adapters, and what they are of: the base that the run began with."""
     from gptoss_jax import checkpoint as training
 
     if given:
         raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
     if not isinstance(weights, ParamsSource):
         raise UserError(f"{folder}: is a whole model without adapters; --to peft is for LoRA runs")
-    init = training.read_record(folder).config.init or ""
+    record = training.read_record(folder, step)
+    beside = [name for name in record.config.optimizer.only if not name.startswith("lora/")]
+    if beside:
+        raise UserError(
+            f"{folder}: trained {' '.join(beside)} besides its adapters, which PEFT's layout has "
+            "no place for: --to hf writes all of it"
+        )
+    init = record.base.init if record.base else record.config.init or ""
     write_adapters(destination, weights, base="" if init == "random" else init)
 
 

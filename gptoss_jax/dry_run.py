@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.console import Console
 
-from gptoss_jax import data, init_adapters, metrics
+from gptoss_jax import data, init_adapters, metrics, patterns
 from gptoss_jax.config import Config
 from gptoss_jax.fused_step import largest_part
 from gptoss_jax.program import Program, make_program
@@ -53,10 +54,11 @@ def show(config: Config, console: Console) -> None:
 
     rows, length = config.data.batch_size, config.data.sequence_length
     tokens = trained = float(rows * length)
-    if config.data.train:
+    known = config.data.train and config.objective.name != "grpo"  # whose answers are yet to come
+    if known:
         say(f"\n{data.describe(config)}")
         tokens, trained = _first_batch(config)
-    what = "first batch" if config.data.train else "full rows, every token trained"
+    what = "first batch" if known else "full rows, every token trained"
     say(
         f"\na step    {rows:,} rows of {length:,}: {tokens:,.0f} tokens, {trained:,.0f} trained "
         f"({what}); {tokens * config.train.steps:,.0f} tokens in {config.train.steps:,} steps"
@@ -69,7 +71,9 @@ def show(config: Config, console: Console) -> None:
     peak = metrics.peak_flops(config.train.peak_tflops)
     if peak:
         say(f"          {flops / peak:.3g} s a step at the device's peak, if one held it all")
-    say(f"checkpoint  {_size(checkpoint_bytes(run.state))} each, {config.train.keep} kept")
+    left_out = patterns.frozen_paths(run.program.factors) if config.model.lora.targets else ()
+    each = checkpoint_bytes(run.state, left_out=left_out)
+    say(f"checkpoint  {_size(each)} each, {config.train.keep} kept")
 
     kind = jax.devices()[0].device_kind
     say(f"\nmemory of a step, compiled for one device ({kind}) ...")
@@ -125,9 +129,18 @@ def parameter_table(run: Shapes) -> list[str]:
     ]
 
 
-def checkpoint_bytes(state: TrainState) -> int:
-    """Return the bytes of what a checkpoint holds: parameters, optimizer, averaged parameters."""
-    return _bytes((state.params, state.opt_state, state.ema))
+def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> int:
+    """Return the bytes of what a checkpoint holds: parameters, optimizer, averaged parameters.
+
+    `left_out` are the paths of parameters that are in a base, adapters though frozen not among them
+    (`base.measure`).
+    """
+    kept = [
+        leaf
+        for path, leaf in _by_path(state.params)
+        if path not in left_out or path.startswith("lora/")
+    ]
+    return _bytes((kept, state.opt_state, state.ema))
 
 
 def memory_table(config: Config, run: Shapes) -> list[str]:

@@ -60,7 +60,8 @@ def grpo_loss(
     batch, out = forward(model, params, given)
     assert batch.per_token is not None and batch.shared is not None
     weights = jnp.asarray(batch.weights, jnp.float32)
-    hidden = out.hidden / grpo.temperature  # divides the logits
+    # Divides the logits; in bfloat16 a rounding more than the sampler's, which `sampler_gap` has.
+    hidden = out.hidden / grpo.temperature
 
     def logprobs(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         frozen = jax.lax.stop_gradient((params, hidden))

@@ -126,8 +126,8 @@ def expert_load(
     """Return the load that patterns choose experts by; None if none does.
 
     Measured over the first `train.load_batches` batches of the data with the parameters that
-    training begins with (None: random ones), and kept in the workdir by `keep_load`: a run that
-    goes on has the same experts.
+    training begins with (None: random ones), but for `init_adapters`, and kept in the workdir by
+    `keep_load`: a run that goes on has the same experts.
 
     Raises:
         UserError: the run goes on, and the file is not there or damaged.

@@ -68,7 +68,9 @@ class StepRecorder:
             values["skipped_steps"] = skipped
         for each in ([x.extra for x in done], told):
             names = {name: None for values_of in each for name in values_of}
-            values |= {n: float(np.mean([float(v[n]) for v in each if n in v])) for n in names}
+            values |= {
+                name: _overall(name, [float(v[name]) for v in each if name in v]) for name in names
+            }
         values |= self._by_source(done)
         if seconds is not None:
             values |= self._rates(done, seconds)
@@ -106,3 +108,11 @@ class StepRecorder:
             "mfu": flops / seconds / self._peak if self._peak else None,
             "step_seconds": seconds / len(done),
         }
+
+
+def _overall(name: str, values: list[float]) -> float:
+    """Return the mean over the steps that tell, or of a maximum the largest; NaN if none does."""
+    told = [x for x in values if not np.isnan(x)]
+    if not told:
+        return float("nan")
+    return max(told) if name.endswith("_max") else float(np.mean(told))

@@ -332,6 +332,22 @@ def test_a_run_on_another_s_adapters_has_its_base(whole, folder, args):
     )
 
 
+@pytest.mark.slow
+def test_a_run_on_another_s_adapters_goes_on_without_it(copy, args, tmp_path):
+    other, _ = copy
+    args = [*args, "--init", str(other), "--workdir", str(tmp_path / "next")]
+    train.main([*args, "--train.steps", "2"])
+    shutil.rmtree(other)
+    train.main([*args, "--train.steps", "3"])
+    assert [step for step, _ in losses(tmp_path / "next")] == [1, 2, 3]
+
+
+def test_adapters_alone_are_not_written_for_a_run_that_trained_more(whole, tmp_path):
+    with pytest.raises(UserError, match=r"trained \*sinks besides its adapters.*--to hf"):
+        convert.convert(whole, tmp_path / "peft", to="peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_convert_takes_base_and_adapters(whole, tmp_path):
     convert.convert(whole, tmp_path / "hf", to="hf", experts="dense")
     got = flatten(weights.load(tmp_path / "hf", dtype=jnp.float32)[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import re
 import subprocess
@@ -11,9 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from training import TINY, write_chats
 
 from gptoss_jax import config_cli, dry_run, metrics, train
+from gptoss_jax.data import inspect
 from gptoss_jax.errors import UserError
 from gptoss_jax.optimizer import split_trainable
 
@@ -153,6 +157,20 @@ def test_the_real_models_are_counted_without_being_made(name, parameters, gb):
     trained, _ = split_trainable(run.state.params)
     assert len(jax.tree.leaves(trained)) == len(jax.tree.leaves(run.state.params))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(run.state))
+
+
+def test_questions_need_no_answers(tmp_path, monkeypatch):
+    question = {"messages": [{"role": "user", "content": "why?"}]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    options = "--objective.name grpo --objective.grpo.reward configs/rewards/sums.py --init random "
+    options += "--objective.grpo.group_size 2"
+    config = config_of(str(tmp_path / "q.jsonl"), *options.split())
+    monkeypatch.setattr(dry_run, "memory_table", lambda *_: ["as ever"])
+    out = io.StringIO()
+    dry_run.show(config, Console(file=out))
+    assert "full rows, every token trained" in out.getvalue() and "as ever" in out.getvalue()
+    with pytest.raises(UserError, match="rows are made of the answers"):
+        inspect.main([*SMALL, "--data.train", str(tmp_path / "q.jsonl"), *options.split()])
 
 
 def test_a_step_that_does_not_compile_is_told(monkeypatch):

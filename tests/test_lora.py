@@ -21,6 +21,7 @@ from gptoss_jax.model import Transformer
 from gptoss_jax.model.lora import adapted as lora_paths
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding, sharding
+from gptoss_jax.patterns import frozen_paths
 from gptoss_jax.program import make_program
 from gptoss_jax.train_step import init_params
 from gptoss_jax.types import Batch, flatten, path_name
@@ -69,6 +70,10 @@ def test_only_adapters_are_trained_by_default():
     # Less, and at another pace.
     less = masks_of(*LORA, "--optimizer.freeze", "lora/*/a")
     assert {path[-1] for path, factor in less.items() if np.any(factor)} == {"b"}
+    named = masks_of(*LORA, "--optimizer.only", "lora/*/b")
+    assert {path for path, factor in named.items() if np.any(factor)} == {
+        path for path in trained if path.endswith("/b")
+    }
     rates = masks_of(*LORA, "--optimizer.learning_rates", "lora/*/b=16")
     assert rates["lora/layers/attention/q_weight/b"] == 16
     assert rates["lora/layers/attention/q_weight/a"] == 1
@@ -193,6 +198,11 @@ def test_dry_run_shows_adapters():
     assert "packed" in rows["layers/experts/gate_up_weight"]
     assert "frozen" in rows["embedding/weight"]
     assert " all " in rows["lora/layers/experts/gate_up_weight/a"]
+    frozen = frozen_paths(run.program.factors)
+    held = jax.tree.leaves((run.state.params["lora"], run.state.opt_state))
+    assert dry_run.checkpoint_bytes(run.state, left_out=frozen) == sum(
+        x.size * x.dtype.itemsize for x in held
+    )
     text = "\n".join(run.program.describe_trained())
     assert "lora/layers/attention/q_weight/a" in text and "embedding/weight" in text
     chosen = config_of("--model.lora.targets", "down[1,3]", "--model.lora.rank", "3")

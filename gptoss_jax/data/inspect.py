@@ -107,6 +107,11 @@ def _parser() -> Parser:
 
 def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...], list[Batch]]:
     """Return the names of the sources, none without a mixture, and the first batches."""
+    if config.objective.name == "grpo":
+        raise UserError(
+            "objective.name is grpo, whose rows are made of the answers that are sampled: see "
+            "answers.jsonl of a run; --objective.name sft shows chats as they would be trained on"
+        )
     if held_out:
         return (), eval_batches(config)[:count]
     batches = train_batches(config)
