@@ -10,7 +10,7 @@ import pytest
 
 from gptoss_jax.ops.grouped_matmul import grouped_matmul
 from gptoss_jax.ops.mxfp4 import hopper
-from gptoss_jax.types import LayerOf, Relaid
+from gptoss_jax.types import MXFP4, LayerOf, Relaid
 
 C = 2880
 EXPERTS = {"20b": 32, "120b": 128}
@@ -68,6 +68,27 @@ def test_packed_forward_and_the_gradient_of_rows(compiled, model, n, rows):
     matrices = rf"u8\[(?:{layers},{experts}|{layers * experts}),"
     made = re.findall(rf"= {matrices}\S+ ([\w-]+)\(", program.as_text())
     assert set(made) <= {"parameter", "bitcast", "get-tuple-element"}
+
+
+def test_unrolled_layers_in_the_checkpoints_order_are_relaid_one_at_a_time(compile_for):
+    """In a loop of tokens, too: as a sampler has them that relays nothing."""
+    layers, experts, rows = 5, EXPERTS["20b"], 64
+    blocks = shape(layers, experts, C, C // 32, 16, dtype=jnp.uint8)
+    scales = shape(layers, experts, C, C // 32, dtype=jnp.uint8)
+
+    def run(rows, blocks, scales, sizes):
+        def token(_, rows):
+            for i in range(layers):
+                weight = LayerOf(MXFP4(blocks, scales), jnp.int32(i))
+                rows = grouped_matmul(rows, weight, sizes, implementation="pallas_gpu")
+            return rows
+
+        return jax.lax.fori_loop(0, 7, token, rows)
+
+    args = shape(rows, C), blocks, scales, shape(experts, dtype=jnp.int32)
+    program = compile_for("h200", run, *args)
+    one = experts * C * (C // 2 + C // 32)
+    assert program.memory_analysis().temp_size_in_bytes < 2 * one
 
 
 @pytest.mark.parametrize(("model", "n"), [("20b", 5760), ("20b", 2880), ("120b", 5760)])

@@ -26,13 +26,17 @@ def as_stack(weight: Any) -> tuple[Array | MXFP4 | Relaid, Int[Array, ""]]:
 def wait_for(rows: Array, weight: Any) -> Any:
     """Return the weight, a layer of a stack not to be cut out before `rows` are there.
 
-    For what is relaid on each call: XLA would relay several layers ahead, each of them a copy.
+    For what is relaid on each call: XLA would relay several layers ahead, each of them a copy. Of
+    layers that are unrolled, whose index is a constant, it would relay all ahead for all that a
+    barrier says, and in decoding once for the whole loop. So the index is computed from the rows.
     """
     if not isinstance(weight, LayerOf):
         return weight
     index = jnp.asarray(weight.layer, jnp.int32)
-    index, _ = lax.optimization_barrier((index, lax.stop_gradient(rows[:1, :1])))
-    return LayerOf(weight.stack, index)
+    some = lax.stop_gradient(rows[:1, :1]).astype(jnp.bfloat16)
+    bits = lax.bitcast_convert_type(some, jnp.uint16).astype(jnp.int32)
+    index, zero = lax.optimization_barrier((index, jnp.sum(bits >> 16)))
+    return LayerOf(weight.stack, index + zero)
 
 
 def as_it_lies(layer: Array, *order: int) -> Array:
