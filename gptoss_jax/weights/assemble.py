@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,8 @@ def on_device(
 ) -> Params:
     """Build the tree of `config` leaf by leaf, in place.
 
-    What is already as wanted in memory (a workdir's) is taken as it is.
+    What is already as wanted in memory (a workdir's) is taken as it is. What is not leaves `source`
+    leaf by leaf: the device holds the parameters once.
     """
     moves = sharding is not None or layout is not None
     if isinstance(source, ParamsSource) and source.config == config and not moves:
@@ -48,17 +50,32 @@ def on_device(
     )
     for path, shape in source.shapes.items():
         empty = partial(zeros, config, path, sharding=sharding, layout=layout)
-        if not path.startswith("layers/"):
-            leaves[path] = one(empty(shape), path, None)
-        elif split:
-            stack = [one(empty(shape), path, n) for n in range(config.num_layers)]
-            leaves[path] = tuple(stack)
-        else:
-            stack = empty((config.num_layers, *shape))
-            for n in range(config.num_layers):
-                stack = one(stack, path, n)
-            leaves[path] = stack
+        with _on_host(source, path):
+            if not path.startswith("layers/"):
+                leaves[path] = one(empty(shape), path, None)
+            elif split:
+                stack = [one(empty(shape), path, n) for n in range(config.num_layers)]
+                leaves[path] = tuple(stack)
+            else:
+                stack = empty((config.num_layers, *shape))
+                for n in range(config.num_layers):
+                    stack = one(stack, path, n)
+                leaves[path] = stack
     return nest(leaves)
+
+
+@contextmanager
+def _on_host(source: Any, path: str) -> Iterator[None]:
+    """Have a leaf of parameters in memory on the host alone while it is read, and nowhere after.
+
+    A leaf may be two thirds of all: the device has no room for it beside what is made of it.
+    """
+    if not isinstance(source, ParamsSource):
+        yield
+        return
+    source.leaves[path] = jax.device_get(source.leaves[path])
+    yield
+    del source.leaves[path]
 
 
 def adapters(tree: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:

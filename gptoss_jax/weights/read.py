@@ -2,7 +2,8 @@
 
 Leaves are made on the device as zeros and filled by donated updates, in place, from pieces that
 are read as byte ranges. So the host of a CPU holds the parameters and one piece, and the host of
-an accelerator one piece, whatever the checkpoint's size.
+an accelerator one piece, whatever the checkpoint's size. A workdir is restored onto the device
+first: what is wanted of it in another form goes by the host, leaf by leaf.
 """
 
 from __future__ import annotations
@@ -226,10 +227,11 @@ def load(
     bfloat16, float16) is that of float parameters and of compute. `experts`: None as stored,
     "mxfp4" (encoded, by least error, if stored dense), "dense" (decoded). `split` gives stacks as
     tuples of L arrays. `layout` (a name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`,
-    piece by piece: for sampling by kernels, which then copy nothing. With a mesh of `parallel.mesh`
-    every leaf goes straight into its shards, and a host reads no more than those of its devices
-    need (a workdir's, where they are wanted as they were trained); over another mesh it is
-    replicated; without one it goes to the default device.
+    piece by piece: for sampling by kernels, so that a `Sampler` copies nothing. Without a mesh all
+    goes to the default device, which holds it once; a workdir, restored there as it was trained, by
+    the host where it is wanted otherwise. With a mesh of `parallel.mesh` every leaf goes straight
+    into its shards, and a host reads no more than those of its devices need (a workdir's, where
+    they are wanted as they were trained); over another mesh it is replicated.
 
     Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
     finite checkpoint of this model.

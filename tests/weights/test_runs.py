@@ -12,7 +12,9 @@ from gptoss_jax import checkpoint, weights
 from gptoss_jax.config import Config, DataConfig
 from gptoss_jax.convert import convert
 from gptoss_jax.errors import UserError
+from gptoss_jax.ops import mxfp4
 from gptoss_jax.types import TrainState
+from gptoss_jax.weights import shards
 
 
 def train(workdir: Path, model, params, *, steps: tuple[int, ...]) -> None:
@@ -106,3 +108,33 @@ def test_progress_goes_to_stderr_for_large_checkpoints(tmp_path: Path, monkeypat
     weights.save(tmp_path / "d", model, params)
     out, err = capsys.readouterr()
     assert out == "" and "writing d" in err
+
+
+def test_the_device_holds_a_run_once_that_is_loaded_in_another_layout(
+    tmp_path: Path, monkeypatch
+) -> None:
+    model, params = small_model(experts="mxfp4", dtype="float32", param_dtype="float32")
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(random.integers(100, 140, x.shape), x.dtype), params
+    )
+    train(tmp_path / "run", model, params, steps=(0,))
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    want = jax.tree.map(np.asarray, params)["layers"]["experts"]
+    del params
+    before = {id(x) for x in jax.live_arrays()}
+    write, seen = shards.write, []
+
+    def watched(leaf, piece, at):
+        seen.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+        return write(leaf, piece, at)
+
+    monkeypatch.setattr(shards, "write", watched)
+    _, relaid = weights.load(tmp_path / "run", dtype=jnp.float32, layout="planes")
+    monkeypatch.undo()
+    experts = relaid["layers"]["experts"]
+    pieces = max(x.nbytes for x in jax.tree.leaves(experts)) / model.config.num_layers
+    assert size <= max(seen) <= size + 2 * pieces
+    for name in ("gate_up_weight", "down_weight"):
+        assert experts[name].layout == "planes"
+        same(mxfp4.restore(experts[name]), want[name])
