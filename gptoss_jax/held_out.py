@@ -48,7 +48,8 @@ def evaluate(
         scores[f"held_out_{name}"] = sum(float(s[2][name]) for s in sums) / weight
     samples: list[dict[str, Any]] = []
     if questions:
-        sampler = Sampler(model, params)
+        # As training reads packed experts: relaid they would be there twice, beside its state.
+        sampler = Sampler(model, params, relay=False)
         encoding = tokenizer.get_tokenizer(config.model.vocab_size)
         right = 0
         for at in range(0, len(questions), _QUESTIONS_AT_ONCE):

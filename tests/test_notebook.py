@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_quickstart_runs(monkeypatch):
     said = said_by("quickstart.ipynb")
     assert "20b: 20.91B parameters, 3.61B active" in said
     assert "step 20: loss" in said and "model.safetensors" in said
+
+
+def test_finetune_20b_finds_a_file_of_the_kernels_folder(monkeypatch, tmp_path):
+    """Cells open it from there, and commands from the repository."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FINETUNE_DATA", "mine.jsonl")
+    cells = nbformat.read(NOTEBOOKS / "finetune_20b.ipynb", as_version=4).cells
+    (settings,) = [c.source for c in cells if "FINETUNE_DATA" in c.source]
+    names = {"pathlib": pathlib}
+    exec(settings, names)
+    assert names["DATA"] == tmp_path / "mine.jsonl"
+    monkeypatch.delenv("FINETUNE_DATA")
+    exec(settings, names)
+    assert names["DATA"] == ""
 
 
 @pytest.mark.slow

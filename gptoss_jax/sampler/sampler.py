@@ -77,8 +77,13 @@ class Sampler:
     it computes as (`qat.pack`): the same function, and `model` is that one.
     """
 
-    def __init__(self, model: Transformer, params: Params) -> None:
-        """Take a model and its parameters, which stay where they are otherwise."""
+    def __init__(self, model: Transformer, params: Params, *, relay: bool = True) -> None:
+        """Take a model and its parameters, which stay where they are otherwise.
+
+        With `relay=False` packed experts stay in the order that they are in on an accelerator, too,
+        and are read as in training: slower, but without a copy of them beside the training state.
+        """
+        self._relays = relay
         self._mesh = _mesh_of(params)
         self._given = model.dropless()
         self.model = self._given
@@ -116,7 +121,7 @@ class Sampler:
                 params = qat.pack(self._given.config, params)[1]
             if _on_cpu(params):
                 params = _taken_apart(params, self.model.config.num_layers)
-            elif _can_relay(self.model):
+            elif self._relays and _can_relay(self.model):
                 layers = params["layers"]
                 params = {**params, "layers": {**layers, "experts": _relay(layers["experts"])}}
         return params
