@@ -23,8 +23,9 @@ def pack(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
 
     Of a model with `qat` it is the same function, without the work of quantising in every pass; of
     another it is what quantising after training gives. Scales are those of least error. Experts
-    that are packed and have no adapter keep their bytes, and those that are not there are no
-    trouble. A layer at a time; over a mesh what is packed is spread as what it is of.
+    that are packed and have no adapter keep their bytes; of a part of the experts' weights
+    (`Sampler.renew`) that part is packed. A layer at a time; over a mesh what is packed is spread
+    as what it is of.
     """
     experts = dict(params["layers"]["experts"])
     for name in _MATRICES:
