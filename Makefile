@@ -53,6 +53,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 venv: $(VENV)/installed
 

@@ -35,10 +35,10 @@ from rich.table import Table  # noqa: E402
 
 from gptoss_jax import Sampler, make_train_step  # noqa: E402
 from gptoss_jax.config import ModelConfig, OptimizerConfig  # noqa: E402
-from gptoss_jax.loss import loss_fn  # noqa: E402
 from gptoss_jax.model import Transformer  # noqa: E402
+from gptoss_jax.objectives.token_loss import loss_fn  # noqa: E402
 from gptoss_jax.optimizer import make_optimizer  # noqa: E402
-from gptoss_jax.train_step import init_state  # noqa: E402
+from gptoss_jax.training.step import init_state  # noqa: E402
 from gptoss_jax.types import Batch  # noqa: E402
 
 MODELS = {

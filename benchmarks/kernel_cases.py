@@ -21,7 +21,8 @@ from kernel_case import (
     weight_bytes,
 )
 
-from gptoss_jax.ops import attention, chips, cross_entropy, grouped_matmul, moe, mxfp4
+from gptoss_jax import chips
+from gptoss_jax.ops import attention, cross_entropy, grouped_matmul, moe, mxfp4
 
 
 def cases(sizes: Sizes) -> list[Case]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from kernel_case import Case
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative norm
 CALLS = 16  # in one program, where a call is so short that starting it would be measured

@@ -34,7 +34,7 @@ import kernel_timing  # noqa: E402
 from kernel_acceptance import acceptance  # noqa: E402
 from kernel_case import FULL, FULL_CHECK, QUICK, SMALL, SMALL_CHECK, Case  # noqa: E402
 
-from gptoss_jax.ops import chips  # noqa: E402
+from gptoss_jax import chips  # noqa: E402
 
 PEAK = {"h200": 790e12, "h100": 790e12}  # dense bfloat16 that a product reaches; else as measured
 LAST = 20  # seconds kept for what has been started, and for writing

@@ -33,10 +33,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from gptoss_jax import data, tokenizer
+from gptoss_jax import data
 from gptoss_jax.config import Config, DataConfig, ModelConfig
 from gptoss_jax.data import demo, examples
 from gptoss_jax.data.examples import open_examples
+from gptoss_jax.harmony import tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "tokenizing.json"
 RECORDS = 4_000

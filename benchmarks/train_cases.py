@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_jax import metrics
 from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig, OptimizerConfig
+from gptoss_jax.runs import metrics
 
 ATTENTION = ("attention",)
 EXPERTS = ("attention", "experts")

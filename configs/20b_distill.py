@@ -17,7 +17,7 @@ from gptoss_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from gptoss_jax.objective_config import DistillConfig
+from gptoss_jax.config.objective import DistillConfig
 
 
 def get_config() -> Config:

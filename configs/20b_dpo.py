@@ -17,7 +17,7 @@ from gptoss_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from gptoss_jax.objective_config import DPOConfig
+from gptoss_jax.config.objective import DPOConfig
 
 
 def get_config() -> Config:

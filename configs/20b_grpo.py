@@ -21,7 +21,7 @@ from gptoss_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from gptoss_jax.objective_config import GRPOConfig
+from gptoss_jax.config.objective import GRPOConfig
 
 
 def get_config() -> Config:

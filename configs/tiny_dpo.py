@@ -16,8 +16,8 @@ from gptoss_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from gptoss_jax.config.objective import DPOConfig
 from gptoss_jax.data.demo import FOLDER
-from gptoss_jax.objective_config import DPOConfig
 
 
 def get_config() -> Config:

@@ -22,8 +22,8 @@ from gptoss_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from gptoss_jax.config.objective import GRPOConfig
 from gptoss_jax.data.demo import FOLDER
-from gptoss_jax.objective_config import GRPOConfig
 
 REWARD = Path(__file__).parent / "rewards" / "sums.py"
 

@@ -17,9 +17,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gptoss_jax import metrics
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
+from gptoss_jax.runs import metrics
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent

@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import common  # noqa: E402
 from experiments.common import Experiment, Measured, Results, Run  # noqa: E402
-from gptoss_jax import config_cli, metrics  # noqa: E402
+from gptoss_jax.config import command_line  # noqa: E402
 from gptoss_jax.errors import Parser, UserError, run_entry  # noqa: E402
+from gptoss_jax.runs import metrics  # noqa: E402
 
 SEEDS = (0, 1, 2)
 RECORD = "experiment.json"  # of a run, in its workdir: config, seconds, whether it is complete
@@ -172,7 +173,7 @@ def _read_record(job: Job) -> None:
     if not path.is_file():
         return
     record = json.loads(path.read_text())
-    old = config_cli.from_json(json.dumps(record["config"]), where=str(path))
+    old = command_line.from_json(json.dumps(record["config"]), where=str(path))
     changed = [
         name
         for name in common.differences(job.run.config, old)
@@ -188,7 +189,7 @@ def _read_record(job: Job) -> None:
 
 def _write_record(job: Job) -> None:
     job.seconds += time.perf_counter() - job.began
-    config = json.loads(config_cli.to_json(job.run.config))
+    config = json.loads(command_line.to_json(job.run.config))
     record = {"complete": job.complete, "seconds": job.seconds, "config": config}
     if job.run.workdir.is_dir():
         (job.run.workdir / RECORD).write_text(json.dumps(record, indent=1) + "\n")

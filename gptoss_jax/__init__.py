@@ -10,15 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptoss_jax import harmony as harmony
-    from gptoss_jax import tokenizer as tokenizer
+    from gptoss_jax import harmony
     from gptoss_jax.config import Config as Config
     from gptoss_jax.config import ModelConfig as ModelConfig
     from gptoss_jax.errors import UserError as UserError
+    from gptoss_jax.harmony import tokenizer
+    from gptoss_jax.loading import load as load
     from gptoss_jax.model import Transformer as Transformer
     from gptoss_jax.sampler import Sampler as Sampler
-    from gptoss_jax.train_step import make_train_step as make_train_step
-    from gptoss_jax.weights import load as load
+    from gptoss_jax.training.step import make_train_step as make_train_step
     from gptoss_jax.weights import save as save
 
 _HOME = {
@@ -27,13 +27,13 @@ _HOME = {
     "UserError": "errors",
     "Transformer": "model",
     "Sampler": "sampler",
-    "make_train_step": "train_step",
-    "load": "weights",
+    "make_train_step": "training.step",
+    "load": "loading",
     "save": "weights",
 }
 
 __version__ = "0.1.0"
-_MODULES = ("harmony", "tokenizer")
+_MODULES = {"harmony": "harmony", "tokenizer": "harmony.tokenizer"}
 __all__ = [
     "Config",
     "ModelConfig",
@@ -50,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"gptoss_jax.{name}")
+        return importlib.import_module(f"gptoss_jax.{_MODULES[name]}")
     if name in _HOME:
         return getattr(importlib.import_module(f"gptoss_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module 'gptoss_jax' has no attribute {name!r}")

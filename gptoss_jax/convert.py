@@ -17,10 +17,13 @@ from typing import Literal
 
 from gptoss_jax.config import DType
 from gptoss_jax.errors import Parser, UserError, run_entry
+from gptoss_jax.loading.checkpoint import open_workdir
+from gptoss_jax.loading.folders import find_folder
+from gptoss_jax.runs import records
 from gptoss_jax.weights import config_io, peft
 from gptoss_jax.weights.merged import Merged, Report, with_adapters
 from gptoss_jax.weights.names import Form, Layout
-from gptoss_jax.weights.read import Stored, find_folder, open_checkpoint, open_workdir
+from gptoss_jax.weights.read import Stored, open_checkpoint
 from gptoss_jax.weights.sources import ParamsSource, Source
 from gptoss_jax.weights.write import (
     SHARD_BYTES,
@@ -56,7 +59,7 @@ def convert(
     Raises UserError, with nothing written, as `weights.load`, `weights.save` and `peft.read` do.
     """
     folder = find_folder(source)
-    if (folder / "checkpoints").is_dir():
+    if records.is_workdir(folder):
         weights = open_workdir(folder, step, base=base)
     elif step is not None or base is not None:
         name = "--step" if step is not None else "--base"
@@ -112,13 +115,12 @@ def _write_peft(
     given: list[str],
 ) -> None:
     """Write a workdir's adapters, and what they are of: the base that the run began with."""
-    from gptoss_jax import checkpoint as training
 
     if given:
         raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
     if not isinstance(weights, ParamsSource):
         raise UserError(f"{folder}: is a whole model without adapters; --to peft is for LoRA runs")
-    record = training.read_record(folder, step)
+    record = records.read_record(folder, step)
     beside = [name for name in record.config.optimizer.only if not name.startswith("lora/")]
     if beside:
         raise UserError(
@@ -133,7 +135,7 @@ def _copy_side_files(
     folder: Path, new: Path, *, weights: Stored, form: Form, dtype: DType | None
 ) -> None:
     """Copy what lies beside the tensors, within one layout."""
-    from gptoss_jax.tokenizer import TOKENIZER_FILES
+    from gptoss_jax.harmony.tokenizer import TOKENIZER_FILES
 
     same = form == weights.config.experts and dtype is None
     names = ["config.json"]

@@ -20,10 +20,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from gptoss_jax import config_cli, hardware
-from gptoss_jax.config import Config, MeshConfig
+from gptoss_jax import chips
+from gptoss_jax.chips import facts as chip_facts
+from gptoss_jax.config import Config, MeshConfig, command_line
 from gptoss_jax.errors import UserError
-from gptoss_jax.ops import chips
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.planning import cost, programs
 from gptoss_jax.planning.cost import Plan
@@ -57,7 +57,7 @@ def run(argv: Sequence[str], console: Console) -> int:
         _parser().print_help()
         return 0
     if options.target is None:
-        raise UserError(f"no --target: v5p:4x4x4, h200:8; chips: {', '.join(hardware.FACTS)}")
+        raise UserError(f"no --target: v5p:4x4x4, h200:8; chips: {', '.join(chip_facts.FACTS)}")
     what = options.what.split(",")
     unknown = [name for name in what if name not in PROGRAMS]
     if unknown:
@@ -66,7 +66,7 @@ def run(argv: Sequence[str], console: Console) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: it must be positive")
-    config = config_cli.load(rest, prog="python -m gptoss_jax.plan")
+    config = command_line.load(rest, prog="python -m gptoss_jax.plan")
     length = options.context or min(8192, config.model.context)
     sampling = Sampling(options.batch, length, length, options.piece)
 
@@ -102,9 +102,9 @@ def make(
     Raises:
         UserError: an unknown target, a mesh that is not the target's, or no compiler for it.
     """
-    kind, _ = hardware.split(target)
-    devices = hardware.devices(target)
-    facts = hardware.FACTS[kind]
+    kind, _ = chip_facts.split(target)
+    devices = chip_facts.devices(target)
+    facts = chip_facts.FACTS[kind]
     config = _with_all_devices(config, len(devices))
     mesh = meshes.make(config.mesh, devices)
     if sampling.batch % _row_shards(mesh):
@@ -114,7 +114,7 @@ def make(
     sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
     say(
         f"{config.name} on {target}: {len(devices)} devices of {facts.nominal}, of which a program "
-        f"gets {facts.memory / hardware.GiB:.2f} GiB ({facts.source}); mesh: {sizes}"
+        f"gets {facts.memory / chip_facts.GiB:.2f} GiB ({facts.source}); mesh: {sizes}"
     )
     plans = []
     with chips.assume(kind), jax.set_mesh(mesh):
@@ -145,7 +145,7 @@ def as_record(
         "mesh": dict(mesh.shape),
         "jax": jax.__version__,
         "sampling": dataclasses.asdict(sampling),
-        "facts": dataclasses.asdict(hardware.FACTS[hardware.split(target)[0]]),
+        "facts": dataclasses.asdict(chip_facts.FACTS[chip_facts.split(target)[0]]),
         "assumed": " ".join(cost.ASSUMPTIONS),
         "programs": [plan.record() for plan in plans],
     }
@@ -186,10 +186,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare() -> None:
     """Keep JAX from looking for devices: programs are compiled for others than are here."""
-    for name, value in hardware.ENVIRONMENT.items():
+    for name, value in chip_facts.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options, _ = _parser().parse_known_args()
-    gpu = (options.target or "").partition(":")[0] in hardware.GPUS
+    gpu = (options.target or "").partition(":")[0] in chip_facts.GPUS
     jax.config.update("jax_platforms", None if gpu else "cpu")
 
 

@@ -11,17 +11,20 @@ import codecs
 import json
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import tiktoken
 from rich.console import Console
 
-from gptoss_jax import harmony, tokenizer, weights
+from gptoss_jax import harmony, loading
 from gptoss_jax.errors import Parser, UserError, run_entry
-from gptoss_jax.harmony_parser import MessageEnd, MessageStart, StreamParser, TextDelta
+from gptoss_jax.harmony import tokenizer
+from gptoss_jax.harmony.parser import MessageEnd, MessageStart, StreamParser, TextDelta
 from gptoss_jax.ops import moe
 from gptoss_jax.sampler import Rules, Sampled, Sampler
+
+if TYPE_CHECKING:
+    import tiktoken
 
 _DEFAULT_MAX_TOKENS = 1_024
 
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    model, params = weights.load(
+    model, params = loading.load(
         args.checkpoint,
         dtype=dtype,
         step=args.step,

@@ -18,33 +18,26 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from gptoss_jax import base as bases
-from gptoss_jax import (
-    checkpoint,
-    config_cli,
-    data,
-    distributed,
-    dry_run,
-    held_out,
-    init_adapters,
-    metrics,
-    patterns,
-    profiling,
-    weights,
-)
-from gptoss_jax.config import Config
+from gptoss_jax import data, loading
+from gptoss_jax.config import Config, command_line
 from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.loading import frozen_base, resume, start_adapters
 from gptoss_jax.objectives import check_start, open_batches
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
-from gptoss_jax.program import check_patterns, expert_load, keep_load, make_program
-from gptoss_jax.progress import RunProgress, fail, give_up, print_summary
-from gptoss_jax.same_run import adapter_changes, architecture_changes, check_same_run
-from gptoss_jax.spikes import SpikeGuard
-from gptoss_jax.step_record import StepRecorder
-from gptoss_jax.train_step import StepMetrics, averaged_params
+from gptoss_jax.parallel.hosts import processes
+from gptoss_jax.parameters import patterns
+from gptoss_jax.planning import dry_run
+from gptoss_jax.runs import checkpoints, metrics, records
+from gptoss_jax.runs.same_config import adapter_changes, architecture_changes, check_same_run
+from gptoss_jax.runs.workdir import Hold, log_event, write_text
+from gptoss_jax.training import held_out, profiling
+from gptoss_jax.training.program import check_patterns, expert_load, keep_load, make_program
+from gptoss_jax.training.record import StepRecorder
+from gptoss_jax.training.spikes import SpikeGuard
+from gptoss_jax.training.step import StepMetrics, averaged_params
+from gptoss_jax.training.terminal import RunProgress, fail, give_up, print_summary
 from gptoss_jax.types import Params
-from gptoss_jax.workdir import Hold, log_event, write_text
 
 
 def main(argv: list[str]) -> None:
@@ -56,14 +49,14 @@ def main(argv: list[str]) -> None:
         SystemExit: with 1 when a loss or gradient is not finite and `train.on_nan` is "stop", or at
             a spike after `train.max_rewinds` others.
     """
-    config = config_cli.load(argv)
-    with distributed.start(config.distributed):
-        console = Console(highlight=False, quiet=not distributed.is_first())
-        config_cli.print_config(config, console)
+    config = command_line.load(argv)
+    with processes.start(config.distributed):
+        console = Console(highlight=False, quiet=not processes.is_first())
+        command_line.print_config(config, console)
         if config.dry_run:
             dry_run.show(config, console)
             return
-        distributed.same(config_cli.flat(config), "the config")
+        processes.same(command_line.flat(config), "the config")
         mesh = meshes.make(config.mesh)
         _check_mesh(mesh, config)
         with Hold(config.run_folder) as hold, jax.set_mesh(mesh):
@@ -78,7 +71,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     """
     workdir = Path(config.run_folder)
     steps, every = config.train.steps, config.train
-    alone = distributed.count() == 1
+    alone = processes.count() == 1
 
     # --- Data -------------------------------------------------------------------------------
     if not config.data.train:
@@ -106,13 +99,13 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     #   2. the folder of --init: parameters alone;
     #   3. the seed.
     # What a run with adapters leaves as it is, its base, comes from 2 or 3 when it goes on, too.
-    record = checkpoint.newest_record(workdir)
+    record = records.newest_record(workdir)
     if record is not None:
         changes = data.differences(record.fingerprint, fingerprint)
         check_same_run(record, config, data_changes=changes, workdir=workdir)
         if record.step >= steps:
             console.print(f"\n{workdir} is complete: step {record.step} of {steps}")
-            if distributed.is_first():
+            if processes.is_first():
                 print_summary(console, workdir, seconds=None)
             return
     params = None
@@ -120,8 +113,8 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         raise UserError(
             "no weights to start from: give --init DIR (a checkpoint), or --init random"
         )
-    begun = init_adapters.read(config) if record is None else None
-    base = bases.begin(config) if record is None else None
+    begun = start_adapters.read(config) if record is None else None
+    base = frozen_base.begin(config) if record is None else None
     if record is None and config.init != "random":
         params = _load_init(config, mesh, step=base.step if base else None)
 
@@ -129,7 +122,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     load = expert_load(config, params, workdir, resuming=record is not None)
     program = make_program(config, load=load, num_sources=len(batches.source_names))
     padding = program.model.config.expert_padding
-    restore = partial(checkpoint.restore_newest, workdir, expert_padding=padding)
+    restore = partial(resume.restore_newest, workdir, expert_padding=padding)
     if record is not None:
         restored = restore(program.abstract_state(), place=config.init)
         state, record, base = restored.state, restored.record, restored.record.base
@@ -141,12 +134,14 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state())
         if begun is not None:
             on_mesh = dataclasses.replace(config, model=program.model.config)
-            params = init_adapters.put(on_mesh, params, begun[1])
+            params = start_adapters.put(on_mesh, params, begun[1])
         state = jax.device_put(program.begin(params), shardings)
         source = f"random, seed {config.train.seed}" if config.init == "random" else config.init
         if base is not None:
             frozen = patterns.frozen_paths(program.factors)
-            base = bases.measure(base, state.params, frozen_paths=frozen, expert_padding=padding)
+            base = frozen_base.measure(
+                base, state.params, frozen_paths=frozen, expert_padding=padding
+            )
     del params  # the state's, and given up to the first step
     total, active = program.model.num_parameters()
     console.print(
@@ -155,7 +150,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     for line in program.describe_trained():
         console.print(line, soft_wrap=True)
     if begun is not None:
-        said = init_adapters.describe(begun[0])
+        said = start_adapters.describe(begun[0])
         console.print(f"begins    as {config.init_adapters}: {said}", soft_wrap=True)
     if base is not None:
         console.print(f"base      {base.describe()}; not in the checkpoints", soft_wrap=True)
@@ -164,17 +159,17 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
 
     # --- From here on things are written ----------------------------------------------------
     hold.take()
-    write_text(workdir / "config.json", config_cli.to_json(config))
+    write_text(workdir / "config.json", command_line.to_json(config))
     keep_load(load, workdir)
     start, fresh = int(state.step), record is None
     spikes = SpikeGuard(config.train, record.spikes if record else {}, step=start)
-    open_log = partial(metrics.MetricsLog, workdir) if distributed.is_first() else metrics.NoLog
+    open_log = partial(metrics.MetricsLog, workdir) if processes.is_first() else metrics.NoLog
     log = open_log(step=None if fresh else start)
-    manager = checkpoint.open_manager(workdir, keep=config.train.keep)
+    manager = checkpoints.open_manager(workdir, keep=config.train.keep)
     make_recorder = partial(StepRecorder, config, batches.source_names, devices=mesh.size)
     recorder = make_recorder(log=metrics.read(workdir))
     progress = RunProgress(console, start=start, steps=steps)
-    to_profile = every if distributed.is_first() else dataclasses.replace(every, profile_start=0)
+    to_profile = every if processes.is_first() else dataclasses.replace(every, profile_start=0)
     profile = profiling.Window(to_profile, workdir, console)
 
     def evaluate(step: int) -> float | None:
@@ -193,7 +188,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         return scores["held_out_loss"]
 
     def save(held_out_loss: float | None) -> None:
-        checkpoint.save(
+        checkpoints.save(
             manager,
             state,
             config=config,
@@ -220,7 +215,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
         at_end.callback(batches.close)
         at_end.callback(profile.close)
         at_end.callback(progress.stop)
-        at_end.push(distributed.unwinding)
+        at_end.push(processes.unwinding)
         if fresh:
             loss = evaluate(0)
             if spikes.is_on:
@@ -235,7 +230,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
             clock += profile.end(step, state)
             waiting.append(measured)
             told.append(more)
-            if not alone and distributed.stop_now(iteration):
+            if not alone and processes.stop_now(iteration):
                 stopped.append(signal.SIGTERM)
             last = step == steps or bool(stopped)
             evaluating = last or step % every.eval_every == 0
@@ -252,7 +247,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
                 if not spikes.may_rewind:
                     progress.stop()
                     give_up(spike, workdir, max_rewinds=every.max_rewinds)
-                frozen = bases.split(state.params, base)[1]  # the same at every step
+                frozen = checkpoints.split_held(state.params, base)[1]  # the same at every step
                 del state  # there is room for one
                 restored = restore(program.abstract_state(), frozen=frozen)
                 _tell_damaged(restored, workdir, console)
@@ -262,7 +257,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
                 spikes.rewind(spike, restored.record.spikes, step=step)
                 log.close()
                 log = open_log(step=step)
-                manager = checkpoint.open_manager(workdir, keep=config.train.keep)
+                manager = checkpoints.open_manager(workdir, keep=config.train.keep)
                 recorder = make_recorder(log=metrics.read(workdir))
                 text = f"step {spike.step}: {spike.why}; back to step {step}, without "
                 text += f"batch {spike.batch}, rewind {spikes.rewinds} of {every.max_rewinds}"
@@ -286,7 +281,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
             clock = time.perf_counter()
 
     # --- Summary ----------------------------------------------------------------------------
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     if stopped and int(state.step) < steps:
         name = signal.Signals(stopped[0]).name
@@ -295,7 +290,7 @@ def run(config: Config, mesh: jax.sharding.Mesh, hold: Hold, *, console: Console
     print_summary(console, workdir, seconds=time.perf_counter() - began)
 
 
-def _tell_damaged(restored: checkpoint.Restored, workdir: Path, console: Console) -> None:
+def _tell_damaged(restored: resume.Restored, workdir: Path, console: Console) -> None:
     step = restored.record.step
     for why in restored.damaged:
         console.print(f"{why}; set aside as .damaged, going on from step {step}", soft_wrap=True)
@@ -305,9 +300,9 @@ def _tell_damaged(restored: checkpoint.Restored, workdir: Path, console: Console
 def _check_mesh(mesh: jax.sharding.Mesh, config: Config) -> None:
     """Refuse a mesh that leaves a process out, or that the batch does not divide over."""
     there = {device.process_index for device in mesh.devices.flat}
-    if len(there) < distributed.count():
+    if len(there) < processes.count():
         raise UserError(
-            f"{distributed.count()} processes have {jax.device_count()} devices, the mesh is of "
+            f"{processes.count()} processes have {jax.device_count()} devices, the mesh is of "
             f"{mesh.size}: --mesh.fsdp -1 uses all"
         )
     rows = config.data.batch_size // config.optimizer.accumulate
@@ -316,17 +311,17 @@ def _check_mesh(mesh: jax.sharding.Mesh, config: Config) -> None:
 
 def _check_same_data(fingerprint: dict[str, Any]) -> None:
     """Refuse data that differ between the hosts."""
-    first = distributed.from_first(lambda: fingerprint)
+    first = processes.from_first(lambda: fingerprint)
     differences = data.differences(first, fingerprint)
 
     def check() -> None:
         if differences:
             raise UserError(
-                f"process {distributed.index()} has other data than process 0: "
+                f"process {processes.index()} has other data than process 0: "
                 f"{', '.join(differences[:3])}"
             )
 
-    distributed.together(check)
+    processes.together(check)
 
 
 def _load_init(config: Config, mesh: jax.sharding.Mesh, *, step: int | None) -> Params:
@@ -336,7 +331,7 @@ def _load_init(config: Config, mesh: jax.sharding.Mesh, *, step: int | None) -> 
     """
     c = config.model
     assert config.init is not None
-    stored = weights.read_config(config.init)
+    stored = loading.read_config(config.init)
     changes = architecture_changes(stored, c)
     if stored.lora.targets:  # adapters to go on with
         changes += adapter_changes(stored, c)
@@ -346,7 +341,7 @@ def _load_init(config: Config, mesh: jax.sharding.Mesh, *, step: int | None) -> 
         )
     check_start(config, stored)
     dtype = jnp.dtype(c.param_dtype)
-    return weights.load(config.init, dtype=dtype, experts=c.experts, mesh=mesh, step=step)[1]
+    return loading.load(config.init, dtype=dtype, experts=c.experts, mesh=mesh, step=step)[1]
 
 
 def _once(stopped: list[int], *, alone: bool) -> Any:

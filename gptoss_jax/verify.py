@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import Parser, UserError, run_entry
+from gptoss_jax.loading import find_folder, load
 from gptoss_jax.ops import moe
-from gptoss_jax.weights.read import find_folder, load, open_checkpoint
+from gptoss_jax.runs import records
+from gptoss_jax.weights.read import open_checkpoint
 
 PROMPT = "Roses are red, violets"
 TOLERANCE = 0.1
@@ -57,11 +59,11 @@ def verify(checkpoint: str | Path) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    from gptoss_jax import tokenizer
+    from gptoss_jax.harmony import tokenizer
     from gptoss_jax.sampler import Sampler
 
     folder = find_folder(checkpoint)
-    if (folder / "checkpoints").is_dir():
+    if records.is_workdir(folder):
         raise UserError(f"{folder}: is a workdir; verify is for the published weights")
     golden = GOLDEN[size_of(open_checkpoint(folder).config)]
     # A CPU computes in float32, from separate arrays; bf16 it would have to widen at every use.

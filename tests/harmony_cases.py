@@ -10,8 +10,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 import gptoss_jax
-from gptoss_jax.harmony_parser import ROLES, Header
-from gptoss_jax.tokenizer import load_ranks, special_id
+from gptoss_jax.harmony.parser import ROLES, Header
+from gptoss_jax.harmony.tokenizer import load_ranks, special_id
 
 WEATHER = {
     "type": "object",
@@ -249,7 +249,9 @@ def chats(draw):
 def oracle_encoding():
     import openai_harmony
 
-    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(Path(gptoss_jax.__file__).parent / "vocab")
+    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(
+        Path(gptoss_jax.__file__).parent / "harmony" / "vocab"
+    )
     return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
 
 

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import config_cli
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, command_line
 from gptoss_jax.errors import UserError
-from gptoss_jax.program import make_program
+from gptoss_jax.training.program import make_program
 from gptoss_jax.types import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +72,7 @@ def test_there_are_configs_and_experiments():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_every_config_lowers(name: str):
-    config = config_cli.load(["--config", f"{ROOT}/configs/{name}"])
+    config = command_line.load(["--config", f"{ROOT}/configs/{name}"])
     assert f"tensor<{config.data.batch_size}x{config.data.sequence_length}xi32>" in lower_step(
         config
     )
@@ -92,7 +91,7 @@ def test_variants_change_what_they_say_and_are_options_of_the_command_line(name:
     experiment = common.load(name)
     base = experiment.get_config(experiment.variants[0])
     file = ["--config", f"{ROOT}/{experiment.config_file}"]
-    assert config_cli.load(file) == base, "the file without options is the first variant"
+    assert command_line.load(file) == base, "the file without options is the first variant"
     assert base.init == "random" and base.workdir is None
     changed: set[str] = set()
     for variant in experiment.variants[1:]:
@@ -100,7 +99,7 @@ def test_variants_change_what_they_say_and_are_options_of_the_command_line(name:
         fields = common.differences(config, base)
         assert fields, f"{variant} is the same run as {experiment.variants[0]}"
         assert set(fields) <= set(experiment.changes), f"{variant} changes {', '.join(fields)}"
-        assert config_cli.load([*file, *common.options(config, base)]) == config
+        assert command_line.load([*file, *common.options(config, base)]) == config
         changed |= set(fields)
     assert changed == set(experiment.changes)
 
@@ -134,10 +133,10 @@ def test_options_say_every_kind_of_difference():
     optimizer = dataclasses.replace(base.optimizer, freeze=("a", "b"), learning_rate=3e-3)
     config = dataclasses.replace(base, model=model, optimizer=optimizer)
     file = ["--config", f"{ROOT}/configs/20b.py"]
-    there = config_cli.load(file)
+    there = command_line.load(file)
     there_model = dataclasses.replace(there.model, qk_norm=True, sinks="off", rope_factor="auto")
     there_new = dataclasses.replace(there, model=there_model)
-    assert config_cli.load([*file, *common.options(there_new, there)]) == there_new
+    assert command_line.load([*file, *common.options(there_new, there)]) == there_new
     assert common.options(there, there_new)[0] == "--model.sinks"
     assert "--model.no-qk_norm" in common.options(there, there_new)
     assert common.options(config, base)[-3:] == ["--optimizer.freeze", "a", "b"]

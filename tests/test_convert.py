@@ -11,7 +11,7 @@ import pytest
 import tiny_checkpoint as tiny
 from safetensors.numpy import load_file
 
-from gptoss_jax import weights
+from gptoss_jax import loading
 from gptoss_jax.convert import convert
 from gptoss_jax.errors import UserError
 
@@ -36,7 +36,7 @@ def test_to_the_other_layout_and_back(tmp_path: Path, layout, packed) -> None:
     same_tensors(tmp_path / "b", tiny.tensors_of(tree, other))
     convert(tmp_path / "b", tmp_path / "c", to=layout, shard_bytes=100_000)
     same_tensors(tmp_path / "c", tiny.tensors_of(tree, layout))
-    assert weights.load(tmp_path / "c")[0] == weights.load(tmp_path / "a")[0]
+    assert loading.load(tmp_path / "c")[0] == loading.load(tmp_path / "a")[0]
 
 
 @pytest.mark.parametrize("layout", ["hf", "openai"])
@@ -66,8 +66,8 @@ def test_experts_decoded_and_encoded(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "half" / "config.json").read_text())
     assert said == edited | {"torch_dtype": "float16"}
     convert(tmp_path / "dense", tmp_path / "packed", to="openai", experts="mxfp4")
-    _, one = weights.load(tmp_path / "a", experts="dense")
-    _, two = weights.load(tmp_path / "packed", experts="dense")
+    _, one = loading.load(tmp_path / "a", experts="dense")
+    _, two = loading.load(tmp_path / "packed", experts="dense")
     for name in ("gate_up_weight", "down_weight"):  # other bytes may stand for the same values
         np.testing.assert_array_equal(
             one["layers"]["experts"][name], two["layers"]["experts"][name]

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import config_cli, tokenizer
+from gptoss_jax.config import command_line
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import Transformer
-from gptoss_jax.types import take_layer
+from gptoss_jax.parameters.tree import take_layer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,7 +48,7 @@ def test_the_plan_is_every_variant_and_seed_as_a_command_of_the_trainer(tmp_path
         "--model.layer_pattern", "5:1", "--train.seed", "4", "--workdir", f"{tmp_path}/5-1-seed4"
     ]  # fmt: skip
     # What the command trains is the config that results are told of.
-    config = config_cli.load([*command[2:3], f"{ROOT}/{command[3]}", *command[4:-2]])
+    config = command_line.load([*command[2:3], f"{ROOT}/{command[3]}", *command[4:-2]])
     assert config == jobs[3].run.config
     assert plan(tmp_path, steps=7)[0].run.workdir.name == "1-1-seed0-steps7"
 
@@ -55,7 +56,7 @@ def test_the_plan_is_every_variant_and_seed_as_a_command_of_the_trainer(tmp_path
 def test_what_is_complete_stays_and_what_was_another_config_is_refused(tmp_path: Path):
     job = plan(tmp_path)[1]
     job.run.workdir.mkdir(parents=True)
-    config = json.loads(config_cli.to_json(job.run.config))
+    config = json.loads(command_line.to_json(job.run.config))
     path = job.run.workdir / run.RECORD
     path.write_text(json.dumps({"complete": True, "seconds": 12.5, "config": config}))
     assert [(j.complete, j.seconds) for j in plan(tmp_path)[:2]] == [(False, 0.0), (True, 12.5)]

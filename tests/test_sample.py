@@ -15,9 +15,9 @@ from rich.console import Console
 from gptoss_jax import harmony, sample, weights
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import run_entry
+from gptoss_jax.harmony.tokenizer import get_tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.sampler import Sampled, Sampler
-from gptoss_jax.tokenizer import get_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=1024,

@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training import TINY, write_chats
+from tiny_training import TINY, write_chats
 
-from gptoss_jax import checkpoint, config_cli, metrics, program, train
+from gptoss_jax import train
+from gptoss_jax.config import command_line
 from gptoss_jax.errors import UserError
+from gptoss_jax.loading import checkpoint
+from gptoss_jax.runs import metrics, records
+from gptoss_jax.training import program
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -65,9 +69,9 @@ def test_a_run_leaves_all_that_it_says(whole, files, capsys):
     record = next(r for r in metrics.read(whole) if r["step"] == 2)
     np.testing.assert_allclose(np.sum(record["expert_load"], axis=1), 1, atol=1e-4)
     assert record["tokens_per_second"] > 0 and "mfu" not in record
-    assert checkpoint.steps(whole) == [2, 4, 6]
-    assert checkpoint.best_step(whole) == (6, held_out(whole)[6])
-    config = config_cli.from_json((whole / "config.json").read_text())
+    assert records.steps(whole) == [2, 4, 6]
+    assert records.best_step(whole) == (6, held_out(whole)[6])
+    config = command_line.from_json((whole / "config.json").read_text())
     assert config.model.d_model == 32 and config.workdir == str(whole)
     assert (whole / "curves.png").stat().st_size > 10_000
     assert (whole / "report.html").stat().st_size > 10_000
@@ -204,7 +208,7 @@ def test_fine_tuning_from_weights_with_the_real_config(tmp_path, files, experts)
 
     workdir, source = tmp_path / "w", tmp_path / "hf"
     args = [*SHRUNK, *files[:2], "--workdir", str(workdir), "--model.experts", experts]
-    config = config_cli.load(args)
+    config = command_line.load(args)
     model = Transformer(config.model)
     key = jax.random.key(3)
     params = jax.jit(model.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -266,7 +270,7 @@ def test_sigterm_from_outside_exits_cleanly(files, tmp_path):
     assert run.returncode == 0 and "Traceback" not in err
     step = losses(tmp_path)[-1][0]
     assert f"stopped by SIGTERM: saved at step {step} of 5000" in out
-    assert checkpoint.steps(tmp_path)[-1] == step
+    assert records.steps(tmp_path)[-1] == step
 
 
 def test_no_weights_to_start_from_is_one_line(files, tmp_path):

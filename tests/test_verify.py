@@ -9,7 +9,7 @@ import pytest
 import tiny_checkpoint as tiny
 from tiny_checkpoint import small_model
 
-from gptoss_jax import verify, weights
+from gptoss_jax import loading, verify, weights
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def test_a_whole_run_on_a_small_model(tmp_path: Path, monkeypatch, capsys) -> No
     params["embedding"]["weight"] = rng.standard_normal((500, 32)).astype(np.float32)
     params["unembedding"]["weight"] = rng.standard_normal((500, 32)).astype(np.float32)
     weights.save(tmp_path / "c", model, params)
-    monkeypatch.setattr(verify, "_20B", weights.load(tmp_path / "c")[0].config)
+    monkeypatch.setattr(verify, "_20B", loading.load(tmp_path / "c")[0].config)
     monkeypatch.setitem(verify.GOLDEN, "20b", (0.0,) * 12)
     seen = []
     monkeypatch.setattr(
@@ -52,7 +52,7 @@ def test_a_whole_run_on_a_small_model(tmp_path: Path, monkeypatch, capsys) -> No
     )
     assert verify.verify(tmp_path / "c")
     monkeypatch.undo()
-    monkeypatch.setattr(verify, "_20B", weights.load(tmp_path / "c")[0].config)
+    monkeypatch.setattr(verify, "_20B", loading.load(tmp_path / "c")[0].config)
     monkeypatch.setitem(verify.GOLDEN, "20b", tuple(seen[0]))
     verify.main(["--checkpoint", str(tmp_path / "c")])
     assert "12 of 12 within 0.1: ok" in capsys.readouterr().out

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from experiments import common
 from experiments.common import Measured, Results, Run
-from gptoss_jax import metrics, routing
+from gptoss_jax.runs import metrics
+from gptoss_jax.training import expert_load
 
 LAST = 50  # steps that the numbers are means of
 
@@ -16,7 +17,7 @@ def measure(run: Run) -> Measured:
     records = [r for r in metrics.read(run.workdir) if "expert_load" in r]
     last = [r for r in records if r["step"] > run.config.train.steps - LAST]
     load = np.mean([r["expert_load"] for r in last], axis=0)
-    stats = routing.load_stats(load)
+    stats = expert_load.load_stats(load)
     numbers = {
         "load entropy": common.mean([r["load_entropy"] for r in last]),
         "least in the run": min(r["load_entropy"] for r in records),

@@ -13,7 +13,8 @@ import gptoss_jax
 from experiments import common
 from experiments.common import Measured, Results, Run
 from experiments.layer_patterns.config import LAGS
-from gptoss_jax import data, tokenizer
+from gptoss_jax import data
+from gptoss_jax.harmony import tokenizer
 from gptoss_jax.types import Batch, Params
 
 # The letter that stands right before the copy sees its source over this many tokens.

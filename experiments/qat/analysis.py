@@ -14,10 +14,12 @@ import gptoss_jax
 from experiments import common
 from experiments.common import Measured, Results, Run
 from experiments.qat.config import LETTERS
-from gptoss_jax import data, tokenizer
+from gptoss_jax import data
+from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.types import Batch, Params, replace
+from gptoss_jax.parameters.tree import replace
+from gptoss_jax.types import Batch, Params
 
 MATRICES = ("gate_up_weight", "down_weight")
 

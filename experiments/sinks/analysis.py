@@ -14,12 +14,13 @@ import gptoss_jax
 from experiments import common
 from experiments.common import Measured, Results, Run
 from experiments.sinks.config import LAGS, PAIRS, draw_record, get_config
-from gptoss_jax import tokenizer
+from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops.attention.reference import MASKED, visible
 from gptoss_jax.ops.norm import rms_norm
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies, rotate
-from gptoss_jax.types import Batch, Params, take_layer
+from gptoss_jax.parameters.tree import take_layer
+from gptoss_jax.types import Batch, Params
 
 # Where a head's weight goes, in the order of the bars.
 PLACES = ("sink", "first token", "itself", "other tokens", "what is copied")

@@ -1,13 +1,13 @@
 """Data: files of chats and text to packed, sharded, resumable batches."""
 
+from gptoss_jax.data.describe import describe as describe
+from gptoss_jax.data.describe import differences as differences
+from gptoss_jax.data.describe import fingerprint as fingerprint
 from gptoss_jax.data.loader import Question as Question
 from gptoss_jax.data.loader import TrainBatches as TrainBatches
 from gptoss_jax.data.loader import eval_batches as eval_batches
 from gptoss_jax.data.loader import eval_questions as eval_questions
 from gptoss_jax.data.loader import train_batches as train_batches
-from gptoss_jax.data.report import describe as describe
-from gptoss_jax.data.report import differences as differences
-from gptoss_jax.data.report import fingerprint as fingerprint
 from gptoss_jax.data.shards import rows_here as rows_here
 from gptoss_jax.data.shards import rows_of as rows_of
 from gptoss_jax.data.shards import spread as spread

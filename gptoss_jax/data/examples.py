@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_jax import harmony, tokenizer
+from gptoss_jax import harmony
 from gptoss_jax.config import Config, DataConfig
 from gptoss_jax.data import preferences
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.packing import Segment
 from gptoss_jax.data.sources import Record, Records, Stamp, progress, stamp
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 
 BYTES_PER_TOKEN = 4  # English under o200k; a stretch of a .txt file then comes to about a row
 CACHE_TOKENS = 16 << 20  # tokenised records kept in memory: 128 MiB, 8 bytes a token

@@ -16,7 +16,7 @@ from typing import Any
 
 import grain
 
-from gptoss_jax import harmony, tokenizer
+from gptoss_jax import harmony
 from gptoss_jax.config import Config
 from gptoss_jax.data import preferences
 from gptoss_jax.data.examples import Source, open_examples, open_sources
@@ -24,6 +24,7 @@ from gptoss_jax.data.mixture import Mixture, plan
 from gptoss_jax.data.packing import Row, fill
 from gptoss_jax.data.windows import Rows, WindowDataset, Windows
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 from gptoss_jax.types import Batch
 
 WINDOWS_AHEAD = 1  # tokenised and packed in the background while one is in use

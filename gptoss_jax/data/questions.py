@@ -6,12 +6,13 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from gptoss_jax import harmony, tokenizer
+from gptoss_jax import harmony
 from gptoss_jax.config import Config
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.sources import Record
 from gptoss_jax.data.windows import Windows
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import lora
+from gptoss_jax.lora import adapters
 from gptoss_jax.ops.attention import attention
 from gptoss_jax.ops.lora import product
 from gptoss_jax.ops.norm import rms_norm
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         flat = weight.reshape(c.d_model, -1).astype(x.dtype)
         heads = out.reshape(*out.shape[:2], -1)
         out = jnp.einsum("BTC,DC->BTD", heads, flat)
-        if (adapter := lora.adapter(self, "o_weight", c.lora.scale)) is not None:
+        if (adapter := adapters.adapter(self, "o_weight", c.lora.scale)) is not None:
             out = out + product(heads, adapter)
         return out + bias.astype(x.dtype), cache
 
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         # As a matrix: a product with [N, H, D] has XLA transpose the weight at every call.
         flat = weight.reshape(-1, c.d_model).astype(x.dtype)
         out = jnp.einsum("BTD,CD->BTC", x, flat).reshape(*x.shape[:2], heads, c.head_dim)
-        if (adapter := lora.adapter(self, f"{name}_weight", c.lora.scale)) is not None:
+        if (adapter := adapters.adapter(self, f"{name}_weight", c.lora.scale)) is not None:
             out = out + product(x, adapter)
         return out + bias.astype(x.dtype)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import lora
+from gptoss_jax.lora import adapters
 from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.ops.lora import product
 from gptoss_jax.ops.norm import rms_norm
@@ -72,7 +72,7 @@ class Router(nn.Module):
         logits = jnp.einsum(
             "BTD,ED->BTE", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
         )
-        if (adapter := lora.adapter(self, "weight", c.lora.scale)) is not None:
+        if (adapter := adapters.adapter(self, "weight", c.lora.scale)) is not None:
             logits = logits + product(x, adapter, jnp.float32)
         logits = logits + bias.astype(jnp.float32)
 
@@ -161,7 +161,9 @@ class Experts(nn.Module):
             "down_weight": matrix("down_weight", (E, D, F)),
             "down_bias": self.param("down_bias", zeros, (E, D), dtype),
         }
-        own = [lora.adapter(self, f"{name}_weight", c.lora.scale) for name in ("gate_up", "down")]
+        own = [
+            adapters.adapter(self, f"{name}_weight", c.lora.scale) for name in ("gate_up", "down")
+        ]
         if any(own):
             parts["adapters"] = moe.Adapters(*own)
         return _weighted_sum(c, parts, x, chosen, weights, mask=mask, decoding=decoding)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax import chips
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.attention import Sequence
 from gptoss_jax.model.block import Block
 from gptoss_jax.model.layers import RMSNorm
-from gptoss_jax.ops import chips
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
-from gptoss_jax.types import Batch, Params, point_at_layer, take_layer
+from gptoss_jax.parameters.tree import point_at_layer, take_layer
+from gptoss_jax.types import Batch, Params
 
 
 def sequence(config: ModelConfig, batch: Batch) -> Sequence:

@@ -11,20 +11,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from gptoss_jax import chips
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.attention import LayerCache, Sequence
 from gptoss_jax.model.block import Block
-from gptoss_jax.ops import chips
 from gptoss_jax.parallel import mesh
-from gptoss_jax.types import (
-    MXFP4,
-    KVCache,
-    Params,
-    Relaid,
-    is_weight,
-    point_at_layer,
-    take_layer,
-)
+from gptoss_jax.parameters.tree import is_weight, point_at_layer, take_layer
+from gptoss_jax.types import MXFP4, KVCache, Params, Relaid
 
 Results = tuple[dict[str, Array], dict[str, Array]]  # statistics and captures, each [L, ...]
 INPUT = "layer_input"  # by this name the inputs of layers are found that wait on the host

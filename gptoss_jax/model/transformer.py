@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import lora, scan
+from gptoss_jax.lora import adapters
+from gptoss_jax.model import scan
 from gptoss_jax.model.attention import Sequence
 from gptoss_jax.model.block import CAPTURES, Block
 from gptoss_jax.model.layers import RMSNorm, Table
@@ -24,7 +25,8 @@ from gptoss_jax.ops.lora import product, rows_of
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
 from gptoss_jax.ops.unembed import unembed
 from gptoss_jax.parallel import context, mesh, sharding, vocabulary
-from gptoss_jax.types import KVCache, Output, Params, RouterStats, is_weight
+from gptoss_jax.parameters.tree import is_weight
+from gptoss_jax.types import KVCache, Output, Params, RouterStats
 
 
 class Transformer(nn.Module):
@@ -41,7 +43,7 @@ class Transformer(nn.Module):
         if not self.has_variable("params", "layers"):
             self.param("layers", self._init_layers)
         if c.lora.targets and self.is_initializing():
-            self.param("lora", lora.init, c)
+            self.param("lora", adapters.init, c)
 
     def _init_layers(self, key: Array) -> Params:
         c = self.config
@@ -71,7 +73,9 @@ class Transformer(nn.Module):
         """
         hidden = sharding.constrain(hidden, *(None,) * hidden.ndim)
         logits = unembed(hidden, self.unembedding())
-        if (adapter := lora.of_table(self.variables["params"], "unembedding", self)) is not None:
+        if (
+            adapter := adapters.of_table(self.variables["params"], "unembedding", self)
+        ) is not None:
             logits = logits + product(hidden, adapter, jnp.float32)
         return sharding.constrain(logits, *(None,) * (hidden.ndim - 1), sharding.VOCABULARY)
 
@@ -110,9 +114,11 @@ class Transformer(nn.Module):
             if embedded is None:
                 embedded = self._embed(self.embedding(), tokens, decoding=cache is not None)
             x = embedded.astype(residual)
-            if (adapter := lora.of_table(self.variables["params"], "embedding", self)) is not None:
+            if (
+                adapter := adapters.of_table(self.variables["params"], "embedding", self)
+            ) is not None:
                 x = x + rows_of(tokens, adapter, residual)
-        layers = lora.join(self.variables["params"])
+        layers = adapters.join(self.variables["params"])
         if cache is None and not isinstance(_a_stack(layers), tuple):
             x, stats, captured = scan.scanned(c, layers, x, sequence, capture=capture)
         else:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 
 PARTS = 64
 

@@ -1,1 +1,4 @@
-"""Many devices: the mesh, the sharding table, and the ops that exchange data over the mesh."""
+"""A run over many devices: the mesh, what is split how, and ops that exchange between devices.
+
+Imports: ops, parameters, config and what comes before. The model, loading and training take these.
+"""

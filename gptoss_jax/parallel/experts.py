@@ -19,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from gptoss_jax import chips
 from gptoss_jax.errors import UserError
-from gptoss_jax.ops import chips, moe
+from gptoss_jax.ops import moe
 from gptoss_jax.ops.grouped_matmul.weights import is_packed, layer_of
 from gptoss_jax.parallel.collectives import sum_once
 from gptoss_jax.parallel.exchange import (

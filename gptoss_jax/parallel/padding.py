@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.types import MXFP4_BLOCK, path_name
+from gptoss_jax.parameters.tree import path_name
+from gptoss_jax.types import MXFP4_BLOCK
 
 # The axis of F, with that of layers in front, and how many columns an entry stands for.
 _HIDDEN = {

@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import pallas_tpu
 from gptoss_jax.parallel.blocks import Places
 

@@ -20,7 +20,8 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.parallel import heads
 from gptoss_jax.parallel.mesh import DENSE, EXPERT, ROWS, current
-from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache, path_name
+from gptoss_jax.parameters.tree import path_name
+from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache
 
 # An axis of an array: not split, or split over one or several mesh axes.
 Axis = str | tuple[str, ...] | None

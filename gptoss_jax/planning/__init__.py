@@ -1,1 +1,4 @@
-"""What a compiled program costs on a device that is not here: see `gptoss_jax.plan`."""
+"""What a run takes on hardware that is not here: the real programs, compiled and measured.
+
+Imports: training, sampler and what comes before. `plan` and `train --dry-run` take these.
+"""

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax import hardware, metrics
+from gptoss_jax.chips import facts as chip_facts
+from gptoss_jax.chips.facts import Facts, GiB
 from gptoss_jax.config import Config, ModelConfig
-from gptoss_jax.hardware import Facts, GiB
 from gptoss_jax.parallel.exchange import receive_rows
 from gptoss_jax.parallel.mesh import ROWS
 from gptoss_jax.planning import hlo, traffic
 from gptoss_jax.planning.programs import Lowered, Sampling
+from gptoss_jax.runs import metrics
 from gptoss_jax.sampler.sampler import prefill_piece
 
 ASSUMPTIONS = (
@@ -79,7 +80,7 @@ def measure(
     keep_hlo: Callable[[str, str], None] | None = None,
 ) -> Plan:
     """Compile a program, and read what it takes."""
-    facts = hardware.FACTS[kind]
+    facts = chip_facts.FACTS[kind]
     plan = Plan(lowered.name, lowered.parts, lowered.gradients, facts.memory)
     plan.trace_seconds, plan.host = lowered.seconds, lowered.host
     plan.receive_buffer = receive_bytes(config, mesh, lowered.name, sampling)
@@ -111,7 +112,7 @@ def measure(
         if lowered.name == "decode"
         else traffic.accessed_bytes(text)
     )
-    gpu = kind in hardware.GPUS
+    gpu = kind in chip_facts.GPUS
     plan.collectives = summarise(reading.collectives, facts, gpu=gpu)
     plan.seconds = {
         "compute": plan.flops / facts.flops,
@@ -129,7 +130,7 @@ def _allocated(memory: Any, kind: str) -> int:
     arguments that they replace.
     """
     whole = getattr(memory, "total_allocation_bytes", 0)
-    if whole and kind not in hardware.GPUS:
+    if whole and kind not in chip_facts.GPUS:
         return whole
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + beyond
@@ -153,7 +154,7 @@ def summarise(
 
 
 def _leaves_host(one: hlo.Collective) -> bool:
-    host = hardware.GPUS_A_HOST
+    host = chip_facts.GPUS_A_HOST
     return any(len({device // host for device in group}) > 1 for group in one.groups)
 
 

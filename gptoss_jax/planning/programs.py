@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptoss_jax import dry_run, host_table, qat
 from gptoss_jax.config import Config
-from gptoss_jax.model import Transformer
+from gptoss_jax.model import Transformer, host_embedding, pack_experts
 from gptoss_jax.ops import moe
 from gptoss_jax.parallel import sharding
+from gptoss_jax.planning import dry_run
 from gptoss_jax.sampler import decode as compiled
 from gptoss_jax.sampler import sampler
 from gptoss_jax.sampler.rules import Rules
@@ -75,7 +75,7 @@ def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
     }
     gradients = dry_run.gradient_bytes(config, each)
     # Of devices that are not here a sharding does not tell its kind of memory.
-    host = local_bytes(state.params[host_table.KEY]) if config.model.embedding_on_host else 0
+    host = local_bytes(state.params[host_embedding.KEY]) if config.model.embedding_on_host else 0
     parts = {
         "parameters": local_bytes(state.params) - host,
         "optimizer state": local_bytes(state.opt_state),
@@ -152,8 +152,8 @@ def _sampled(config: Config, mesh: jax.sharding.Mesh) -> tuple[Transformer, Para
     model = Transformer(sharding.padded(config.model)).dropless()
     params = model.abstract_params()
     if model.config.qat:
-        params = jax.eval_shape(lambda params: qat.pack(model.config, params)[1], params)
-        model = Transformer(qat.packed(model.config))
+        params = jax.eval_shape(lambda params: pack_experts.pack(model.config, params)[1], params)
+        model = Transformer(pack_experts.packed(model.config))
     if sampler._can_relay(model):
         layout: Any = moe.layout_for_chip()
         experts = {

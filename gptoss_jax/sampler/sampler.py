@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptoss_jax import host_table, qat, tokenizer
+from gptoss_jax import chips
 from gptoss_jax.errors import UserError
-from gptoss_jax.model import Transformer
-from gptoss_jax.ops import chips, moe
+from gptoss_jax.harmony import tokenizer
+from gptoss_jax.model import Transformer, host_embedding, pack_experts
+from gptoss_jax.ops import moe
 from gptoss_jax.parallel import mesh
+from gptoss_jax.parameters.tree import is_weight, split_layers
 from gptoss_jax.sampler.decode import Options, State, decode, prefill
 from gptoss_jax.sampler.rules import Rules
-from gptoss_jax.types import MXFP4, KVCache, Params, is_weight, split_layers
+from gptoss_jax.types import MXFP4, KVCache, Params
 
 _CHUNK_SECONDS = 0.05  # streaming: decode on the device for about as long before showing tokens
 _MAX_CHUNK = 64
@@ -88,7 +90,7 @@ class Sampler:
         self._given = model.dropless()
         self.model = self._given
         if model.config.qat:
-            self.model = Transformer(qat.packed(self._given.config))
+            self.model = Transformer(pack_experts.packed(self._given.config))
         self.params = self._in_order(params)
 
     def renew(self, params: Params) -> None:
@@ -100,7 +102,7 @@ class Sampler:
         """
         have = self.params["layers"]["experts"]
         experts = params["layers"]["experts"]
-        folded = qat.adapters(params) if self._given.config.qat else {}
+        folded = pack_experts.adapters(params) if self._given.config.qat else {}
         kept = {
             name: have[name]
             for name, stack in experts.items()
@@ -115,10 +117,10 @@ class Sampler:
 
     def _in_order(self, params: Params) -> Params:
         """Return the parameters in the form that is decoded from."""
-        params = host_table.on_device(params)
+        params = host_embedding.on_device(params)
         with self._on_mesh():
             if self._given.config.qat:  # on a CPU before what is large is copied
-                params = qat.pack(self._given.config, params)[1]
+                params = pack_experts.pack(self._given.config, params)[1]
             if _on_cpu(params):
                 params = _taken_apart(params, self.model.config.num_layers)
             elif self._relays and _can_relay(self.model):

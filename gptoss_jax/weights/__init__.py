@@ -1,8 +1,7 @@
-"""Checkpoints in and out: OpenAI's `original/` layout, the Hugging Face one, and workdirs."""
+"""Checkpoint files in and out, as streams: OpenAI's `original/` layout and Hugging Face's.
 
-from __future__ import annotations
+Imports: lora, parallel, parameters and what comes before. `convert` and `loading` take these;
+others take `save`.
+"""
 
-from gptoss_jax.weights.read import load, read_config
-from gptoss_jax.weights.write import save
-
-__all__ = ["load", "read_config", "save"]
+from gptoss_jax.weights.write import save as save

@@ -363,7 +363,7 @@ def special_ids(vocab_size: int) -> dict[str, int]:
 
     A smaller vocabulary keeps Harmony's special tokens at its end (see `tokenizer`).
     """
-    from gptoss_jax import tokenizer
+    from gptoss_jax.harmony import tokenizer
 
     if vocab_size < tokenizer.MIN_VOCAB_SIZE:
         return {}

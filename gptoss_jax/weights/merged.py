@@ -19,9 +19,10 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.model import lora
+from gptoss_jax.lora import adapters as lora_adapters
 from gptoss_jax.ops.lora import LowRank, dense
-from gptoss_jax.types import Params, flatten
+from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.types import Params
 from gptoss_jax.weights.names import Field
 from gptoss_jax.weights.sources import ParamsSource, Source, rows_of
 
@@ -44,7 +45,9 @@ class Merged:
         if model.architecture != base.config.architecture:
             raise UserError("the adapters are of a model of another architecture than the weights")
         wanted = {}
-        for path, shape in lora.shapes(dataclasses.replace(model, expert_padding=0)).items():
+        for path, shape in lora_adapters.shapes(
+            dataclasses.replace(model, expert_padding=0)
+        ).items():
             wanted |= {f"{path}/a": shape.a, f"{path}/b": shape.b}
         for name in [*wanted, *self.leaves]:
             if name not in self.leaves or name not in wanted:
@@ -80,7 +83,7 @@ class Merged:
         """
         if f"{path}/a" not in self.leaves:
             return None
-        axes = lora.AXES[path]
+        axes = lora_adapters.AXES[path]
         stack, rows = axes.stack[1:], (axes.stack[1:] + axes.weight)[0]
         cut = {"start": start, "size": stop - start}
         a, b = (self.leaves[f"{path}/{part}"] for part in "ab")

@@ -24,8 +24,9 @@ import numpy as np
 
 from gptoss_jax.config import LoRAConfig, ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.model import lora
-from gptoss_jax.types import Params, flatten, nest
+from gptoss_jax.lora import adapters as lora_adapters
+from gptoss_jax.parameters.tree import flatten, nest
+from gptoss_jax.types import Params
 from gptoss_jax.weights import config_io, safetensors_io
 
 CONFIG = "adapter_config.json"
@@ -53,7 +54,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
     """Return adapter_config.json; `base` is the name or folder that PEFT loads the model from."""
-    paths = lora.adapted(config)
+    paths = lora_adapters.adapted(config)
     _refuse(paths)
     modules = [_MODULES[path].rpartition(".")[2] for path in paths if path not in _PARAMETERS]
     return {
@@ -79,12 +80,12 @@ def tensors_of(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
     Raises:
         UserError: adapters of weights for which the layout has no place.
     """
-    paths = lora.adapted(config)
+    paths = lora_adapters.adapted(config)
     _refuse(paths)
     leaves = flatten(adapters)
     out: dict[str, np.ndarray] = {}
     for path in paths:
-        stacked = bool(lora.AXES[path].stack)
+        stacked = bool(lora_adapters.AXES[path].stack)
         for part, letter in (("a", "A"), ("b", "B")):
             stack = np.asarray(leaves[f"{path}/{part}"], np.float32)
             for n, leaf in enumerate(stack if stacked else stack[None]):
@@ -97,7 +98,7 @@ def tensors_of(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
 
 
 def _refuse(paths: list[str]) -> None:
-    names = {path: name for name, path in lora.NAMES.items()}
+    names = {path: name for name, path in lora_adapters.NAMES.items()}
     for path in paths:
         if path not in _MODULES:
             raise UserError(
@@ -129,8 +130,8 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
     rank = max(a.shape[0] for a, _ in pairs.values())
     rslora, alpha = bool(raw.get("use_rslora")), _number(file, raw, "lora_alpha")
     config = LoRAConfig(rank=rank, alpha=alpha, rslora=rslora)
-    full = dataclasses.replace(config, targets=tuple(lora.AXES))
-    shapes = lora.shapes(dataclasses.replace(model, lora=full, expert_padding=0))
+    full = dataclasses.replace(config, targets=tuple(lora_adapters.AXES))
+    shapes = lora_adapters.shapes(dataclasses.replace(model, lora=full, expert_padding=0))
     adapters: dict[str, np.ndarray] = {}
     layers: dict[str, list[int]] = {}
     for (path, n), (a, b) in pairs.items():
@@ -144,7 +145,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
             else:
                 at.reshape(rank, -1)[:own] = x * np.float32(its_scale / config.scale)
         layers.setdefault(path, []).append(0 if n is None else n)
-    order = [path for path in lora.AXES if path in layers]
+    order = [path for path in lora_adapters.AXES if path in layers]
     targets = [_target(path, sorted(layers[path]), model.num_layers) for path in order]
     leaves = {f"{path}/{part}": adapters[f"{path}/{part}"] for path in order for part in "ab"}
     return dataclasses.replace(config, targets=tuple(targets)), nest(leaves)
@@ -153,7 +154,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
 def _target(path: str, layers: list[int], count: int) -> str:
     """Return what `model.lora.targets` calls a weight in these layers."""
     if not path.startswith("layers/") or len(layers) == count:
-        return next(name for name, pattern in lora.NAMES.items() if pattern == path)
+        return next(name for name, pattern in lora_adapters.NAMES.items() if pattern == path)
     return path.replace("layers", f"layers[{','.join(map(str, layers))}]", 1)
 
 
@@ -211,7 +212,7 @@ def _pairs(
                 "with PEFT (merge_and_unload) and convert the whole model"
             )
         where, letter = modules[match[1]], match[2]
-        axes = lora.AXES[where[0]]
+        axes = lora_adapters.AXES[where[0]]
         side = int(np.prod([sizes[x] for x in (axes.inputs if letter == "A" else axes.outputs)]))
         axis = 1 if letter == "A" else 0
         if len(entry.shape) != 2 or entry.shape[axis] != side:

@@ -22,7 +22,8 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.parallel import padding
-from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, Relaid, flatten
+from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, Relaid
 from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
 
 _PIECE = 1 << 24  # bytes of a piece, in float32 where its values are floats

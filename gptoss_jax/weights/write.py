@@ -178,7 +178,7 @@ def write_side_files(
             folder / "generation_config.json", config_io.generation_config(config.vocab_size)
         )
         if config_io.special_ids(config.vocab_size):
-            from gptoss_jax import tokenizer
+            from gptoss_jax.harmony import tokenizer
 
             tokenizer.write_tokenizer_files(folder, config.vocab_size, context=config.context)
 

@@ -7,8 +7,8 @@ import importlib.util
 import jax
 import pytest
 
-from gptoss_jax import hardware
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
+from gptoss_jax.chips import facts
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +30,7 @@ def compile_for():
     """
 
     def run(chip: str, function, *shapes, donate=()):
-        mesh = hardware.mesh(chip)
+        mesh = facts.mesh(chip)
         here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
         def put(s):

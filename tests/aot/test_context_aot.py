@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax import hardware
+from gptoss_jax import chips
+from gptoss_jax.chips import facts
 from gptoss_jax.config import MeshConfig
-from gptoss_jax.ops import chips
 from gptoss_jax.parallel import context, mesh
 
 N, K, H = 64, 8, 64  # of 20b and 120b
@@ -21,7 +21,7 @@ MB = 10**6
 
 def compiled(target: str, window: int | None, T: int = 131072):
     """Compile one row there and back, its tokens over all devices of the target."""
-    over = mesh.make(MeshConfig(context=-1), hardware.devices(target))
+    over = mesh.make(MeshConfig(context=-1), facts.devices(target))
 
     def shape(*sizes, spec, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(over, spec))

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from gptoss_jax import config_cli, hardware
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
+from gptoss_jax.chips import facts
+from gptoss_jax.config import command_line
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.planning import cost, programs
 
@@ -29,10 +30,10 @@ def compiled(layers: int) -> tuple[programs.Lowered, Any]:
     options = ["--config", str(CONFIG), "--data.sequence_length", "128"]
     for name, size in (SIZES | {"num_layers": layers}).items():
         options += [f"--model.{name}", str(size)]
-    config = config_cli.load(options, prog="plan")
+    config = command_line.load(options, prog="plan")
     optimizer = dataclasses.replace(config.optimizer, freeze=FROZEN)
     config = dataclasses.replace(config, optimizer=optimizer)
-    mesh = meshes.make(config.mesh, hardware.devices("h200"))
+    mesh = meshes.make(config.mesh, facts.devices("h200"))
     with chips.assume("h200"), jax.set_mesh(mesh):
         lowered = programs.train(config, mesh)
         return lowered, lowered.compile()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptoss_jax import plan
-from gptoss_jax.hardware import FACTS, GiB
+from gptoss_jax.chips.facts import FACTS, GiB
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--config", str(ROOT / "configs/tiny.py"), "--model.num_layers", "2"]

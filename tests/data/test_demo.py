@@ -9,7 +9,7 @@ import pytest
 from gptoss_jax.data import demo
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import render
-from gptoss_jax.tokenizer import get_tokenizer
+from gptoss_jax.harmony.tokenizer import get_tokenizer
 
 
 def read(name):

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from gptoss_jax import data, harmony, tokenizer
+from gptoss_jax import data, harmony
 from gptoss_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from gptoss_jax.data import examples as examples_module
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.windows import Windows
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 
 FIELDS = ("tokens", "targets", "weights", "segment_ids", "positions")
 NUM_RECORDS = 41
@@ -511,10 +512,10 @@ def test_fingerprints_say_what_differs(texts, tmp_path):
 
 
 def test_huge_files_are_hashed_at_places(texts, monkeypatch):
-    from gptoss_jax.data import report
+    from gptoss_jax.data import describe
 
-    monkeypatch.setattr(report, "HASH_WHOLE", 10)
-    monkeypatch.setattr(report, "SAMPLE_BYTES", 5)
+    monkeypatch.setattr(describe, "HASH_WHOLE", 10)
+    monkeypatch.setattr(describe, "SAMPLE_BYTES", 5)
     config = make_config(texts)
     then = data.fingerprint(config)
     assert "sha256_sampled" in then["files"][0]

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax import data, tokenizer
+from gptoss_jax import data
 from gptoss_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from gptoss_jax.data import examples as examples_module
 from gptoss_jax.data.examples import open_sources
 from gptoss_jax.data.mixture import Mixture, plan
 from gptoss_jax.data.packing import Segment
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 
 FIELDS = ("tokens", "targets", "weights", "segment_ids", "positions", "sources")
 VOCAB = 700

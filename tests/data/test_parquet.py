@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from gptoss_jax import data, tokenizer
+from gptoss_jax import data
 from gptoss_jax.config import Config, DataConfig, ModelConfig
 from gptoss_jax.data import parquet
 from gptoss_jax.data.sources import Records
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 
 ADVICE = "; mend it, or leave such out: data.on_bad_record=skip"
 USER = {"role": "user", "content": "hi"}

@@ -7,13 +7,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptoss_jax import data, tokenizer
+from gptoss_jax import data, inspect
 from gptoss_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from gptoss_jax.data import inspect, preferences
+from gptoss_jax.data import preferences
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.packing import Segment, fill
 from gptoss_jax.data.windows import Windows
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
 
 VOCAB, T = 700, 960
 ADVICE = "; mend it, or leave such out: data.on_bad_record=skip"

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from gptoss_jax import harmony, tokenizer
+from gptoss_jax import harmony
 from gptoss_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from gptoss_jax.config.objective import GRPOConfig
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.questions import Questions
 from gptoss_jax.errors import UserError
-from gptoss_jax.objective_config import GRPOConfig
+from gptoss_jax.harmony import tokenizer
 
 GRPO = GRPOConfig(group_size=3, max_tokens=5)
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax import chips
 from gptoss_jax.config import ModelConfig, OptimizerConfig
-from gptoss_jax.loss import loss_fn
 from gptoss_jax.model import Transformer
-from gptoss_jax.ops import chips, moe
+from gptoss_jax.objectives.token_loss import loss_fn
+from gptoss_jax.ops import moe
 from gptoss_jax.optimizer import make_optimizer
-from gptoss_jax.train_step import init_state, make_train_step
+from gptoss_jax.training.step import init_state, make_train_step
 from gptoss_jax.types import Batch
 
 CONFIG = ModelConfig(

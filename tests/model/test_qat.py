@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 
 import gptoss_jax
-from gptoss_jax import metrics, qat, train
+from gptoss_jax import train
 from gptoss_jax.config import LoRAConfig, MeshConfig, ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.model import Transformer
+from gptoss_jax.model import Transformer, pack_experts
 from gptoss_jax.ops import mxfp4
 from gptoss_jax.ops.lora import LowRank
 from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.ops.mxfp4.fake import quantise
 from gptoss_jax.parallel import experts, sharding
 from gptoss_jax.parallel import mesh as meshes
+from gptoss_jax.parameters.tree import flatten, nest, replace
+from gptoss_jax.runs import metrics
 from gptoss_jax.sampler import Sampler
-from gptoss_jax.types import MXFP4, Params, flatten, nest, replace
+from gptoss_jax.types import MXFP4, Params
 
 PLAIN = ModelConfig(
     vocab_size=97, num_layers=2, d_model=32, num_heads=6, num_kv_heads=2, head_dim=10,
@@ -146,14 +148,14 @@ def test_adapters_are_folded_in_before_quantising() -> None:
     expected = nest({path: scale * d for path, d in expected.items()})
     close(grads["lora"]["layers"]["experts"], expected)
     # Folded into bytes it is the same function.
-    packed_as, packed = qat.pack(ADAPTED, params)
+    packed_as, packed = pack_experts.pack(ADAPTED, params)
     assert (packed_as.experts, packed_as.qat) == ("mxfp4", False)
     assert "experts" not in packed["lora"]["layers"]
     close(logits(PACKED, with_experts(packed, experts_of(packed))), got)
     # What has no adapter keeps its bytes, and adapters of the rest stay.
     attention = {"q_weight": {"a": jnp.ones(1)}}
     some = {"experts": {"down_weight": own["down_weight"]}, "attention": attention}
-    _, again = qat.pack(ADAPTED, {**params, "lora": {"layers": some}})
+    _, again = pack_experts.pack(ADAPTED, {**params, "lora": {"layers": some}})
     assert again["lora"] == {"layers": {"attention": attention}}
     kept = params["layers"]["experts"]["gate_up_weight"]
     assert again["layers"]["experts"]["gate_up_weight"] is kept

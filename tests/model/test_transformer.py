@@ -15,7 +15,8 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.types import MXFP4, split_layers
+from gptoss_jax.parameters.tree import split_layers
+from gptoss_jax.types import MXFP4
 
 TINY = ModelConfig(
     vocab_size=53,

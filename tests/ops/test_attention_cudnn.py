@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import attention, cudnn, reference
 from gptoss_jax.ops.attention.sink_algebra import with_sink
 

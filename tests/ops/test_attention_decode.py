@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import pallas_gpu_decode, split
 from gptoss_jax.ops.attention.sink_algebra import apply_sinks
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from covering import name, pairwise, part_slow
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import attention, pallas_gpu
 
 needs_mosaic = pytest.mark.skipif(

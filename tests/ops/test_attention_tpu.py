@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from covering import name, part_slow
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import attention, pallas_tpu, pallas_tpu_decode, reference
 
 # Few and short, of the shared axes: a grid step takes the interpreter tens of milliseconds.

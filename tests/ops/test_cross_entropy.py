@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.cross_entropy import cross_entropy, sharded, vocabulary
 from gptoss_jax.ops.cross_entropy.xla import default_chunk
 

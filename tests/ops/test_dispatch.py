@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptoss_jax.ops import chips, dispatch
+from gptoss_jax import chips
+from gptoss_jax.ops import dispatch
 from gptoss_jax.ops.attention import CACHED_ORDER, SELF_ORDER, attention
 from gptoss_jax.ops.grouped_matmul import ORDER as GROUPED_ORDER
 from gptoss_jax.ops.moe import ORDER as EXPERTS_ORDER

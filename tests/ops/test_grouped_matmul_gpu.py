@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from covering import name, part_slow
 
-from gptoss_jax.ops import chips, mxfp4
+from gptoss_jax import chips
+from gptoss_jax.ops import mxfp4
 from gptoss_jax.ops.grouped_matmul import grouped_matmul, pallas_gpu_kernels, pallas_gpu_packed
 from gptoss_jax.ops.mxfp4 import layouts, reference
 from gptoss_jax.types import MXFP4, LayerOf, Relaid

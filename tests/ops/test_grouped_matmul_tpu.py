@@ -8,7 +8,8 @@ import pytest
 from covering import name, part_slow
 from test_mxfp4_layouts import every_code_and_scale
 
-from gptoss_jax.ops import chips, mxfp4
+from gptoss_jax import chips
+from gptoss_jax.ops import mxfp4
 from gptoss_jax.ops.grouped_matmul import blocks, grouped_matmul
 from gptoss_jax.types import MXFP4, LayerOf
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from covering import name, part_slow
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.moe import experts, planes
 from gptoss_jax.ops.mxfp4 import decode, layouts
 from gptoss_jax.types import LayerOf

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from moe_cases import LIMIT, NAMES, cast, check, everything, inputs, pack
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.moe import experts
 from gptoss_jax.types import LayerOf
 

@@ -15,9 +15,10 @@ import pytest
 from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
-from gptoss_jax.program import make_program
+from gptoss_jax.parameters.tree import path_name
 from gptoss_jax.sampler import Sampler
-from gptoss_jax.types import Batch, path_name
+from gptoss_jax.training.program import make_program
+from gptoss_jax.types import Batch
 
 B, T, STEPS = 16, 48, 3
 MODEL = ModelConfig(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from context_cases import assert_close, expected, inputs, spread
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.parallel import blocks, ring, ring_tpu
 from gptoss_jax.parallel.blocks import Places
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax import weights
+from gptoss_jax import loading, weights
 from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
+from gptoss_jax.model.initial import init_params
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding, sharding
-from gptoss_jax.program import make_program
-from gptoss_jax.train_step import init_params
-from gptoss_jax.types import path_name
+from gptoss_jax.parameters.tree import path_name
+from gptoss_jax.training.program import make_program
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=3, d_model=64, num_heads=16, num_kv_heads=2, head_dim=12,
@@ -112,7 +112,7 @@ def test_a_checkpoint_loads_into_its_shards_and_is_written_as_it_was(
     params = init_params(model, seed=2)
     weights.save(tmp_path / "a", model, params)
     mesh = mesh_of(**sizes)
-    loaded, spread = weights.load(tmp_path / "a", mesh, dtype=jnp.float32)
+    loaded, spread = loading.load(tmp_path / "a", mesh, dtype=jnp.float32)
     assert loaded.config.expert_padding == (96 if "tensor" in sizes else 0)
     want: Any = padding.resize(params, by=loaded.config.expert_padding)
     where = sharding.shardings(spread, mesh)
@@ -135,9 +135,9 @@ def test_a_kernels_layout_is_refused_where_it_can_not_be_split(tmp_path: Path):
     params = init_params(model, seed=2)
     weights.save(tmp_path / "a", model, params)
     with pytest.raises(UserError, match=r"over mesh\.expert alone, and the mesh has tensor"):
-        weights.load(tmp_path / "a", mesh_of(tensor=2), layout="planes")
-    _, spread = weights.load(tmp_path / "a", mesh_of(expert=2), jnp.float32, layout="planes")
-    want = weights.load(tmp_path / "a", None, jnp.float32, layout="planes")[1]
+        loading.load(tmp_path / "a", mesh_of(tensor=2), layout="planes")
+    _, spread = loading.load(tmp_path / "a", mesh_of(expert=2), jnp.float32, layout="planes")
+    want = loading.load(tmp_path / "a", None, jnp.float32, layout="planes")[1]
     jax.tree.map(np.testing.assert_array_equal, spread, want)
     codes = spread["layers"]["experts"]["down_weight"].codes
     assert codes.sharding.shard_shape(codes.shape)[1] == 12

@@ -15,9 +15,10 @@ peft = pytest.importorskip("peft")
 from mapping import SIZES, to_tree  # noqa: E402
 
 from gptoss_jax.config import LoRAConfig  # noqa: E402
-from gptoss_jax.loss import loss_fn  # noqa: E402
 from gptoss_jax.model import Transformer  # noqa: E402
-from gptoss_jax.types import Batch, flatten  # noqa: E402
+from gptoss_jax.objectives.token_loss import loss_fn  # noqa: E402
+from gptoss_jax.parameters.tree import flatten  # noqa: E402
+from gptoss_jax.types import Batch  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 RANK, ALPHA, ROWS, LENGTH = 3, 5.0, 2, 140  # past the window of 128

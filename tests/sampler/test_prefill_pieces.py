@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax import chips
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model import Transformer
-from gptoss_jax.ops import chips
 from gptoss_jax.ops.unembed import unembed
 from gptoss_jax.sampler import decode
 from gptoss_jax.sampler.rules import Rules

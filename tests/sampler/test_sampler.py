@@ -13,11 +13,12 @@ import pytest
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.tokenizer import get_tokenizer, stop_ids
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import mxfp4
+from gptoss_jax.parameters.tree import is_weight
 from gptoss_jax.sampler import Sampler
-from gptoss_jax.tokenizer import get_tokenizer, stop_ids
-from gptoss_jax.types import MXFP4, is_weight
+from gptoss_jax.types import MXFP4
 
 # A banded layer and a full one; sizes pairwise distinct.
 CONFIG = ModelConfig(

@@ -16,8 +16,9 @@ from gptoss_jax.config import LoRAConfig, MeshConfig, ModelConfig
 from gptoss_jax.model import Transformer
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
+from gptoss_jax.parameters.tree import flatten, split_layers
 from gptoss_jax.sampler import Generation, Sampler
-from gptoss_jax.types import MXFP4, Params, flatten, split_layers
+from gptoss_jax.types import MXFP4, Params
 
 # A banded layer and a full one; sizes pairwise distinct.
 DENSE = ModelConfig(

@@ -18,10 +18,11 @@ import tiny_checkpoint as tiny
 from safetensors import safe_open
 from tiny_checkpoint import A, D, E, F, H, K, L, N, V, W
 
-from gptoss_jax import weights
+from gptoss_jax import loading, weights
 from gptoss_jax.config import LoRAConfig
-from gptoss_jax.model import Transformer, lora
-from gptoss_jax.types import flatten, nest
+from gptoss_jax.lora import adapters
+from gptoss_jax.model import Transformer
+from gptoss_jax.parameters.tree import flatten, nest
 
 BF16, U8 = "BF16", "U8"
 GROUP = 32  # values that share a scale; their nibbles are 16 bytes
@@ -145,16 +146,16 @@ def export(request, tmp_path_factory):
     layout, form = request.param
     folder = tmp_path_factory.mktemp("consumers")
     tiny.write(folder / "base", tiny.make_tree(packed=True), "hf")
-    model, params = weights.load(folder / "base")
+    model, params = loading.load(folder / "base")
     own = LoRAConfig(targets=("attention", "experts", "router"), rank=2, alpha=2.0)
     model = Transformer(dataclasses.replace(model.config, lora=own))
     rng, tree = np.random.default_rng(0), {}
-    for path, shape in lora.shapes(model.config).items():
+    for path, shape in adapters.shapes(model.config).items():
         tree[f"{path}/a"] = rng.standard_normal(shape.a).astype(np.float32)
         tree[f"{path}/b"] = 0.1 * rng.standard_normal(shape.b).astype(np.float32)
     tuned = {**params, "lora": nest(tree)}
     weights.save(folder / "c", model, tuned, to=layout, experts=form, force=True)
-    _, merged = weights.load(folder / "c", dtype="float32", experts="dense")
+    _, merged = loading.load(folder / "c", dtype="float32", experts="dense")
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(merged).items()}
     return (layout, form), folder / "c", leaves
 

@@ -14,12 +14,14 @@ import tiny_checkpoint as tiny
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import D, E, H, K, L, N, V
 
-from gptoss_jax import init_adapters, weights
+from gptoss_jax import loading, weights
 from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig
 from gptoss_jax.convert import convert, main
 from gptoss_jax.errors import UserError, run_entry
-from gptoss_jax.model import Transformer, lora
-from gptoss_jax.types import flatten, nest
+from gptoss_jax.loading import start_adapters
+from gptoss_jax.lora import adapters
+from gptoss_jax.model import Transformer
+from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.weights import peft
 
 SIZES = ModelConfig(
@@ -44,7 +46,7 @@ def adapted(*targets: str, model: ModelConfig = SIZES, rank: int = 3, **options)
         model, lora=LoRAConfig(targets=targets, rank=rank, alpha=7.0, **options)
     )
     rng, tree = np.random.default_rng(3), {}
-    for path, shape in lora.shapes(config).items():
+    for path, shape in adapters.shapes(config).items():
         tree[f"{path}/a"] = rng.standard_normal(shape.a).astype(np.float32)
         tree[f"{path}/b"] = 0.1 * rng.standard_normal(shape.b).astype(np.float32)
     return config, nest(tree)
@@ -239,7 +241,7 @@ def close(found: np.ndarray, want: np.ndarray) -> None:
 def test_peft_loads_what_we_wrote_and_we_what_it_wrote(tmp_path: Path) -> None:
     theirs = pytest.importorskip("peft")
     tiny.write(tmp_path / "base", tiny.make_tree(packed=False, dtype="float32"), "hf")
-    model, params = weights.load(tmp_path / "base", dtype="float32")
+    model, params = loading.load(tmp_path / "base", dtype="float32")
     config, tree = adapted(*HELD, model=model.config)
     tuned = {**params, "lora": jax.tree.map(jnp.asarray, tree)}
     weights.save(tmp_path / "ours", Transformer(config), tuned, to="peft")
@@ -272,9 +274,9 @@ def test_peft_loads_what_we_wrote_and_we_what_it_wrote(tmp_path: Path) -> None:
     # A run begins as it, the rest of k's rank with an A that is new, for there to be a gradient.
     run = Config(model=config, init="DIR", init_adapters=str(tmp_path / "theirs"))
     run = dataclasses.replace(run, data=DataConfig(sequence_length=TOKENS.shape[1]))
-    begun = init_adapters.put(run, params, tree)
+    begun = start_adapters.put(run, params, tree)
     assert begun["lora"]["layers"]["attention"]["k_weight"]["a"].all()
-    assert init_adapters.read(run) is not None
+    assert start_adapters.read(run) is not None
     close(our_logits(config, begun), want)
     # And merged into the base on the way to another folder, which transformers loads.
     convert(tmp_path / "base", tmp_path / "new", to="hf", adapters=tmp_path / "theirs")

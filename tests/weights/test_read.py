@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
-from gptoss_jax import weights
+from gptoss_jax import loading, weights
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.types import MXFP4, flatten
+from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.types import MXFP4
 
 CASES = [
     # layout, packed, dtype as stored, shards
@@ -49,7 +50,7 @@ def test_every_leaf_is_bit_equal(tmp_path: Path, layout, packed, dtype, shards) 
     tree = tiny.make_tree(packed=packed, dtype=dtype)
     tiny.write(tmp_path / "c", tree, layout, shards=shards)
     split = shards == 1
-    model, params = weights.load(tmp_path / "c", dtype=dtype, split=split)
+    model, params = loading.load(tmp_path / "c", dtype=dtype, split=split)
     assert_tree(params, tree)
     is_tuple = isinstance(params["layers"]["router"]["bias"], tuple)
     assert is_tuple == split
@@ -60,14 +61,14 @@ def test_every_leaf_is_bit_equal(tmp_path: Path, layout, packed, dtype, shards) 
     assert c.layer_windows == (tiny.W, None, tiny.W, None)
     expected = flatten(model.abstract_params())
     assert {
-        p: x.shape for p, x in flatten(weights.load(tmp_path / "c", dtype=dtype)[1]).items()
+        p: x.shape for p, x in flatten(loading.load(tmp_path / "c", dtype=dtype)[1]).items()
     } == {p: x.shape for p, x in expected.items()}
 
 
 def test_floats_are_cast_and_packed_bytes_kept(tmp_path: Path) -> None:
     tree = tiny.make_tree(packed=True, dtype="float32")
     tiny.write(tmp_path / "c", tree, "hf")
-    _, params = weights.load(tmp_path / "c")
+    _, params = loading.load(tmp_path / "c")
     cast = {p: x if x.dtype == np.uint8 else x.astype(ml_dtypes.bfloat16) for p, x in tree.items()}
     assert_tree(params, cast)
 
@@ -75,7 +76,7 @@ def test_floats_are_cast_and_packed_bytes_kept(tmp_path: Path) -> None:
 def test_decoded_on_load_is_what_the_bytes_stand_for(tmp_path: Path) -> None:
     tree = tiny.make_tree(packed=True)
     tiny.write(tmp_path / "c", tree, "openai")
-    model, params = weights.load(tmp_path / "c", dtype=jnp.float32, experts="dense")
+    model, params = loading.load(tmp_path / "c", dtype=jnp.float32, experts="dense")
     assert model.config.experts == "dense"
     half = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     table = np.array(half + [-x for x in half], np.float32)
@@ -90,13 +91,13 @@ def test_decoded_on_load_is_what_the_bytes_stand_for(tmp_path: Path) -> None:
 def test_encoded_on_load_stands_for_the_stored_values(tmp_path: Path) -> None:
     packed = tiny.make_tree(packed=True)
     tiny.write(tmp_path / "packed", packed, "openai")
-    _, dense = weights.load(tmp_path / "packed", dtype=jnp.float32, experts="dense")
-    model, _ = weights.load(tmp_path / "packed", dtype=jnp.float32, experts="dense")
+    _, dense = loading.load(tmp_path / "packed", dtype=jnp.float32, experts="dense")
+    model, _ = loading.load(tmp_path / "packed", dtype=jnp.float32, experts="dense")
     weights.save(tmp_path / "dense", model, dense, to="hf")
-    model, params = weights.load(tmp_path / "dense", dtype=jnp.float32, experts="mxfp4")
+    model, params = loading.load(tmp_path / "dense", dtype=jnp.float32, experts="mxfp4")
     assert model.config.experts == "mxfp4"
     weights.save(tmp_path / "again", model, params, to="hf")
-    _, again = weights.load(tmp_path / "again", dtype=jnp.float32, experts="dense")
+    _, again = loading.load(tmp_path / "again", dtype=jnp.float32, experts="dense")
     for name in ("gate_up_weight", "down_weight"):
         want = dense["layers"]["experts"][name]
         assert np.array_equal(again["layers"]["experts"][name], want)
@@ -107,10 +108,10 @@ def test_pieces_smaller_than_a_tensor_change_nothing(tmp_path: Path, monkeypatch
     for layout, packed in (("openai", True), ("hf", False)):
         tree = tiny.make_tree(packed=packed)
         tensors = tiny.write(tmp_path / layout, tree, layout)
-        model, params = weights.load(tmp_path / layout)
+        model, params = loading.load(tmp_path / layout)
         assert_tree(params, tree)
         weights.save(tmp_path / f"{layout}2", model, params, to=layout)
-        _, again = weights.load(tmp_path / f"{layout}2")
+        _, again = loading.load(tmp_path / f"{layout}2")
         assert_tree(again, tree)
         assert len(tensors) > 20
 
@@ -119,8 +120,8 @@ def test_pieces_smaller_than_a_tensor_change_nothing(tmp_path: Path, monkeypatch
 def test_packed_experts_are_relaid_while_they_are_read(tmp_path: Path, order, monkeypatch) -> None:
     tiny.write(tmp_path / "c", tiny.make_tree(packed=True, dtype="bfloat16"), "openai")
     monkeypatch.setattr("gptoss_jax.weights.sources._PIECE", 4096)  # an expert or so at a time
-    model, as_stored = weights.load(tmp_path / "c")
-    _, params = weights.load(tmp_path / "c", layout=order)
+    model, as_stored = loading.load(tmp_path / "c")
+    _, params = loading.load(tmp_path / "c", layout=order)
     for name, leaf in params["layers"]["experts"].items():
         stored = as_stored["layers"]["experts"][name]
         if not name.endswith("weight"):
@@ -139,7 +140,7 @@ def test_onto_a_mesh_is_replicated(tmp_path: Path) -> None:
     tree = tiny.make_tree(packed=True)
     tiny.write(tmp_path / "c", tree, "hf")
     mesh = jax.make_mesh((len(jax.devices()),), ("data",))
-    _, params = weights.load(tmp_path / "c", mesh)
+    _, params = loading.load(tmp_path / "c", mesh)
     assert_tree(params, tree)
     leaf = params["layers"]["experts"]["down_weight"].blocks
     assert len(leaf.sharding.device_set) == len(jax.devices())
@@ -155,7 +156,7 @@ def rewrite(folder: Path, change, layout: str = "hf") -> None:
 
 def message_of(folder: Path, **options) -> str:
     with pytest.raises(UserError) as caught:
-        weights.load(folder, **options)
+        loading.load(folder, **options)
     text = str(caught.value)
     assert "\n" not in text
     return text

@@ -14,11 +14,12 @@ import tiny_checkpoint as tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from gptoss_jax import weights  # noqa: E402
+from gptoss_jax import loading, weights  # noqa: E402
 from gptoss_jax.config import LoRAConfig  # noqa: E402
 from gptoss_jax.convert import convert  # noqa: E402
-from gptoss_jax.model import Transformer, lora  # noqa: E402
-from gptoss_jax.types import nest  # noqa: E402
+from gptoss_jax.lora import adapters  # noqa: E402
+from gptoss_jax.model import Transformer  # noqa: E402
+from gptoss_jax.parameters.tree import nest  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 TOKENS = np.random.default_rng(0).integers(0, tiny.V, (2, 3 * tiny.W))
@@ -36,7 +37,7 @@ def state(model) -> dict[str, np.ndarray]:
 
 
 def assert_same_logits(theirs, folder: Path) -> None:
-    model, params = weights.load(folder, dtype=jnp.float32)
+    model, params = loading.load(folder, dtype=jnp.float32)
     with torch.no_grad():
         want = theirs(torch.as_tensor(TOKENS)).logits.numpy()
     with jax.default_matmul_precision("highest"):
@@ -56,7 +57,7 @@ def test_it_loads_dense_experts_that_we_wrote(tmp_path: Path, dtype) -> None:
     for name, x in want.items():
         assert np.array_equal(found[name], x.astype(np.float32)), name
     assert_same_logits(theirs, tmp_path / "openai")
-    model, params = weights.load(tmp_path / "openai", dtype=dtype)
+    model, params = loading.load(tmp_path / "openai", dtype=dtype)
     weights.save(tmp_path / "saved", model, params)
     saved = state(from_pretrained(tmp_path / "saved"))
     assert all(np.array_equal(saved[name], x) for name, x in found.items())
@@ -69,7 +70,7 @@ def test_it_loads_packed_experts_that_we_wrote(tmp_path: Path) -> None:
     convert(tmp_path / "openai", tmp_path / "hf", to="hf")
     decode = transformers.Mxfp4Config(dequantize=True)
     theirs = from_pretrained(tmp_path / "hf", "bfloat16", quantization_config=decode)
-    _, params = weights.load(tmp_path / "openai", experts="dense")
+    _, params = loading.load(tmp_path / "openai", experts="dense")
     experts = jax.tree.map(lambda x: np.asarray(x, np.float32), params["layers"]["experts"])
     for n, layer in enumerate(theirs.model.layers):
         gate_up = layer.mlp.experts.gate_up_proj.detach().float().numpy()  # [E, D, 2F]
@@ -85,11 +86,11 @@ def test_it_loads_packed_experts_that_we_wrote(tmp_path: Path) -> None:
 def test_it_loads_tuned_models_that_we_merged(tmp_path: Path) -> None:
     """In float32 the adapted model itself; in bfloat16 and in MXFP4 what was written of it."""
     tiny.write(tmp_path / "base", tiny.make_tree(packed=True), "openai")
-    model, params = weights.load(tmp_path / "base", dtype=jnp.float32)
+    model, params = loading.load(tmp_path / "base", dtype=jnp.float32)
     own = LoRAConfig(("attention", "experts", "router", "unembedding", "embedding"), rank=2)
     model = Transformer(dataclasses.replace(model.config, lora=own))
     rng, tree = np.random.default_rng(0), {}
-    for path, shape in lora.shapes(model.config).items():
+    for path, shape in adapters.shapes(model.config).items():
         tree[f"{path}/a"] = jnp.asarray(rng.standard_normal(shape.a), jnp.float32)
         tree[f"{path}/b"] = jnp.asarray(0.01 * rng.standard_normal(shape.b), jnp.float32)
     params["lora"] = nest(tree)
@@ -110,7 +111,7 @@ def test_it_loads_tuned_models_that_we_merged(tmp_path: Path) -> None:
 def test_layer_types_that_we_wrote_are_obeyed(tmp_path: Path) -> None:
     tree = tiny.make_tree(packed=False, dtype="float32")
     tiny.write(tmp_path / "c", tree, "hf")
-    model, params = weights.load(tmp_path / "c", dtype=jnp.float32)
+    model, params = loading.load(tmp_path / "c", dtype=jnp.float32)
     model = Transformer(dataclasses.replace(model.config, layer_pattern="fbbf"))
     weights.save(tmp_path / "fbbf", model, params)
     assert_same_logits(from_pretrained(tmp_path / "fbbf"), tmp_path / "fbbf")

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from test_read import assert_tree
 from tiny_checkpoint import small_model
 
-from gptoss_jax import weights
+from gptoss_jax import loading, weights
 from gptoss_jax.errors import UserError
-from gptoss_jax.types import split_layers
+from gptoss_jax.parameters.tree import split_layers
 from gptoss_jax.weights.names import shapes, tensors
 
 
@@ -43,7 +43,7 @@ def test_both_layouts_and_back_are_byte_identical(tmp_path: Path, packed, dtype)
     for layout, other in (("hf", "openai"), ("openai", "hf")):
         source = tmp_path / layout
         tiny.write(source, tree, layout)
-        model, params = weights.load(source, dtype=dtype)
+        model, params = loading.load(source, dtype=dtype)
         weights.save(tmp_path / f"{layout}-same", model, params, to=layout)
         file = "model.safetensors"
         assert (tmp_path / f"{layout}-same" / file).read_bytes() == (source / file).read_bytes()
@@ -52,7 +52,7 @@ def test_both_layouts_and_back_are_byte_identical(tmp_path: Path, packed, dtype)
             name: (str(x.dtype), x.shape, x.tobytes())
             for name, x in tiny.tensors_of(tree, other).items()
         }
-        model, params = weights.load(tmp_path / f"{layout}-other", dtype=dtype)
+        model, params = loading.load(tmp_path / f"{layout}-other", dtype=dtype)
         assert_tree(params, tree)
         weights.save(tmp_path / f"{layout}-back", model, params, to=layout)
         assert (tmp_path / f"{layout}-back" / file).read_bytes() == (source / file).read_bytes()
@@ -60,8 +60,8 @@ def test_both_layouts_and_back_are_byte_identical(tmp_path: Path, packed, dtype)
 
 def test_stacks_as_tuples_are_written_alike(tmp_path: Path) -> None:
     tiny.write(tmp_path / "c", tiny.make_tree(packed=True), "hf")
-    model, params = weights.load(tmp_path / "c")
-    _, split = weights.load(tmp_path / "c", split=True)
+    model, params = loading.load(tmp_path / "c")
+    _, split = loading.load(tmp_path / "c", split=True)
     assert isinstance(split_layers(params["layers"], tiny.L)["router"]["bias"], tuple)
     weights.save(tmp_path / "one", model, params)
     weights.save(tmp_path / "two", model, split)
@@ -71,7 +71,7 @@ def test_stacks_as_tuples_are_written_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["columns", "hopper"])
 def test_relaid_experts_are_written_alike(tmp_path: Path, order) -> None:
     tiny.write(tmp_path / "c", tiny.make_tree(packed=True), "openai")
-    model, params = weights.load(tmp_path / "c", layout=order)
+    model, params = loading.load(tmp_path / "c", layout=order)
     weights.save(tmp_path / "again", model, params, to="openai")
     assert read_all(tmp_path / "again") == read_all(tmp_path / "c")
 
@@ -80,7 +80,7 @@ def test_sharded_leaves_are_written_alike(tmp_path: Path) -> None:
     """What lies on several devices is fetched a piece at a time."""
     tiny.write(tmp_path / "c", tiny.make_tree(packed=True), "openai")
     mesh = jax.make_mesh((len(jax.devices()),), ("data",))
-    model, params = weights.load(tmp_path / "c", mesh)
+    model, params = loading.load(tmp_path / "c", mesh)
     weights.save(tmp_path / "again", model, params, to="openai")
     assert read_all(tmp_path / "again") == read_all(tmp_path / "c")
 
@@ -89,7 +89,7 @@ def test_sharded_leaves_are_written_alike(tmp_path: Path) -> None:
 def test_shards_and_their_index(tmp_path: Path, layout) -> None:
     tree = tiny.make_tree(packed=True)
     tiny.write(tmp_path / "c", tree, layout)
-    model, params = weights.load(tmp_path / "c")
+    model, params = loading.load(tmp_path / "c")
     limit = 60_000
     weights.save(tmp_path / "s", model, params, to=layout, shard_bytes=limit)
     files = sorted(tmp_path.glob("s/*.safetensors"))
@@ -109,23 +109,23 @@ def test_shards_and_their_index(tmp_path: Path, layout) -> None:
         total += sum(sizes)
     assert index["metadata"]["total_size"] == total
     assert read_all(tmp_path / "s") == read_all(tmp_path / "c")
-    assert_tree(weights.load(tmp_path / "s")[1], tree)
+    assert_tree(loading.load(tmp_path / "s")[1], tree)
 
 
 def test_decoded_and_encoded_on_the_way_out(tmp_path: Path) -> None:
     tiny.write(tmp_path / "c", tiny.make_tree(packed=True), "openai")
-    model, params = weights.load(tmp_path / "c")
+    model, params = loading.load(tmp_path / "c")
     weights.save(tmp_path / "dense", model, params, to="hf", experts="dense")
     raw = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "quantization_config" not in raw
-    _, dense = weights.load(tmp_path / "dense")
-    _, want = weights.load(tmp_path / "c", experts="dense")
+    _, dense = loading.load(tmp_path / "dense")
+    _, want = loading.load(tmp_path / "c", experts="dense")
     np.testing.assert_array_equal(
         dense["layers"]["experts"]["gate_up_weight"], want["layers"]["experts"]["gate_up_weight"]
     )
-    dense_model, dense = weights.load(tmp_path / "dense")
+    dense_model, dense = loading.load(tmp_path / "dense")
     weights.save(tmp_path / "packed", dense_model, dense, to="openai", experts="mxfp4")
-    _, again = weights.load(tmp_path / "packed", experts="dense")
+    _, again = loading.load(tmp_path / "packed", experts="dense")
     for name in ("gate_up_weight", "down_weight"):
         np.testing.assert_array_equal(
             again["layers"]["experts"][name], want["layers"]["experts"][name]
@@ -135,7 +135,7 @@ def test_decoded_and_encoded_on_the_way_out(tmp_path: Path) -> None:
 def test_floats_may_be_written_in_another_dtype(tmp_path: Path) -> None:
     tree = tiny.make_tree(packed=True)
     tiny.write(tmp_path / "c", tree, "hf")
-    model, params = weights.load(tmp_path / "c", dtype=jnp.float32)
+    model, params = loading.load(tmp_path / "c", dtype=jnp.float32)
     weights.save(tmp_path / "as-they-are", model, params)
     assert read_all(tmp_path / "as-they-are")["lm_head.weight"][0] == "float32"
     weights.save(tmp_path / "bf16", model, params, dtype=jnp.bfloat16)
@@ -171,7 +171,7 @@ def test_other_patterns_go_to_hugging_face_by_layer_types(tmp_path: Path) -> Non
     for pattern in ("5:1", "full", "banded", "fbb"):
         model, params = small_model(layer_pattern=pattern)
         weights.save(tmp_path / pattern, model, params)
-        loaded, _ = weights.load(tmp_path / pattern)
+        loaded, _ = loading.load(tmp_path / pattern)
         assert loaded.config.layer_windows == model.config.layer_windows
         assert loaded.config.architecture == model.config.architecture
 
@@ -180,7 +180,7 @@ def test_zero_sinks_are_written_as_zeros(tmp_path: Path) -> None:
     model, params = small_model(sinks="zero")
     assert "sinks" not in params["layers"]["attention"]
     weights.save(tmp_path / "c", model, params, to="openai")
-    loaded, back = weights.load(tmp_path / "c")
+    loaded, back = loading.load(tmp_path / "c")
     assert loaded.config.sinks == "learned"
     assert not np.any(np.asarray(back["layers"]["attention"].pop("sinks")))
     assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -198,11 +198,11 @@ def test_a_config_survives_both_layouts(tmp_path: Path) -> None:
     )
     for layout in ("hf", "openai"):
         weights.save(tmp_path / layout, model, params, to=layout)
-        loaded, _ = weights.load(tmp_path / layout)
+        loaded, _ = loading.load(tmp_path / layout)
         assert loaded.config == dataclasses.replace(model.config, rope_factor=8.0)
     model, params = small_model(rope_factor=1.0, rms_eps=1e-6)
     weights.save(tmp_path / "plain", model, params)
-    assert weights.load(tmp_path / "plain")[0].config == model.config
+    assert loading.load(tmp_path / "plain")[0].config == model.config
 
 
 def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops.chips import refuse_tpu_kernel
+from gptoss_jax.chips import refuse_tpu_kernel
 from gptoss_jax.ops.dispatch import kernels_are_off
 
 

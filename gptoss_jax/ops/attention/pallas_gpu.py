@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import pallas_gpu_kernels as kernels
 from gptoss_jax.ops.attention.pallas_gpu_kernels import Band, Blocks, Task
 

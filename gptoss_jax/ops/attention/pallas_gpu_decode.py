@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention import xla
 from gptoss_jax.ops.attention.reference import MASKED, visible
 from gptoss_jax.ops.attention.sink_algebra import apply_sinks

@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 
 LANES = 128  # every block is a multiple of it
 

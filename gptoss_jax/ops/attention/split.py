@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.attention.reference import MASKED, visible
 from gptoss_jax.ops.attention.sink_algebra import apply_sinks
 from gptoss_jax.ops.attention.xla import MAX_LOGITS

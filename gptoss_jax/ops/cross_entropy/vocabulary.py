@@ -23,7 +23,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 
 LOGITS_BYTES = 256 << 20  # of one chunk in float32
 LEAST = 2048  # entries a chunk: each reads and writes all of d hidden, so fewer would not pay

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 
 LOGITS_BYTES = 32 << 20  # of one chunk in float32: stays near the cache
 LEAST_ROWS = 256  # each chunk reads and writes all of d weight: fewer rows would not pay for it

@@ -15,16 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.grouped_matmul import pallas_gpu_kernels as kernels
 from gptoss_jax.ops.grouped_matmul.pallas_gpu_packed import packed
-from gptoss_jax.ops.grouped_matmul.weights import (
-    Weight,
-    as_it_lies,
-    as_stack,
-    layer_of,
-    wait_for,
-)
+from gptoss_jax.ops.grouped_matmul.weights import Weight, as_it_lies, as_stack, layer_of, wait_for
 from gptoss_jax.ops.mxfp4 import hopper
 from gptoss_jax.types import MXFP4, LayerOf, Relaid
 

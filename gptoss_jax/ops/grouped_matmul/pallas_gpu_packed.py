@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.grouped_matmul.pallas_gpu_kernels import Tile, Work, multiply, swizzled
 from gptoss_jax.ops.mxfp4.hopper import GROUP
 from gptoss_jax.types import MXFP4_BLOCK

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.grouped_matmul.blocks import BLOCKS, Blocks
 from gptoss_jax.ops.grouped_matmul.weights import (
     Weight,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.dispatch import choose, kernels_are_off
 from gptoss_jax.ops.grouped_matmul.weights import Weight, is_packed, layer_of
 from gptoss_jax.ops.moe import grouped, reference, xla

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Bool, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.grouped_matmul.weights import as_stack
 from gptoss_jax.ops.moe.reference import clamped_swiglu
 from gptoss_jax.types import MXFP4_BLOCK, LayerOf, Relaid

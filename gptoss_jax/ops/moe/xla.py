@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from gptoss_jax.ops import chips
+from gptoss_jax import chips
 from gptoss_jax.ops.moe import adapters as low_rank
 from gptoss_jax.ops.moe.adapters import Adapters
 from gptoss_jax.ops.moe.reference import clamped_swiglu

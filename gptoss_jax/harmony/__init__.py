@@ -1,0 +1,239 @@
+"""Chats as Harmony tokens: what openai-harmony 0.0.8 renders, with a loss weight for each token.
+
+A chat is a list of messages, each `{"role", "content"}` with the role system, developer, user,
+assistant or tool. "system" and "developer" both mean a developer's instructions, as in Hugging
+Face's template; Harmony's own system message (identity, date, reasoning effort, channels) is
+generated. An assistant's message may have
+- "thinking": its analysis, rendered as a message of its own before it;
+- "tool_calls": `{"name", "arguments"}`, or OpenAI's `{"id", "function": {"name", "arguments"}}`,
+  arguments as JSON text or an object; "content" is then optional: words before the call. A call's
+  "content_type" is `<|constrain|>json` where it has none;
+- "channel": analysis, commentary or final (the default; commentary where tools are called);
+- "recipient" and "content_type": for calls of what is no function tool, such as python.
+A tool's message has the result as its "content", and "name" or "tool_call_id" where it does not
+answer the calls before it in their order. A name without a dot is a function's, unless a call
+before went to that very name. `check` says what is wrong with a chat, without rendering it.
+
+A message is `<|start|>role[ to=recipient][<|channel|>channel][ type]<|message|>content<|end|>`.
+
+What was sampled goes on as it was sampled. Text can be spelled in many ways by tokens, and a model
+samples others than a tokenizer gives (and other headers than openai-harmony renders), so a chat
+keeps the ids:
+
+    prompt = render_prompt(messages)                        # ends in <|start|>assistant
+    messages += to_messages(parse(ids), keep_ids=True)      # the ids that were sampled after it
+    messages.append({"role": "user", "content": "And then?"})     # or a tool's result
+    prompt = render_prompt(messages)
+
+Each of these messages is one Harmony message and has its tokens as "ids". They are rendered in
+place of the other fields (take them out of a message whose text you edit):
+- `render` of a chat that ends in them ends in these very ids;
+- once other messages follow, the `<|return|>` at the end of the turn becomes `<|end|>`, and a turn
+  that broke off gets one. `<|call|>` stays;
+- analysis stays or is dropped by whole messages, as the rule of `render_prompt` says for text: all
+  of it stays while the assistant's last message is a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax.harmony.channels import CHANNELS as CHANNELS
+from gptoss_jax.harmony.channels import ROLES as ROLES
+from gptoss_jax.harmony.channels import parse_train_on, weight_of
+from gptoss_jax.harmony.messages import EFFORTS as EFFORTS
+from gptoss_jax.harmony.messages import Message, Part, check_effort, expand
+from gptoss_jax.harmony.messages import check as check
+from gptoss_jax.harmony.parser import CONSTRAIN
+from gptoss_jax.harmony.parser import StreamParser as StreamParser
+from gptoss_jax.harmony.parser import parse as parse
+from gptoss_jax.harmony.parser import to_messages as to_messages
+from gptoss_jax.harmony.tokenizer import encode, get_tokenizer, special_id
+
+if TYPE_CHECKING:
+    import tiktoken
+
+_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+_KNOWLEDGE_CUTOFF = "2024-06"
+
+
+def render(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None = None,
+    reasoning: str = "medium",
+    date: str | None = None,
+    *,
+    train_on: Sequence[str] = ("assistant",),
+    given: int = 0,
+    tokenizer: tiktoken.Encoding | None = None,
+) -> tuple[list[int], list[float]]:
+    """Render a whole chat for training: its ids, and for each the weight it has as a target.
+
+    The last turn (all after the last user message) keeps its analysis. What is before it is as
+    `render_prompt` renders it, so earlier analysis is dropped where Harmony drops it, and the ids
+    up to the turn are those of the prompt. A final answer at the very end ends in `<|return|>`,
+    tool calls end in `<|call|>`, all else in `<|end|>`; sampled ids at the end stay as they are.
+
+    `train_on` has roles or role/channel pairs such as "assistant/final", each with its weight where
+    that is not 1: "assistant/analysis=0.3" (see `channels.parse_train_on`). Of their messages what
+    the model samples has it: all after `<|start|>assistant`, the end token included, and
+    `<|start|>assistant` itself where the model goes on after its own analysis or commentary. The
+    weight is 0 for the `<|end|>` of an earlier final answer, where the model is to sample
+    `<|return|>`, for the `<|end|>` that a sampled turn broke off without, for the first `given`
+    messages, and for the generated system message, always. Of another role's messages all after the
+    role's name has it. Raises UserError that names the message and the field.
+    """
+    encoding = tokenizer or get_tokenizer()
+    parts = expand(messages, tools, encoding.n_vocab)
+    trained = parse_train_on(train_on)
+    before = parts[: len(expand(messages[:given], tools, encoding.n_vocab))] if given else []
+    turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
+    parts = _drop_analysis(parts[:turn]) + parts[turn:]
+
+    tokens = list(_system(encoding, reasoning, date, bool(tools)))
+    weights = [0.0] * len(tokens)
+    end, end_of_turn = special_id(encoding, "<|end|>"), special_id(encoding, "<|return|>")
+    goes_on = False
+    for rendered in _render_parts(parts, encoding, to_answer=False):
+        part, head, body = rendered.part, rendered.head, rendered.body
+        final = part.role == "assistant" and part.channel == "final"
+        if final and part.ids is None and part is parts[-1]:
+            body[-1] = end_of_turn
+        weight = weight_of(trained, part.role, part.channel)
+        if any(part is other for other in before):
+            weight = 0.0
+        tokens += head + body
+        weights += [weight * goes_on] * len(head) + [weight] * len(body)
+        if rendered.cut or (final and body[-1:] == [end]):
+            weights[-1] = 0.0
+        goes_on = part.role == "assistant" and not final and rendered.goes_on
+    return tokens, weights
+
+
+def render_prompt(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None = None,
+    reasoning: str = "medium",
+    date: str | None = None,
+    *,
+    tokenizer: tiktoken.Encoding | None = None,
+) -> list[int]:
+    """Render a chat to be answered: its ids, up to and with `<|start|>assistant`.
+
+    Where the assistant's last message is a final answer, analysis before the first final answer is
+    dropped, as in Harmony. Raises UserError that names the message and the field.
+    """
+    encoding = tokenizer or get_tokenizer()
+    tokens = list(_system(encoding, reasoning, date, bool(tools)))
+    parts = _drop_analysis(expand(messages, tools, encoding.n_vocab))
+    for rendered in _render_parts(parts, encoding, to_answer=True):
+        tokens += rendered.head + rendered.body
+    return [*tokens, special_id(encoding, "<|start|>"), *_short(encoding, "assistant")]
+
+
+@lru_cache(maxsize=4096)
+def _short(encoding: tiktoken.Encoding, text: str) -> tuple[int, ...]:
+    """Encode text that comes again in chat after chat."""
+    return tuple(encode(encoding, text))
+
+
+@lru_cache(maxsize=256)
+def _system(
+    encoding: tiktoken.Encoding, reasoning: str, date: str | None, with_tools: bool
+) -> tuple[int, ...]:
+    """Return the ids of the generated system message."""
+    check_effort(reasoning)
+    lines = [_IDENTITY, f"Knowledge cutoff: {_KNOWLEDGE_CUTOFF}"]
+    if date is not None:
+        lines.append(f"Current date: {date}")
+    lines += ["", f"Reasoning: {reasoning}", ""]
+    lines.append(
+        f"# Valid channels: {', '.join(CHANNELS)}. Channel must be included for every message."
+    )
+    if with_tools:
+        lines.append("Calls to these tools must go to the commentary channel: 'functions'.")
+    head, body = _render_part(Part("system", "\n".join(lines)), encoding)
+    return (*head, *body)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """The ids of a message: `<|start|>` with the role's name, and all that follows."""
+
+    part: Part
+    head: list[int]
+    body: list[int]
+    goes_on: bool  # the assistant was to sample another message right after it
+    cut: bool = False  # its `<|end|>` is not its own: it was sampled without one
+
+
+def _render_parts(
+    parts: list[Part], encoding: tiktoken.Encoding, *, to_answer: bool
+) -> Iterator[_Rendered]:
+    """Render messages, the sampled ones verbatim but where their turn ends.
+
+    `to_answer`: so too at the very end. A sampled message goes on into the next one if that has ids
+    from `<|start|>` on; the first of a turn has its `<|start|>` from the prompt.
+    """
+    start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
+    end_of_turn, call = special_id(encoding, "<|return|>"), special_id(encoding, "<|call|>")
+    for i, part in enumerate(parts):
+        if part.ids is None:
+            head, body = _render_part(part, encoding)
+            yield _Rendered(part, head, body, goes_on=body[-1] == end)
+            continue
+        head, body = _split_ids(part, encoding)
+        at = next((k for k, token in enumerate(body) if token in (end, end_of_turn, call)), None)
+        stop = None if at is None else body[at]
+        following = parts[i + 1].ids if i + 1 < len(parts) else (() if to_answer else (start,))
+        into_next = following is not None and following[:1] == (start,)
+        if not into_next and at is None:
+            body.append(end)
+        elif not into_next and stop == end_of_turn:
+            body[at or 0] = end
+        goes_on = stop == end or (stop is None and into_next)
+        yield _Rendered(part, head, body, goes_on, cut=stop is None and not into_next)
+
+
+def _render_part(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
+    head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
+    body: list[int] = []
+    if part.recipient not in (None, "all"):  # "all" is everyone, whom openai-harmony doesn't name
+        body += _short(encoding, f" to={part.recipient}")
+    if part.channel is not None:
+        body += [special_id(encoding, "<|channel|>"), *_short(encoding, part.channel)]
+    if part.content_type is not None:
+        if part.content_type.startswith(CONSTRAIN):
+            body += [*_short(encoding, " "), special_id(encoding, CONSTRAIN)]
+            body += _short(encoding, part.content_type.removeprefix(CONSTRAIN))
+        else:
+            body += _short(encoding, f" {part.content_type}")
+    body.append(special_id(encoding, "<|message|>"))
+    body += encode(encoding, part.content)
+    body.append(special_id(encoding, "<|call|>" if part.calls else "<|end|>"))
+    return head, body
+
+
+def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
+    """Return the head of a sampled message, and the rest: all its ids if the head is a prompt's."""
+    head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
+    ids = list(part.ids or ())
+    if ids[:1] != head[:1]:
+        return head, ids
+    size = len(head) if ids[: len(head)] == head else 1  # 1: a header of the model's own
+    return ids[:size], ids[size:]
+
+
+def _drop_analysis(parts: list[Part]) -> list[Part]:
+    """Drop the analysis before the first final answer, if the assistant's last message is one.
+
+    Not that of later turns: so does Harmony.
+    """
+    spoken = [part.channel for part in parts if part.role == "assistant"]
+    if not spoken or spoken[-1] != "final":
+        return parts
+    first = next(i for i, part in enumerate(parts) if part.channel == "final")
+    return [part for part in parts[:first] if part.channel != "analysis"] + parts[first:]

@@ -1,0 +1,306 @@
+"""A checkpoint of any kind to (model, params): a folder of either layout, or a workdir.
+
+Leaves are made on the device as zeros and filled by donated updates, in place, from pieces that
+are read as byte ranges. So the host of a CPU holds the parameters and one piece, and the host of
+an accelerator one piece, whatever the checkpoint's size. A workdir is restored onto the device
+first: what is wanted of it in another form goes by the host, leaf by leaf.
+
+A run with adapters holds these alone: its base is found, read, and held against the hashes of the
+run's record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.loading import assemble
+from gptoss_jax.loading.folders import find_folder, read_config
+from gptoss_jax.model import Transformer
+from gptoss_jax.model.initial import init_params
+from gptoss_jax.parallel import padding, sharding
+from gptoss_jax.parallel.mesh import AXES
+from gptoss_jax.parameters.tree import nest, overlay, path_name, split_layers
+from gptoss_jax.runs import checkpoints, frozen_base, records
+from gptoss_jax.runs.frozen_base import PLACE, RANDOM, WAY, Base, Sum
+from gptoss_jax.runs.orbax_reader import DamagedError
+from gptoss_jax.runs.records import Record
+from gptoss_jax.types import Params
+from gptoss_jax.weights.names import Form
+from gptoss_jax.weights.read import Stored, open_checkpoint
+from gptoss_jax.weights.sources import ParamsSource, progress
+
+
+def load(
+    checkpoint: str | Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = jnp.bfloat16,
+    experts: Form | None = None,
+    *,
+    step: int | None = None,
+    split: bool = False,
+    layout: str | None = None,
+    base: str | Path | None = None,
+) -> tuple[Transformer, Params]:
+    """Read a checkpoint and return (model, params).
+
+    `checkpoint` is a Hugging Face folder, an OpenAI `original/` folder, a name on the hub, or a
+    workdir (its latest step, or `step`; that of a run with adapters has its base elsewhere: where
+    the run had it, or at `base`, or where the variable GPTOSS_JAX_BASE says). `dtype` (float32,
+    bfloat16, float16) is that of float parameters and of compute. `experts`: None as stored,
+    "mxfp4" (encoded, by least error, if stored dense), "dense" (decoded). `split` gives stacks as
+    tuples of L arrays. `layout` (a name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`,
+    piece by piece: for sampling by kernels, so that a `Sampler` copies nothing. Without a mesh all
+    goes to the default device, which holds it once; a workdir, restored there as it was trained, by
+    the host where it is wanted otherwise. With a mesh of `parallel.mesh` every leaf goes straight
+    into its shards, and a host reads no more than those of its devices need (a workdir's, where
+    they are wanted as they were trained); over another mesh it is replicated.
+
+    Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
+    finite checkpoint of this model.
+    """
+    name, folder = _check_form(dtype, experts), find_folder(checkpoint)
+    spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
+    if mesh is not None and spread and layout is None and records.is_workdir(folder):
+        found = _load_over(
+            mesh, folder, step=step, base=base, split=split, dtype=name, experts=experts
+        )
+        if found is not None:
+            return found
+    source = _open(folder, step=step, base=base)
+    config = dataclasses.replace(
+        source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
+    )
+    if spread and layout is not None:
+        sharding.check_layout(mesh)
+    with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:
+        if mesh is not None and spread:
+            with jax.set_mesh(mesh):
+                config = sharding.padded(config)
+            with assemble.no_mesh():
+                params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
+            if split:
+                params["layers"] = split_layers(params["layers"], config.num_layers)
+        else:
+            everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+            params = assemble.on_device(
+                source, config, sharding=everywhere, split=split, layout=layout, advance=advance
+            )
+    if isinstance(source, ParamsSource) and source.adapters is not None:
+        params["lora"] = assemble.adapters(source.adapters, config, mesh)
+    return Transformer(config), params
+
+
+def _check_form(dtype: Any, experts: Form | None) -> str:
+    """Return the name of a dtype, if it and the form of experts are known."""
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {name}: it is float32, bfloat16 or float16")
+    if experts not in (None, "dense", "mxfp4"):
+        raise UserError(f"experts is {experts!r}: it is None, 'dense' or 'mxfp4'")
+    return name
+
+
+def _open(folder: Path, *, step: int | None, base: str | Path | None) -> Stored | ParamsSource:
+    """Open a folder of either layout, or a workdir, which alone has steps and a base."""
+    if records.is_workdir(folder):
+        return open_workdir(folder, step, base=base)
+    if step is not None or base is not None:
+        what = "base" if step is None else f"step={step}"
+        raise UserError(f"{folder}: {what} is for workdirs, and this is none (no checkpoints)")
+    return open_checkpoint(folder)
+
+
+def open_workdir(folder: Path, step: int | None, *, base: str | Path | None = None) -> ParamsSource:
+    """Restore the parameters of a run, as they were trained, to be read from memory.
+
+    With those of its base and its adapters, if it has these: see `checkpoint.load_params`. A
+    capacity factor belongs to training: the model that is read has none.
+    """
+    where = None if base is None else str(base)
+    config, params = load_params(folder, step=step, base=where)
+    return ParamsSource(dataclasses.replace(config, capacity_factor=0.0), params)
+
+
+def _load_over(
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+    *,
+    step: int | None,
+    base: str | Path | None,
+    split: bool,
+    dtype: str,
+    experts: Form | None,
+) -> tuple[Transformer, Params] | None:
+    """Restore a run straight into shards; None where it is wanted in another form than trained."""
+
+    try:
+        stored = records.read_record(folder, step).config.model
+    except DamagedError:
+        return None  # which `open_workdir` says more of
+    if stored.param_dtype != dtype or experts not in (None, stored.experts):
+        return None
+    where = None if base is None else str(base)
+    config, params = load_params(folder, step=step, base=where, mesh=mesh)
+    if split:
+        params["layers"] = split_layers(params["layers"], config.num_layers)
+    return Transformer(dataclasses.replace(config, dtype=dtype, capacity_factor=0.0)), params
+
+
+def load_params(
+    workdir: str | Path,
+    step: int | None = None,
+    *,
+    ema: bool = True,
+    base: str | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[ModelConfig, Params]:
+    """Read the model of a run, and its parameters as they were trained.
+
+    Of a run with `optimizer.ema` these are the averaged parameters, in the parameters' dtype; with
+    `ema=False` the last ones. Of a run with adapters they are those of its base, too, which is
+    looked for as `base.load` says, `base` being its `place`. Over a mesh of `parallel.mesh` each
+    array goes into its shards, and the config has the padding that this takes.
+
+    Raises:
+        UserError: as `restore`; for a damaged checkpoint it names the last whole one before it.
+    """
+    with jax.set_mesh(Mesh(np.empty((), object), ()) if mesh is None else mesh):
+        try:
+            record, model, params = _load_held(workdir, step, ema=ema)
+        except DamagedError as error:
+            damaged = int(records.read_folder(workdir, step).name)
+            for earlier in [s for s in reversed(records.steps(workdir)) if s < damaged]:
+                with contextlib.suppress(DamagedError):
+                    _load_held(workdir, earlier, ema=ema)
+                    raise UserError(
+                        f"{error}; step {earlier} is whole: ask for it (--step {earlier}, or "
+                        f"step={earlier})"
+                    ) from None
+            raise UserError(f"{error}; no earlier checkpoint is whole") from None
+        if record.base is None and base is not None:
+            raise UserError(f"{workdir} holds all of its parameters: leave out base")
+        if record.base is not None:
+            own = record.config.model
+            frozen = load_base(record.base, own, place=base, whose=workdir)[0]
+            params = checkpoints.join(params, frozen)
+    return model, params
+
+
+def _load_held(
+    workdir: str | Path, step: int | None, *, ema: bool
+) -> tuple[Record, ModelConfig, Params]:
+    """Read what a checkpoint holds of the parameters, over the mesh that is set."""
+
+    raw, folder = records.read_json(workdir, step)
+    record, mesh = records.parse(raw, folder), jax.sharding.get_mesh()
+    model = sharding.padded(record.config.model)
+    shapes = frozen_base.split(Transformer(model).abstract_params(), record.base)[0]
+    targets: dict[str, Any] = {"params": shapes}
+    averaged = raw.get("checksums", {}).get("ema", {}) if ema else {}
+    if averaged:
+        known = {
+            path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)
+        }
+        targets["ema"] = nest(
+            {name: jax.ShapeDtypeStruct(known[name], jnp.float32) for name in averaged}
+        )
+    if not mesh.empty:
+        targets = {name: sharding.place(tree, mesh) for name, tree in targets.items()}
+    items = checkpoints.read_held(raw, folder, targets, expert_padding=model.expert_padding)
+    params = items["params"]
+    return record, model, overlay(params, items["ema"]) if averaged else params
+
+
+def load_base(
+    base: Base, model: ModelConfig, *, place: str | None = None, whose: str | Path = "the run"
+) -> tuple[Params, Base]:
+    """Return the frozen parameters of a run of `model`, and the base with where it was found.
+
+    It is looked for at `place`, if given, or else where it was, or else where the environment's
+    GPTOSS_JAX_BASE says. Over the mesh that is set each array goes straight into its shards.
+
+    Args:
+        base: As the run's record says.
+        model: The run's, without a mesh's padding.
+        place: A folder of either layout, a workdir, or a name on the hub; the base of a run that
+            began with random parameters is nowhere, but made again.
+        whose: What is said to have this base, in messages.
+
+    Raises:
+        UserError: it is not there, or another; with the arrays that differ in shape or by checksum.
+    """
+    if base.init == RANDOM:
+        if place not in (None, RANDOM):
+            raise UserError(
+                f"the base of {whose} is random, of seed {base.seed}, and not {place}: leave "
+                "--init out, or choose another --workdir"
+            )
+        found, where = _random_base(base, model), f"what seed {base.seed} gives"
+        if base.made_by != frozen_base.maker():
+            where += f" by {frozen_base.maker()}, where the run had {base.made_by},"
+    else:
+        is_new = place not in (None, RANDOM, base.init)  # a config's "random" says nothing here
+        folder = _find_base(base, place if is_new else None, whose=whose)
+        base, where = dataclasses.replace(base, folder=str(folder.absolute())), str(folder)
+        frozen_base.check(
+            base, _base_shapes(model, folder), where=where, whose=whose
+        )  # before much is read
+        found = _read_base(base, model, folder)
+    frozen = frozen_base.split(found, base)[1]
+    here = frozen_base.sums(frozen, expert_padding=sharding.padded(model).expert_padding)
+    frozen_base.check(base, here, where=where, whose=whose)
+    return frozen, base
+
+
+def _find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
+    """Return the folder of a base."""
+    if place is not None:
+        return find_folder(place)
+    if Path(str(base.folder)).is_dir():
+        return Path(str(base.folder))
+    if os.environ.get(PLACE):
+        return find_folder(os.environ[PLACE])
+    try:
+        return find_folder(base.init)  # from another current folder, or the hub
+    except UserError:
+        raise UserError(
+            f"{base.folder}, the base of {whose}, is not there: say where it is now, {WAY}"
+        ) from None
+
+
+def _base_shapes(model: ModelConfig, folder: Path) -> dict[str, Sum]:
+    """Return what a folder's arrays will be in the run's form, without checksums."""
+    form = {"experts": model.experts, "param_dtype": model.param_dtype}
+    stored = dataclasses.replace(read_config(folder), **form)
+    shapes = jax.tree_util.tree_leaves_with_path(Transformer(stored).abstract_params())
+    return {path_name(path): Sum(x.shape, x.dtype.name, None) for path, x in shapes}
+
+
+def _read_base(base: Base, model: ModelConfig, folder: Path) -> Params:
+    """Read a model's parameters in the form that the run has them in."""
+    is_workdir = records.is_workdir(folder)
+    mesh = jax.sharding.get_mesh()
+    read, params = load(
+        folder,
+        None if mesh.empty else mesh,
+        dtype=model.param_dtype,
+        experts=model.experts,
+        step=base.step if is_workdir else None,
+    )
+    more = sharding.padded(model).expert_padding - read.config.expert_padding  # of `model.qat`
+    return padding.resize(params, by=more)
+
+
+def _random_base(base: Base, model: ModelConfig) -> Params:
+    return init_params(Transformer(sharding.padded(model)), seed=base.seed)

@@ -1,0 +1,49 @@
+"""Finding a checkpoint's folder, and what model is in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.runs import records
+from gptoss_jax.weights.read import open_checkpoint
+
+
+def find_folder(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint: itself, or fetched if it is a name on the hub.
+
+    Raises UserError if there is no such folder, and no such thing on the hub or no network.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+        raise UserError(f"{checkpoint}: there is no such folder")
+    import huggingface_hub  # half a second, for a name on the hub alone
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja"]
+        other = ["original/*", "metal/*"]
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(checkpoint), allow_patterns=wanted, ignore_patterns=other
+            )
+        )
+    except Exception as error:  # the hub's own, and those of its HTTP client
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{checkpoint}: there is no such folder, and the hub did not give it: {why}"
+        ) from error
+
+
+def read_config(checkpoint: str | Path) -> ModelConfig:
+    """Read what model a checkpoint holds, from its headers alone: no weights are read.
+
+    Raises UserError as `load`, apart from what is wrong with values.
+    """
+    folder = find_folder(checkpoint)
+    if records.is_workdir(folder):
+        return records.read_record(folder).config.model
+    return open_checkpoint(folder).config

@@ -1,0 +1,128 @@
+"""PEFT's adapters as what a run begins with (`init_adapters`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gptoss_jax.config import Config, LoRAConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.lora import adapters as lora_adapters
+from gptoss_jax.lora import select
+from gptoss_jax.model import Transformer
+from gptoss_jax.model.initial import init_params
+from gptoss_jax.parameters import patterns
+from gptoss_jax.parameters.tree import flatten, nest
+from gptoss_jax.types import Params
+
+
+def read(config: Config) -> tuple[LoRAConfig, Params] | None:
+    """Return what `init_adapters` holds, as `weights.peft.read`; None if none are named.
+
+    Raises:
+        UserError: a folder that can't be read, of another base, or of other adapters than those of
+            `model.lora`; an objective whose reference leaves them out.
+    """
+    from gptoss_jax.weights import peft
+
+    if config.init_adapters is None:
+        return None
+    own, tree = peft.read(config.init_adapters, config.model)
+    options = _options(config, own)
+    if options:
+        raise UserError(
+            f"--init-adapters {config.init_adapters} has adapters of {describe(own)}, and "
+            f"model.lora has others: give {' '.join(options)}"
+        )
+    name, kl = config.objective.name, config.objective.grpo.kl
+    compares = name == "dpo" or (name == "grpo" and kl > 0)
+    if compares and config.objective.reference == "start":
+        raise UserError(
+            f"--init-adapters is what this run starts from, and the reference of objective.name "
+            f"{name} is the model without adapters: merge them first (python -m gptoss_jax.convert "
+            f"SRC DST --adapters {config.init_adapters}) and give --init DST, or take the model "
+            "below them as the reference with --objective.reference base"
+        )
+    return own, tree
+
+
+def describe(own: LoRAConfig) -> str:
+    """Return words that say what is adapted, and how."""
+    return (
+        f"{' '.join(own.targets)}, rank {own.rank}, alpha {own.alpha:g}"
+        f"{', rslora' if own.rslora else ''}"
+    )
+
+
+def put(config: Config, params: Params | None, own: Params) -> Params:
+    """Return parameters with adapters that begin as `own`, and else as new ones.
+
+    What `own` leaves out is made as it is for any run: other weights, other layers, and the rest of
+    a rank, where both A and B are zero and would stay so. The function is that of `own` alone.
+
+    Args:
+        config: Of the run; `model` as it is on the mesh.
+        params: Without adapters; None: random ones, by the seed.
+        own: As `read` returns them, numpy arrays.
+
+    Raises:
+        UserError: the parameters have adapters.
+    """
+    model, seed = config.model, config.train.seed
+    if params is None:
+        params = init_params(Transformer(model), seed=seed)
+    elif select.ROOT in params:
+        raise UserError(
+            f"--init {config.init} has adapters, and --init-adapters {config.init_adapters} others:"
+            " give one of them"
+        )
+    key = jax.random.fold_in(jax.random.key(seed), 1)  # as `adapters.add`
+    new = flatten(jax.jit(partial(lora_adapters.init, config=model))(key))
+    given = flatten(own)
+    for path in {path.rpartition("/")[0] for path in given}:
+        a, b = (given[f"{path}/{part}"] for part in "ab")
+        new[f"{path}/a"] = _filled(
+            a, b, new[f"{path}/a"], stacked=bool(lora_adapters.AXES[path].stack)
+        )
+        new[f"{path}/b"] = jnp.asarray(b)
+    return {**params, select.ROOT: nest(new)}
+
+
+def _filled(a: np.ndarray, b: np.ndarray, new: Any, *, stacked: bool) -> Float[Array, "..."]:
+    """Return A with the new one where a rank is all zero in A and in B, a layer at a time."""
+    lead = a.shape[:1] if stacked else (1,)
+    rank = a.shape[-1]
+    there = a.reshape(*lead, -1, rank).any(1) | b.reshape(*lead, rank, -1).any(2)  # [L, r]
+    shape = (*(lead if stacked else ()), *(1,) * (a.ndim - 1 - stacked), rank)
+    return jnp.where(there.reshape(shape), a, new)
+
+
+def _options(config: Config, own: LoRAConfig) -> list[str]:
+    """Return the options that make `model.lora` fit; none if it does."""
+    mine, options = config.model.lora, []
+    given = Transformer(config.model).abstract_params()
+    leaves = {path: leaf for path, leaf in flatten(given).items() if path in lora_adapters.AXES}
+    even = np.ones((config.model.num_layers, config.model.num_experts))
+
+    def chosen(of: LoRAConfig) -> dict[str, np.ndarray]:
+        if not of.targets:
+            return {path: np.zeros(1, bool) for path in leaves}
+        texts = lora_adapters.target_patterns(dataclasses.replace(config.model, lora=of))
+        return patterns.selected("model.lora.targets", texts, leaves, load=even)
+
+    have, need = chosen(mine), chosen(own)
+    if any(np.any(need[path] & ~np.broadcast_arrays(have[path], need[path])[0]) for path in need):
+        options.append(f"--model.lora.targets {' '.join(own.targets)}")
+    if mine.rank != own.rank:
+        options.append(f"--model.lora.rank {own.rank}")
+    if mine.alpha != own.alpha:
+        options.append(f"--model.lora.alpha {own.alpha:g}")
+    if mine.rslora != own.rslora:
+        options.append(f"--model.lora.{'' if own.rslora else 'no-'}rslora")
+    return options

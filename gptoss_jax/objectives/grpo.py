@@ -1,0 +1,121 @@
+"""Group relative policy optimisation: the loss (Shao et al. 2024, arXiv:2402.03300).
+
+With x = log p(token) of the model that is trained, q that of the sampler as the token was drawn,
+both at the temperature of sampling, r = exp(x - q), and A the answer's advantage over its group,
+
+    loss = mean over all answer tokens of the step of
+           -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl * (exp(b - x) - (b - x) - 1)
+
+where b is that of the reference, the same model without its adapters. The second term is the "k3"
+estimate of the divergence from it, with its gradient as it stands, as in GRPO.
+
+The mean is over the tokens of all answers together, and the clipping bounds may differ, as in DAPO
+(Yu et al. 2025, arXiv:2503.14476): every token counts the same, where GRPO's mean over answers
+makes those of long answers count less. Answers whose group is all alike count in the mean, with an
+advantage of 0: none are sampled in their place.
+
+q is the sampler's and not the trainer's own before the first update. The two differ by rounding,
+since prompts, cached steps and training are computed by different kernels and in bfloat16 a near
+tie may route a token to another expert. r is the importance weight of what was drawn in fact, and
+where the two are far apart it is clipped; and no pass over the answers is spent on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gptoss_jax.config.objective import GRPOConfig
+from gptoss_jax.lora.select import ROOT
+from gptoss_jax.objectives.reinforcement.rollouts import ADVANTAGES, FRESH, SAMPLED
+from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, weighted_nll
+from gptoss_jax.types import Batch, Params
+
+# A log ratio beyond this is one of broken numbers; its exponential stays a float32.
+_FARTHEST = 30.0
+
+
+def grpo_loss(
+    model: Any,
+    params: Params,
+    batch: Batch,
+    *,
+    grpo: GRPOConfig,
+    balance_loss: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """Run the model on a batch of `rollouts.make_batch` and sum the loss over the answers' tokens.
+
+    `extra` has, as sums over tokens:
+    - `clipped`: tokens whose gradient the clipping cuts;
+    - `kl`: the estimate of the divergence from the reference, with grpo.kl above 0;
+    - of the first step on a set of answers (else NaN): `sampler_gap`, |x - q|; `sampler_gap_max`,
+      its maximum over the batch (with accumulation: the mean of the microbatches' maxima);
+      `sampler_kl`, the k3 estimate of the divergence of the trainer from the sampler.
+    """
+    given = batch
+    batch, out = forward(model, params, given)
+    assert batch.per_token is not None and batch.shared is not None
+    weights = jnp.asarray(batch.weights, jnp.float32)
+    # Divides the logits; in bfloat16 a rounding more than the sampler's, which `sampler_gap` has.
+    hidden = out.hidden / grpo.temperature
+
+    def logprobs(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        frozen = jax.lax.stop_gradient((params, hidden))
+        return -weighted_nll(model, *frozen, batch.targets, weights)[1]
+
+    x = logprobs(params, hidden)
+    reference = None
+    if grpo.kl:
+        base = {name: child for name, child in params.items() if name != ROOT}
+        base = jax.lax.stop_gradient(base)
+        reference = logprobs(base, forward(model, base, given)[1].hidden / grpo.temperature)
+    each, slope, extra = token_losses(
+        x,
+        batch.per_token[SAMPLED],
+        batch.per_token[ADVANTAGES],
+        reference=reference,
+        grpo=grpo,
+    )
+    value = jnp.sum(weights * each)
+    # The gradient by x goes through the unembedding as that of a weighted likelihood does.
+    surrogate, _ = weighted_nll(model, params, hidden, batch.targets, -weights * slope)
+    loss = surrogate + jax.lax.stop_gradient(value - surrogate)
+    tokens, penalty = router_penalty(batch, out, balance_loss=balance_loss, z_loss=z_loss)
+    weight = jnp.sum(weights)
+    sums = {name: jnp.sum(weights * value) for name, value in extra.items()}
+    sums["sampler_gap_max"] = jnp.max(weights * extra["sampler_gap"]) * weight
+    fresh = batch.shared[FRESH] > 0
+    sums = {k: jnp.where(fresh, v, jnp.nan) if k[:7] == "sampler" else v for k, v in sums.items()}
+    return LossSums(loss, weight, penalty, tokens, out.router, extra=sums)
+
+
+def token_losses(
+    x: Float[Array, "B T"],
+    sampled: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    *,
+    reference: Float[Array, "B T"] | None,
+    grpo: GRPOConfig,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
+    """Return each token's loss, its derivative by the log-probability `x`, and what is logged."""
+    gap = jnp.clip(x - sampled, -_FARTHEST, _FARTHEST)
+    ratio = jnp.exp(gap)
+    bounded = jnp.clip(ratio, 1 - grpo.clip_low, 1 + grpo.clip_high)
+    cut = bounded * advantages < ratio * advantages  # where min takes what has no gradient
+    each = -jnp.minimum(ratio * advantages, bounded * advantages)
+    slope = jnp.where(cut, 0.0, -ratio * advantages)
+    extra = {
+        "clipped": cut.astype(jnp.float32),
+        "sampler_gap": jnp.abs(x - sampled),
+        "sampler_kl": jnp.expm1(gap) - gap,  # of small gaps without cancelling
+    }
+    if reference is not None:
+        away = jnp.clip(reference - x, -_FARTHEST, _FARTHEST)
+        extra["kl"] = jnp.expm1(away) - away
+        each = each + grpo.kl * extra["kl"]
+        slope = slope - grpo.kl * jnp.expm1(away)
+    return each, slope, extra

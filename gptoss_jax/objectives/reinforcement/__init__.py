@@ -1,0 +1,1 @@
+"""Reinforcement: rewards, and the answers that are sampled for them."""

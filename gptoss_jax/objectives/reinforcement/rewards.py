@@ -1,0 +1,147 @@
+"""Reward functions: Python files that say how good an answer is.
+
+    def reward(answer, record):
+        return float(answer.final == record["messages"][-1]["content"])
+
+`objective.grpo.reward` names the file, and the function where it is not called `reward`:
+FILE.py[:FUNCTION]. It is called once an answer, with an `Answer` and the record as data.train's
+file has it, all of its fields included (of a .parquet file those that are not null), and returns a
+number: a float, an int or a bool. It runs in the training process, on the first host alone, so it
+may be slow and need not be deterministic.
+The file's folder is not on Python's path: what it imports has to be installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import math
+import numbers
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax import harmony
+from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
+
+DEFAULT = "reward"  # the function of a file that names none
+_SHOWN = 60  # characters of a prompt in a message
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer, as a reward function is given it."""
+
+    final: str | None  # what the final channel says, stripped; None if it never came to that
+    analysis: str  # what the analysis channel says, "" if nothing
+    text: str  # all that was sampled, special tokens included
+    messages: list[dict[str, Any]]  # the same, parsed: what a chat's record has, tool calls too
+    tokens: list[int]  # the ids, as sampled
+    finished: bool  # ended its turn: False where max_tokens cut it off
+    question: str  # what the user said last
+
+
+Reward = Callable[[Answer, dict[str, Any]], Any]  # a number, if it is right
+
+
+def read_answer(tokens: Sequence[int], *, question: str, encoding: Any) -> Answer:
+    """Read sampled ids by their channels. Never raises: any ids are an answer."""
+    parsed = harmony.parse(tokens, encoding)
+    final = [m.content for m in parsed if m.header.channel == "final"]
+    thought = [m.content for m in parsed if m.header.channel == "analysis"]
+    return Answer(
+        final=final[-1].strip() if final else None,
+        analysis="\n".join(thought),
+        text=tokenizer.decode(encoding, tokens),
+        messages=harmony.to_messages(parsed),
+        tokens=list(tokens),
+        finished=bool(tokens) and tokens[-1] in tokenizer.stop_ids(encoding),
+        question=question,
+    )
+
+
+def load(spec: str | None) -> Reward:
+    """Return the function that FILE.py[:FUNCTION] names.
+
+    Raises:
+        UserError: nothing is named, there is no such file or function, or the file can't be run.
+    """
+    field = "objective.grpo.reward"
+    if not spec:
+        raise UserError(f"{field} is not given: name a file, FILE.py[:FUNCTION]")
+    file, _, name = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "")
+    file, name = file or spec, name or DEFAULT
+    path = Path(file).expanduser()
+    if path.suffix != ".py":
+        raise UserError(f"{field} is {spec!r}: it is FILE.py or FILE.py:FUNCTION")
+    if not path.is_file():
+        raise UserError(f"{field}: there is no file {file}")
+    try:
+        names = _run(path.resolve(), path.stat().st_mtime_ns)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit and asyncio's are no `Exception`
+        raise UserError(f"{field}: {file} can't be run: {_what(error, path)}") from error
+    function = names.get(name)
+    if not callable(function):
+        there = sorted(k for k, v in names.items() if inspect.isfunction(v) and k[0] != "_")
+        raise UserError(
+            f"{field}: {file} has no function {name!r}; it has {', '.join(there) or 'none'}"
+        )
+    return function
+
+
+@lru_cache(maxsize=1)
+def _run(path: Path, _changed: int) -> dict[str, Any]:
+    """Run a file, once a process unless it changed, and return what it defines."""
+    spec = importlib.util.spec_from_file_location(f"gptoss_jax_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def score(reward: Reward, answer: Answer, record: dict[str, Any], *, where: str) -> float:
+    """Call a reward function on an answer to the question of `where`, which is file:line.
+
+    Raises:
+        UserError: it raised, or what it returned is no finite number; names the prompt.
+    """
+    prompt = " ".join(answer.question.split())
+    prompt = prompt if len(prompt) <= _SHOWN else prompt[: _SHOWN - 3] + "..."
+    name = getattr(reward, "__name__", "reward")
+    try:
+        value = reward(answer, record)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        file = getattr(getattr(reward, "__code__", None), "co_filename", None)
+        what = _what(error, Path(file) if file else None)
+        raise UserError(f"{where}: the reward of an answer to {prompt!r}: {what}") from error
+    # numpy's and jax's scalars have float(), too: only what says that it is a number is taken.
+    number = math.nan
+    if isinstance(value, numbers.Real) or getattr(value, "shape", None) == ():
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
+        raise UserError(
+            f"{where}: the reward of an answer to {prompt!r}: {name} returned {value!r}, "
+            "which is no finite number"
+        )
+    return number
+
+
+def _what(error: BaseException, file: Path | None) -> str:
+    """Say what an exception is, in a line, and where in the user's file it came up."""
+    said = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if file is not None and Path(f.filename).name == file.name]
+    return f"{text} ({inside[-1].filename}:{inside[-1].lineno})" if inside else text

@@ -1,0 +1,252 @@
+"""Sampled and judged answers as training batches: what comes before each step of GRPO.
+
+The project's own sampler answers each question `group_size` times with the parameters of the step.
+Its token ids are trained on as they were sampled, never decoded and encoded again, and the
+log-probabilities that it drew them with are what the loss compares the trainer's with.
+
+Random numbers are a function of (seed, round, answer), rewards come from the first host alone: a
+run that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from gptoss_jax import data
+from gptoss_jax.config import Config
+from gptoss_jax.config.objective import GRPOConfig
+from gptoss_jax.data.packing import Segment, fill, pack
+from gptoss_jax.data.questions import Questions, Round
+from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
+from gptoss_jax.model import Transformer
+from gptoss_jax.objectives.reinforcement import rewards
+from gptoss_jax.parallel import mesh as meshes
+from gptoss_jax.parallel.hosts import processes
+from gptoss_jax.runs import metrics
+from gptoss_jax.sampler import Sampler
+from gptoss_jax.types import Batch, Params, TrainState
+
+ADVANTAGES, SAMPLED = "advantages", "sampled_logprobs"  # of `Batch.per_token`
+FRESH = "fresh"  # of `Batch.shared`: 1 in the first step on a set of answers, else 0
+ANSWERS = "answers.jsonl"
+_STD_FLOOR = 1e-6  # rewards that differ by less than this are equal but for rounding
+
+
+def check(config: Config) -> None:
+    """Refuse what GRPO can't do. Raises `UserError`."""
+    grpo = config.objective.grpo
+    if grpo.kl and not config.model.lora.targets:
+        raise UserError(
+            f"objective.grpo.kl is {grpo.kl}: the divergence is from the model without its "
+            "adapters, and model.lora.targets names none; make it 0, or train adapters"
+        )
+    if grpo.kl and any(not text.startswith("lora/") for text in config.optimizer.only):
+        raise UserError(
+            f"objective.grpo.kl is {grpo.kl}: the divergence is from the model without its "
+            "adapters, which optimizer.only trains too; leave one of them out"
+        )
+    if config.train.on_spike == "rewind":
+        raise UserError(
+            "train.on_spike is rewind, which goes by the loss, and that of objective.name grpo is "
+            "about 0 whatever the model does: make it ignore"
+        )
+
+
+def open_questions(config: Config) -> Questions:
+    """Open data.train as questions, after a look at the reward function. Raises `UserError`."""
+    check(config)
+    rewards.load(config.objective.grpo.reward)
+    return Questions(config)
+
+
+def unanswered(config: Config, count: int) -> list[Batch]:
+    """Return the questions of the first rounds, as many, as batches without answers to them."""
+    questions = open_questions(config)
+    updates = config.objective.grpo.updates
+    rounds = [next(questions) for _ in range(count * updates)][::updates]
+    for asked in rounds:
+        size = len(asked.questions) * config.objective.grpo.group_size
+        asked.answers = {"tokens": [[]] * size, "logprobs": [[]] * size, "rewards": [0.0] * size}
+    return [make_batch(asked, config, fresh=True) for asked in rounds]
+
+
+class Rollouts:
+    """Answers the questions of each round, has the answers judged, and makes a batch of them.
+
+    Calling it is the `prepare` of an objective: see `objectives.Prepare`.
+    """
+
+    def __init__(self, config: Config, model: Transformer) -> None:
+        """Keep what is needed; nothing is loaded or sampled yet."""
+        self._config, self._model = config, model
+        self._encoding = tokenizer.get_tokenizer(config.model.vocab_size)
+        self._sampler: Sampler | None = None
+        self._log_from: int | None = None  # the first step that this process logs answers of
+
+    def __call__(
+        self, state: TrainState, batch: Round, spread: Any
+    ) -> tuple[Batch, dict[str, float]]:
+        """Return a round's batch and what to log of its answers, sampled if they are not yet.
+
+        Raises `UserError` where the reward function fails.
+        """
+        del spread  # for rows that the hosts read each for themselves; here each has them all
+        fresh = batch.answers is None
+        if batch.answers is None:
+            batch.answers = self._answer(state.params, batch)
+            self._write(int(state.step) + 1, batch)
+        made = make_batch(batch, self._config, fresh=fresh)
+        mesh = jax.sharding.get_mesh()
+        if not mesh.empty:
+            size = made.tokens.shape[0]
+            made = data.spread(made, mesh, rows=(0, size), size=size)
+        return made, describe(batch.answers, self._config.objective.grpo)
+
+    def _answer(self, params: Params, asked: Round) -> dict[str, Any]:
+        """Sample and judge; return lists of ids, of log-probabilities, and rewards: JSON-able."""
+        grpo = self._config.objective.grpo
+        if self._sampler is None:
+            self._sampler = Sampler(self._model, params)
+        else:
+            self._sampler.renew(params)
+        prompts = [q.prompt for q in asked.questions for _ in range(grpo.group_size)]
+        out = self._sampler.generate(
+            prompts,
+            max_tokens=grpo.max_tokens,
+            temperature=grpo.temperature,
+            seed=_seed(self._config.train.seed, asked.number),
+            tempered=True,
+        )
+        judged = processes.from_first(partial(self._judge, asked, out.tokens))
+        return {"tokens": out.tokens, "logprobs": out.logprobs, "rewards": judged}
+
+    def _judge(self, asked: Round, tokens: list[list[int]]) -> list[float]:
+        size = self._config.objective.grpo.group_size
+        reward = rewards.load(self._config.objective.grpo.reward)
+        judged = []
+        for i, ids in enumerate(tokens):
+            q = asked.questions[i // size]
+            answer = rewards.read_answer(ids, question=q.question, encoding=self._encoding)
+            record = copy.deepcopy(q.record)  # the function's own, to do with as it likes
+            judged.append(rewards.score(reward, answer, record, where=q.where))
+        return judged
+
+    def _write(self, step: int, asked: Round) -> None:
+        """Append the best and the worst answer to the round's first question to answers.jsonl.
+
+        The first time records of later steps are taken out, of a run that was stopped after them.
+        """
+        folder = Path(self._config.run_folder)
+        if not (processes.is_first() and folder.is_dir()) or asked.answers is None:
+            return
+        file = folder / ANSWERS
+        if self._log_from is None or step <= self._log_from:
+            kept = [r for r in metrics.read(folder, ANSWERS) if r["step"] < step]
+            file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._log_from = step
+        group = asked.answers["rewards"][: self._config.objective.grpo.group_size]
+        with file.open("a") as out:
+            for i in dict.fromkeys((int(np.argmax(group)), int(np.argmin(group)))):
+                text = tokenizer.decode(self._encoding, asked.answers["tokens"][i])
+                record = {"step": step, "question": asked.questions[0].question, "answer": text}
+                out.write(json.dumps({**record, "reward": group[i]}) + "\n")
+
+
+def advantages(
+    given: Float[np.ndarray, "questions answers"], *, scale_by_std: bool
+) -> Float[np.ndarray, "questions answers"]:
+    """Return how much better each answer's reward is than the mean of its group.
+
+    In units of the group's standard deviation (of the group itself: over n) with `scale_by_std`. A
+    group whose rewards are all the same, but for rounding, gives zeros.
+    """
+    over = given - given.mean(axis=1, keepdims=True)
+    std = given.std(axis=1, keepdims=True)
+    same = std <= _STD_FLOOR * np.maximum(1.0, np.abs(given).max(axis=1, keepdims=True))
+    scale = np.where(same, 1.0, std) if scale_by_std else 1.0
+    return np.where(same, 0.0, over / scale)
+
+
+def make_batch(asked: Round, config: Config, *, fresh: bool) -> Batch:
+    """Pack questions with their answers, a segment each, into rows of sequence_length.
+
+    Answers that are short share rows, and there are then fewer than batch_size: half as many, a
+    quarter, and so on, as few sizes as that so that few steps are compiled. The weights are 1 on
+    the answers' tokens. Arrays are of the host, complete on every one.
+    """
+    grpo = config.objective.grpo
+    assert asked.answers is not None
+    prompts = [q.prompt for q in asked.questions for _ in range(grpo.group_size)]
+    given = np.asarray(asked.answers["rewards"], np.float64).reshape(-1, grpo.group_size)
+    over = advantages(given, scale_by_std=grpo.scale_by_std).reshape(-1)
+    segments = []
+    for prompt, ids in zip(prompts, asked.answers["tokens"], strict=True):
+        weights = np.array([0.0] * len(prompt) + [1.0] * len(ids), np.float32)
+        segments.append(Segment(np.array(prompt + ids, np.int32), weights))
+    packed = pack([len(s.tokens) for s in segments], config.data.sequence_length)
+    packed += [[]] * (num_rows(len(packed), config) - len(packed))
+    batch = fill([[segments[i] for i in row] for row in packed], config.data.sequence_length)
+    per_token = {
+        name: np.zeros(np.shape(batch.tokens), np.float32) for name in (ADVANTAGES, SAMPLED)
+    }
+    for b, row in enumerate(packed):
+        start = 0
+        for i in row:
+            ids = asked.answers["tokens"][i]
+            # The place of a token is that of the one before it, of which it is the target.
+            first = start + len(prompts[i]) - 1
+            at = slice(first, first + len(ids))
+            per_token[ADVANTAGES][b, at] = over[i]
+            per_token[SAMPLED][b, at] = asked.answers["logprobs"][i]
+            start += len(segments[i].tokens)
+    return batch.replace(per_token=per_token, shared={FRESH: np.float32(fresh)})  # type: ignore[attr-defined]
+
+
+def num_rows(least: int, config: Config) -> int:
+    """Return how many rows a batch of at least so many has: batch_size halved, and again."""
+    size, unit = config.data.batch_size, config.optimizer.accumulate * meshes.size(*meshes.ROWS)
+    while size % (2 * unit) == 0 and size // 2 >= least:
+        size //= 2
+    return size
+
+
+def complete(batch: Batch) -> Batch:
+    """Add to the shapes of a batch of tokens those of what `make_batch` adds."""
+    x = batch.weights
+    per_token = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name in (ADVANTAGES, SAMPLED)}
+    shared = {FRESH: jax.ShapeDtypeStruct((), np.float32)}
+    return batch.replace(per_token=per_token, shared=shared)  # type: ignore[attr-defined]
+
+
+def describe(answers: dict[str, Any], grpo: GRPOConfig) -> dict[str, float]:
+    """Return what the log says of a round's answers.
+
+    `reward` and `reward_std` are of all answers; `groups_alike` the share of questions whose
+    answers all had one reward, so that they teach nothing; `answer_tokens` the mean length;
+    `cut_off` the share of answers that are max_tokens long.
+    """
+    given = np.asarray(answers["rewards"], np.float64).reshape(-1, grpo.group_size)
+    lengths = np.array([len(ids) for ids in answers["tokens"]])
+    return {
+        "reward": float(given.mean()),
+        "reward_std": float(given.std()),
+        "groups_alike": float(np.mean(~advantages(given, scale_by_std=False).any(axis=1))),
+        "answer_tokens": float(lengths.mean()),
+        "cut_off": float(np.mean(lengths >= grpo.max_tokens)),
+    }
+
+
+def _seed(seed: int, number: int) -> int:
+    """Return the sampler's seed of a round: those of neighbours have nothing in common."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")

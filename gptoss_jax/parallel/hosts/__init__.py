@@ -1,0 +1,1 @@
+"""Several processes as one run: what they agree on (`processes`), how they find each other."""

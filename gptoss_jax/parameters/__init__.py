@@ -1,0 +1,5 @@
+"""What parameters a model has, and how one speaks of them.
+
+`tree` has the parameter tree and its paths, `patterns` chooses among them. Imports: types, errors,
+chips, config. Every room that handles parameters takes these.
+"""

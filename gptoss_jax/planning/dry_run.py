@@ -1,0 +1,249 @@
+"""What a run would be: its parameters, memory and arithmetic, without making any of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from rich.console import Console
+
+from gptoss_jax import data
+from gptoss_jax.config import Config
+from gptoss_jax.loading import start_adapters
+from gptoss_jax.parameters import patterns
+from gptoss_jax.parameters.tree import is_weight
+from gptoss_jax.runs import metrics
+from gptoss_jax.training.layerwise_step import largest_part
+from gptoss_jax.training.program import Program, make_program
+from gptoss_jax.types import MXFP4, Batch, Params, Relaid, TrainState
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a config trains by, and what goes into its step, as shapes."""
+
+    program: Program
+    state: TrainState
+    batch: Batch
+
+
+def show(config: Config, console: Console) -> None:
+    """Print parameters, FLOPs, checkpoint size and memory of a step; write and allocate nothing.
+
+    Data that are given are looked at, too. The step is compiled for this device, as training would
+    do, which may take a minute.
+
+    Raises:
+        UserError: bad data, or patterns of `optimizer` that do not fit the model.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    run, begun = shapes(config), start_adapters.read(config)
+    say("\nparameters")
+    for line in parameter_table(run):
+        say(line)
+    total, active = run.program.model.num_parameters()
+    say(f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active")
+    if begun is not None:
+        say(f"adapters  begin as {config.init_adapters}: {start_adapters.describe(begun[0])}")
+
+    rows, length = config.data.batch_size, config.data.sequence_length
+    tokens = trained = float(rows * length)
+    known = config.data.train and config.objective.name != "grpo"  # whose answers are yet to come
+    if known:
+        say(f"\n{data.describe(config)}")
+        tokens, trained = _first_batch(config)
+    what = "first batch" if known else "full rows, every token trained"
+    say(
+        f"\na step    {rows:,} rows of {length:,}: {tokens:,.0f} tokens, {trained:,.0f} trained "
+        f"({what}); {tokens * config.train.steps:,.0f} tokens in {config.train.steps:,} steps"
+    )
+    flops = metrics.step_flops(config.model, tokens=tokens, trained=trained, sequence_length=length)
+    say(
+        f"FLOPs     {flops:.4g} a step, {flops / tokens:.4g} a token: matmuls with active "
+        "parameters and attention, forward and backward"
+    )
+    peak = metrics.peak_flops(config.train.peak_tflops)
+    if peak:
+        say(f"          {flops / peak:.3g} s a step at the device's peak, if one held it all")
+    left_out = patterns.frozen_paths(run.program.factors) if config.model.lora.targets else ()
+    each = checkpoint_bytes(run.state, left_out=left_out)
+    say(f"checkpoint  {_size(each)} each, {config.train.keep} kept")
+
+    kind = jax.devices()[0].device_kind
+    say(f"\nmemory of a step, compiled for one device ({kind}) ...")
+    for line in memory_table(config, run):
+        say(line)
+    say("\ndry run: nothing was written")
+
+
+def shapes(config: Config) -> Shapes:
+    """Return the step that a config trains with, and its arguments as shapes.
+
+    Raises:
+        UserError: patterns of `optimizer` that do not fit the model.
+    """
+    c, sources = config.model, len(config.data.train) if config.data.weights else 0
+    # Which experts have the highest load is not known, but how many are chosen is.
+    load = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
+    program = make_program(config, load=load, num_sources=sources)
+    size = (config.data.batch_size, config.data.sequence_length)
+    ids = jax.ShapeDtypeStruct(size, jnp.int32)
+    weights = jax.ShapeDtypeStruct(size, jnp.float32)
+    of_rows = jax.ShapeDtypeStruct(size[:1], jnp.int32) if sources else None
+    batch = Batch(ids, ids, weights, ids, ids, of_rows)  # pyright: ignore[reportArgumentType]
+    batch = program.objective.complete(batch)
+    return Shapes(program, jax.eval_shape(program.begin, None), batch)
+
+
+def parameter_table(run: Shapes) -> list[str]:
+    """Return a line a parameter: path, shape, dtype, count, what is trained of it, megabytes."""
+    factors = dict(_by_path(run.program.factors))
+    rows = [("path", "shape", "dtype", "parameters", "trained", "MB")]
+    count = trained = 0
+    for path, leaf in _by_path(run.state.params):
+        factor: Float[Array, "..."] | Float[np.ndarray, "..."] = np.asarray(factors[path])
+        size = math.prod(leaf.shape)
+        moving = np.count_nonzero(factor) * (size // factor.size)
+        packed = isinstance(leaf, MXFP4 | Relaid)
+        how = "packed" if packed else "frozen" if not moving else f"{moving:,}"
+        how = "all" if moving == size else how
+        shape = " x ".join(map(str, leaf.shape))
+        dtype = "mxfp4" if packed else str(leaf.dtype)
+        rows.append((path, shape, dtype, f"{size:,}", how, f"{_bytes(leaf) / 1e6:,.1f}"))
+        count, trained = count + size, trained + moving
+    megabytes = f"{_bytes(run.state.params) / 1e6:,.1f}"
+    rows.append(("all", "", "", f"{count:,}", f"{trained:,}", megabytes))
+    wide = [max(len(row[i]) for row in rows) for i in range(6)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, wide, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> int:
+    """Return the bytes of what a checkpoint holds: parameters, optimizer, averaged parameters.
+
+    `left_out` are the paths of parameters that are in a base, adapters though frozen not among them
+    (`base.measure`).
+    """
+    kept = [
+        leaf
+        for path, leaf in _by_path(state.params)
+        if path not in left_out or path.startswith("lora/")
+    ]
+    return _bytes((kept, state.opt_state, state.ema))
+
+
+def memory_table(config: Config, run: Shapes) -> list[str]:
+    """Compile the step, and return lines on its memory by part, and on its arithmetic."""
+    state = run.state
+    factors = dict(_by_path(run.program.factors))
+    exact = config.optimizer.accumulate > 1  # gradients then add up in float32
+    each = {
+        path: math.prod(leaf.shape) * 4 if exact else _bytes(leaf)
+        for path, leaf in _by_path(state.params)
+        if np.any(factors[path])
+    }
+    gradients = gradient_bytes(config, each)
+    parts = {
+        "parameters": _bytes(state.params),
+        "optimizer state": _bytes(state.opt_state),
+        "averaged parameters": _bytes(state.ema),
+        "batch": _bytes(run.batch),
+    }
+    lines = [_row(name, size) for name, size in parts.items() if size]
+    step: Any = run.program.step
+    try:
+        compiled = step.lower(state, run.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).strip().splitlines()[0][:200]
+        known = sum(parts.values()) + gradients
+        lines.append(_row("gradients", gradients))
+        lines.append(_row("together", known, "and activations, of which the compiler says nothing"))
+        return [*lines, f"the step can't be compiled for this device: {said}"]
+    memory = compiled.memory_analysis()
+    peak = 0
+    if memory is None:
+        lines.append(_row("gradients", gradients))
+        lines.append("of activations this device's compiler says nothing")
+    else:
+        note = f"gradients ({_size(gradients)}), activations and the like, as the compiler plans"
+        lines.append(_row("temporaries", memory.temp_size_in_bytes, note))
+        # The new state takes the place of the old one.
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if peak:
+        there = device_bytes()
+        fits = "it fits" if there and peak <= there else "it does not fit"
+        note = f"of {_size(there)} that this device has: {fits}" if there else ""
+        lines.append(_row("peak", peak, note))
+    counted = (compiled.cost_analysis() or {}).get("flops")
+    if counted:
+        lines.append(
+            f"\nThe compiler counts {counted:.4g} FLOPs in the program. Not to be compared with "
+            "the above as it is: the body\nof a loop counts once, however often it runs (layers, "
+            "expert tiles, microbatches, chunks of the loss), and what\nremat computes again counts"
+            " too."
+        )
+    return lines
+
+
+def gradient_bytes(config: Config, each: dict[str, int]) -> int:
+    """Return the bytes of gradients that there are at once, of those of each parameter by path."""
+    if config.optimizer.fused:
+        return largest_part(each, num_layers=config.model.num_layers)
+    return sum(each.values())
+
+
+def device_bytes() -> int | None:
+    """Return the memory of the first device (of a CPU, the machine's); None if it is not known."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _first_batch(config: Config) -> tuple[float, float]:
+    """Return the tokens of the first batch, and those trained."""
+    batches = data.train_batches(config)
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    return float(np.sum(batch.segment_ids != 0)), float(np.sum(batch.weights))
+
+
+def _by_path(tree: Params) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
+    return [("/".join(step.key for step in path), leaf) for path, leaf in leaves]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _size(size: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size / 1e3:,.2f} kB"
+
+
+def _row(name: str, size: float, note: str = "") -> str:
+    return f"  {name:<20}{_size(size):>12}  {note}".rstrip()

@@ -1,0 +1,26 @@
+"""The command: `python -m gptoss_jax.report WORKDIR [WORKDIR ...] [--out FILE]`."""
+
+from __future__ import annotations
+
+from gptoss_jax.errors import Parser, run_entry
+from gptoss_jax.runs import report
+
+
+def main(argv: list[str]) -> None:
+    """Write a page, and print its path.
+
+    Raises:
+        UserError: see `report.write`.
+    """
+    parser = Parser(
+        prog="python -m gptoss_jax.report",
+        description="Write the page of a run (report.html in its workdir), or compare runs on one.",
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
+    parser.add_argument("--out", metavar="FILE", help="the page; needed for several workdirs")
+    args = parser.parse_args(argv)
+    print(report.write(args.workdirs, out=args.out))
+
+
+if __name__ == "__main__":
+    run_entry(main)

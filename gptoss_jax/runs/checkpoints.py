@@ -1,0 +1,202 @@
+"""The state of a run on disk: orbax checkpoints under `<workdir>/checkpoints/<step>`.
+
+A checkpoint holds the parameters, the optimizer's state, the averaged parameters where there are
+any, and a JSON record of the rest: schema version, step, random state, resolved config, position in
+the data, the data's fingerprint, what the spike policy remembers, a checksum for each array, and a
+hash of all that. So damage to any of it is found when it is read. Of a run with adapters it holds
+what is trained; what is frozen is the base, which the record names (`base.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptoss_jax.config import Config, command_line
+from gptoss_jax.parallel.hosts import processes
+from gptoss_jax.parameters.tree import flatten, nest
+from gptoss_jax.runs import checksums
+from gptoss_jax.runs.frozen_base import Base
+from gptoss_jax.runs.frozen_base import split as split_held
+from gptoss_jax.runs.orbax_reader import quiet, read_items
+from gptoss_jax.runs.records import (
+    FOLDER,
+    HASH,
+    HELD_OUT,
+    PADDING,
+    SCHEMA,
+    Record,
+    digest,
+    held_out_losses,
+    parse,
+    read_json,
+)
+from gptoss_jax.types import Params, TrainState
+
+
+class _Keep:
+    """Keeps the newest checkpoints, and the one with the lowest held-out loss."""
+
+    def __init__(self, workdir: str | Path, keep: int) -> None:
+        self._keep, self._before = keep, held_out_losses(workdir)
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Say for each checkpoint, oldest first, whether it stays."""
+        losses = dict(self._before)  # orbax knows of those of this process alone
+        losses |= {c.step: c.metrics[HELD_OUT] for c in checkpoints if c.metrics}
+        there = [c.step for c in checkpoints]
+        scored = sorted((losses[step], step) for step in there if step in losses)
+        kept = {*there[-self._keep :], *(step for _, step in scored[:1])}
+        return [step in kept for step in there]
+
+
+def open_manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
+    """Open the checkpoints of a run for writing, making the folder.
+
+    Keeps the `keep` newest and, beside them, the one with the lowest held-out loss. What a killed
+    run left half-written is removed.
+    """
+    quiet()
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True, preservation_policy=_Keep(workdir, keep)
+    )
+    return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    *,
+    config: Config,
+    data_state: dict[str, Any],
+    fingerprint: dict[str, Any],
+    spikes: dict[str, Any] | None = None,
+    held_out_loss: float | None = None,
+    expert_padding: int = 0,
+    base: Base | None = None,
+) -> None:
+    """Begin to write a checkpoint of `state.step`; it is whole after `wait_until_finished`.
+
+    The arrays are copied before this returns, so the state may be donated at once. The loss is what
+    the best checkpoint is chosen by. `expert_padding` is what the mesh added to experts: the record
+    says so, and whoever reads it leaves it out, or has as much of it as another mesh needs. What is
+    in the `base` is not written.
+    """
+    items: dict[str, Any] = {
+        "params": split_held(state.params, base)[0],
+        # With the step, since orbax refuses the empty state that some optimizers have.
+        "opt_state": {"state": state.opt_state, "step": state.step},
+    }
+    if state.ema is not None:
+        items["ema"] = state.ema
+    record = {
+        "schema": SCHEMA,
+        "step": int(state.step),
+        "config": json.loads(command_line.to_json(config)),
+        "data_state": data_state,
+        "fingerprint": fingerprint,
+        "spikes": spikes or {},
+        HELD_OUT: held_out_loss,
+        "rng": np.asarray(jax.random.key_data(state.rng)).tolist(),
+        PADDING: expert_padding,
+        "base": None if base is None else base.to_json(),
+        "checksums": {
+            name: checksums.checksums(item, expert_padding=expert_padding)
+            for name, item in items.items()
+        },
+    }
+    manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            record=ocp.args.JsonSave(record | {HASH: digest(record)}),
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        ),
+        metrics=None if held_out_loss is None else {HELD_OUT: held_out_loss},
+        force=True,
+    )
+
+
+def restore_held(
+    workdir: str | Path,
+    abstract: TrainState,
+    *,
+    step: int | None = None,
+    expert_padding: int = 0,
+) -> tuple[TrainState, Record]:
+    """Read what a checkpoint holds into the shapes, dtypes and shardings of `abstract`.
+
+    `abstract` is a state of arrays or of `jax.ShapeDtypeStruct`s, spread over any mesh, whatever
+    mesh and number of processes wrote it, and with so much of `expert_padding`. The newest if no
+    step is given. Several processes do this together: where one finds damage, all raise it. What
+    the record's base holds is not among the parameters: `loading.resume` reads it.
+
+    Raises:
+        DamagedError: what is there is not what was written, or arrays of other shapes.
+        UserError: as `records.read_record`.
+    """
+    raw, folder = processes.from_first(lambda: read_json(workdir, step))
+    record = parse(raw, folder)
+    targets = {
+        "params": split_held(abstract.params, record.base)[0],
+        "opt_state": {"state": abstract.opt_state, "step": abstract.step},
+    }
+    if abstract.ema is not None:
+        targets["ema"] = abstract.ema
+    items = read_held(raw, folder, targets, expert_padding=expert_padding)
+    state = TrainState(
+        step=items["opt_state"]["step"],
+        params=items["params"],
+        opt_state=items["opt_state"]["state"],
+        rng=_place_key(np.asarray(raw["rng"], np.uint32), abstract.rng),
+        ema=items.get("ema"),
+    )
+    return state, record
+
+
+def place(x: jax.Array, like: Any) -> jax.Array:
+    """Put an array where the sharding of `like` says, if it has one."""
+    where = getattr(like, "sharding", None)
+    return x if where is None else jax.device_put(x, where)
+
+
+def join(held: Params, frozen: Params) -> Params:
+    """Put what a checkpoint holds and what its base holds together."""
+    return nest(flatten(held) | flatten(frozen))
+
+
+def read_held(
+    raw: dict[str, Any], folder: Path, targets: dict[str, Any], *, expert_padding: int
+) -> dict[str, Any]:
+    """Read items of a checkpoint into `targets`; `raw` is its record, with checksums."""
+    return read_items(
+        folder,
+        targets,
+        sums=raw.get("checksums"),
+        resize=raw.get(PADDING, 0) != expert_padding,
+        expert_padding=expert_padding,
+    )
+
+
+def _place_key(data: np.ndarray, like: Any) -> Any:
+    where, placed = getattr(like, "sharding", None), jnp.asarray(data)
+    if isinstance(where, NamedSharding):
+        whole = NamedSharding(where.mesh, PartitionSpec())
+        placed = jax.make_array_from_callback(data.shape, whole, lambda _: data)
+    return jax.random.wrap_key_data(placed)
+
+
+def set_aside(folders: list[Path]) -> None:
+    """Rename damaged checkpoints to names that are no step's."""
+    for folder in folders:
+        name, n = f"{folder.name}.damaged", 1
+        while (folder.parent / name).exists():
+            n += 1
+            name = f"{folder.name}.damaged-{n}"
+        folder.rename(folder.parent / name)

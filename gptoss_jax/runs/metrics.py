@@ -1,0 +1,206 @@
+"""What a run measured: JSON lines, TensorBoard, curves; and how much arithmetic a step is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.runs.tensorboard import Board
+
+FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+CURVES = "curves.png"
+
+# Dense peak of one device in bfloat16 (float16 where it has none), TFLOP/s, by what its
+# `device_kind` contains, the first that fits. Source: the vendors' data sheets, without sparsity.
+_PEAK_TFLOPS = (
+    ("B200", 2_250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0),
+    ("L40S", 362.0), ("L4", 121.0), ("V100", 125.0), ("T4", 65.0),
+    ("TPU v6", 918.0), ("TPU v5 lite", 197.0), ("TPU v5e", 197.0), ("TPU v5", 459.0),
+    ("TPU v4", 275.0), ("TPU7", 2_307.0), ("TPU v7", 2_307.0),
+)  # fmt: skip
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl`, `samples.jsonl` and TensorBoard's files in a workdir."""
+
+    def __init__(self, workdir: str | Path, *, step: int | None = None) -> None:
+        """Open the log of a run that goes on after `step`: later records are taken out of it.
+
+        Without a step it begins anew.
+        """
+        folder = Path(workdir)
+        _keep(folder / FILE, step)
+        if (folder / SAMPLES).is_file():
+            _keep(folder / SAMPLES, step)
+        self._file = (folder / FILE).open("ab", buffering=0)  # a killed run loses no record
+        self._samples = folder / SAMPLES
+        purge_step = 0 if step is None else step + 1
+        self._board = Board(folder / "tensorboard", purge_step=purge_step)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one record, without what is None or not finite (JSON has no NaN).
+
+        Numbers go to TensorBoard too; of lists [L][E] the largest entry of each layer.
+        """
+        values = {k: v for k, v in values.items() if v is not None}
+        values = {k: v for k, v in values.items() if isinstance(v, list) or math.isfinite(v)}
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        while line:  # a disk that gets full takes a part
+            line = line[self._file.write(line) :]
+        for name, value in values.items():
+            if not isinstance(value, list):
+                self._board.add(name, value, step=step)
+            else:
+                for layer, row in enumerate(value):
+                    self._board.add(f"{name}_max/layer_{layer}", max(row), step=step)
+
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Append what the model answered to `samples.jsonl`, a record an answer, if there is any.
+
+        Each is {"step", "question", "expected", "answer", "right"}: see `held_out.evaluate`.
+        """
+        if samples:
+            with self._samples.open("a") as file:
+                file.writelines(json.dumps({"step": step, **s}) + "\n" for s in samples)
+
+    def close(self) -> None:
+        """Flush and close all."""
+        self._file.close()
+        self._board.close()
+
+
+class NoLog:
+    """The log of a process that leaves it to the first one."""
+
+    def __init__(self, *, step: int | None = None) -> None:
+        """Take what `MetricsLog` takes."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def read(workdir: str | Path, file: str = FILE) -> list[dict[str, Any]]:
+    """Read the records of a run, or its samples; a last line that was cut short is left out."""
+    path = Path(workdir) / file
+    records: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def _keep(path: Path, step: int | None) -> None:
+    """Leave of a file of records those up to a step; none of them without one."""
+    there = [] if step is None else read(path.parent, path.name)
+    kept = [r for r in there if r["step"] <= step]
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(whole, path)
+
+
+def matmul_params(config: ModelConfig) -> tuple[int, int]:
+    """Return the parameters that multiply each token in the layers, and each unembedded token.
+
+    A of E experts; biases, norms and the embedding's look-up are no matmuls.
+    """
+    c = config
+    attention = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
+    experts = c.active_experts * 3 * c.d_model * c.d_expert
+    layer = attention + c.num_experts * c.d_model + experts
+    return c.num_layers * layer, c.vocab_size * c.d_model
+
+
+def step_flops(
+    config: ModelConfig, *, tokens: float, trained: float, sequence_length: int
+) -> float:
+    """Return the floating-point operations of a training step, forward and backward.
+
+    6 per active matmul parameter and token (2 forward, 4 backward; the unembedding over the trained
+    tokens alone), and in attention 12 * N * H per pair of query and visible key, a row taken as one
+    segment. What remat computes again is not counted.
+    """
+    c, T = config, sequence_length
+    layers, unembedding = matmul_params(config)
+    pairs = 0.0  # per token, over layers
+    for window in c.layer_windows:
+        w = min(window or T, T)
+        pairs += (w * (w + 1) / 2 + (T - w) * w) / T
+    attention = 12 * c.num_heads * c.head_dim * pairs
+    return tokens * (6 * layers + attention) + 6 * trained * unembedding
+
+
+def peak_flops(peak_tflops: float = 0.0, *, devices: int = 1) -> float | None:
+    """Return the peak of so many devices in FLOP/s; None if it is not known, as on a CPU.
+
+    `peak_tflops`, of one device, goes before the table.
+    """
+    kind = jax.devices()[0].device_kind
+    known = [peak for name, peak in _PEAK_TFLOPS if name in kind]
+    peak = peak_tflops or (known[0] if known else 0.0)
+    return peak * 1e12 * devices if peak else None
+
+
+def plot(workdir: str | Path) -> Path:
+    """Draw a run's curves from its records into `curves.png`, and return that path."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    records = read(workdir)
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    losses, answers, load, rates, routing, speed = figure.subplots(2, 3).flat
+
+    def line(axis: Any, name: str, *, label: str | None = None, **style: Any) -> None:
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label or name.replace("_", " "), **style)
+
+    line(losses, "loss", color="tab:blue", alpha=0.6, linewidth=1)
+    line(losses, "held_out_loss", color="tab:orange", marker="o", markersize=4)
+    losses.set(title="loss, nats a token", xlabel="step", ylim=(0, None))
+    line(answers, "exact_match", color="tab:green", marker="o", markersize=4)
+    answers.set(title="held-out questions answered exactly", xlabel="step", ylim=(-0.02, 1.02))
+    line(rates, "learning_rate", color="tab:red")
+    rates.set(title="learning rate and gradient norm", xlabel="step", ylabel="learning rate")
+    norms = rates.twinx()
+    line(norms, "grad_norm", color="tab:gray", alpha=0.5, linewidth=1)
+    norms.set(ylabel="gradient norm", yscale="log")
+    line(routing, "load_entropy", label="load entropy", color="tab:purple")
+    line(routing, "load_entropy_min", label="of the worst layer", color="tab:purple", alpha=0.45)
+    routing.set(title="routing", xlabel="step", ylabel="load entropy (1: even)", ylim=(0, 1.02))
+    dead = routing.twinx()
+    line(dead, "dead_experts", color="tab:gray", alpha=0.6, linewidth=1, drawstyle="steps-mid")
+    dead.set(ylabel="dead experts, all layers", ylim=(0, max(4.0, dead.get_ylim()[1])))
+    dead.yaxis.set_major_locator(MaxNLocator(integer=True))
+    line(speed, "tokens_per_second", color="tab:cyan", linewidth=1)
+    speed.set(title="tokens a second", xlabel="step", ylim=(0, None))
+    loads = [r["expert_load"] for r in records if "expert_load" in r]
+    if loads:
+        image = load.imshow(loads[-1], aspect="auto", vmin=0, cmap="viridis")
+        for axis in (load.xaxis, load.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=load)
+    load.set(title="share of tokens, last step", xlabel="expert", ylabel="layer")
+    for axis, other in ((losses, None), (rates, norms), (routing, dead)):
+        lines = [*axis.lines, *(other.lines if other else ())]
+        if lines:
+            (other or axis).legend(handles=lines, loc="best")  # on top of both
+    path = Path(workdir) / CURVES
+    figure.savefig(path, dpi=110)
+    return path

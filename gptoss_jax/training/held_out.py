@@ -1,0 +1,103 @@
+"""What a run is judged by while it trains: held-out loss, and questions answered greedily."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+
+from gptoss_jax import data, harmony
+from gptoss_jax.config import Config
+from gptoss_jax.config.objective import ObjectiveConfig
+from gptoss_jax.harmony import tokenizer
+from gptoss_jax.model import Transformer
+from gptoss_jax.objectives import held_out_loss
+from gptoss_jax.sampler import Sampler
+from gptoss_jax.types import Batch, Params
+
+_QUESTIONS_AT_ONCE = 64
+
+
+def evaluate(
+    model: Transformer,
+    params: Params,
+    batches: list[Batch],
+    *,
+    questions: list[data.Question],
+    config: Config,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return scores: held-out loss and perplexity, and the share of questions answered exactly.
+
+    Of pairs the loss is that of the pairs, with their rewards beside it, and no perplexity.
+
+    And the first `train.eval_samples` questions as they were answered, records for
+    `MetricsLog.write_samples`. An answer is what the final channel says, or all that was sampled
+    where it never came to it.
+    """
+    # One after the other, as CPUs of several processes need it: see `checksums`.
+    measure = _measure(config.objective)
+    sums = [jax.device_get(measure(model, params, batch)) for batch in batches]
+    nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
+    loss = nll / weight if weight else math.nan
+    scores: dict[str, Any] = {"held_out_loss": loss}
+    if config.objective.name != "dpo":
+        scores["held_out_perplexity"] = math.exp(min(loss, 700.0))
+    for name in sums[0][2] if weight else ():
+        scores[f"held_out_{name}"] = sum(float(s[2][name]) for s in sums) / weight
+    samples: list[dict[str, Any]] = []
+    if questions:
+        # As training reads packed experts: relaid they would be there twice, beside its state.
+        sampler = Sampler(model, params, relay=False)
+        encoding = tokenizer.get_tokenizer(config.model.vocab_size)
+        right = 0
+        for at in range(0, len(questions), _QUESTIONS_AT_ONCE):
+            some = questions[at : at + _QUESTIONS_AT_ONCE]
+            out = sampler.generate(
+                [q.prompt for q in some], max_tokens=config.train.eval_max_tokens, temperature=0.0
+            )
+            said = [_final_text(ids, encoding) for ids in out.tokens]
+            for q, ids, text in zip(some, out.tokens, said, strict=True):
+                ok = text == q.answer.strip()
+                right += ok
+                if len(samples) < config.train.eval_samples:
+                    samples.append(
+                        {
+                            "question": _last_user_text(q.prompt, encoding),
+                            "expected": q.answer.strip(),
+                            "answer": tokenizer.decode(encoding, ids) if text is None else text,
+                            "right": ok,
+                        }
+                    )
+        scores["exact_match"] = right / len(questions)
+    return scores, samples
+
+
+@cache
+def _measure(objective: ObjectiveConfig) -> Callable[..., Any]:
+    """Return a jitted function of (model, params, batch): sums of loss, weight, and what is beside.
+
+    One for an objective, so that it is compiled once.
+    """
+    loss = held_out_loss(objective)
+
+    def run(model: Transformer, params: Params, batch: Batch) -> Any:
+        sums = loss(model, params, batch)
+        return sums.nll, sums.weight, sums.extra
+
+    return jax.jit(run, static_argnums=0)
+
+
+def _final_text(ids: list[int], encoding: Any) -> str | None:
+    """Return what sampled ids say in the final channel, None if they never come to it."""
+    final = [m.content for m in harmony.parse(ids, encoding) if m.header.channel == "final"]
+    return final[-1].strip() if final else None
+
+
+def _last_user_text(prompt: list[int], encoding: Any) -> str:
+    """Return what the user said last in a prompt; all of the prompt if no user said anything."""
+    read = harmony.parse(prompt, encoding, after_prompt=False)
+    said = [m.content for m in read if m.header.role == "user"]
+    return said[-1] if said else tokenizer.decode(encoding, prompt)

@@ -1,0 +1,138 @@
+"""What a run says on the terminal: progress while it trains, and a summary at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gptoss_jax.parallel.hosts import processes
+from gptoss_jax.runs import metrics, records, report
+from gptoss_jax.training.spikes import Spike
+from gptoss_jax.training.step import StepMetrics
+
+
+class RunProgress:
+    """A bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, console: Console, *, start: int, steps: int) -> None:
+        self._console, self._steps = console, steps
+        self._every = max(1, steps // 20)
+        self._start, self._said, self._began = start, start, time.perf_counter()
+        self._bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=steps, completed=start, text="compiling")
+        self._bar.start()
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Show a step's record."""
+        text = f"loss {values['loss']:.4f}"
+        for name in ("reward", "reward_accuracy"):  # what GRPO and DPO are run for
+            if name in values:
+                text += f"  {name.replace('_', ' ')} {values[name]:.3f}"
+        if "tokens_per_second" in values:
+            text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        if values.get("mfu"):
+            text += f"  MFU {values['mfu']:.1%}"
+        if values.get("skipped_steps"):
+            text += f"  skipped {values['skipped_steps']} (not finite)"
+        self._bar.update(self._task, completed=step, text=text)
+        due = step - self._said >= self._every or step == self._steps or step == self._start + 1
+        if not self._console.is_terminal and due:
+            self._said = step
+            pace = (time.perf_counter() - self._began) / (step - self._start)
+            left = duration(pace * (self._steps - step))
+            self._line(f"step {step}/{self._steps}  {text}  left {left}")
+
+    def say(self, step: int, scores: dict[str, Any]) -> None:
+        """Print an evaluation, which stays on the screen."""
+        text = f"step {step}/{self._steps}  held-out loss {scores['held_out_loss']:.4f}"
+        if "held_out_reward_accuracy" in scores:  # of pairs, whose loss is no likelihood
+            text += f"  reward accuracy {scores['held_out_reward_accuracy']:.3f}"
+            text += f"  margin {scores['held_out_reward_margin']:.3f}"
+        else:
+            text += f"  perplexity {scores['held_out_perplexity']:,.2f}"
+        if "exact_match" in scores:
+            text += f"  exact match {scores['exact_match']:.3f}"
+        self._line(text, style="bold")
+
+    def go_back(self, step: int, text: str) -> None:
+        """Print why the run goes on from an earlier step, and count from there."""
+        self._line(text, style="bold")
+        self._start, self._said, self._began = step, step, time.perf_counter()
+        self._bar.update(self._task, completed=step, text="going on")
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.stop()
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._bar.console.print(text, style=style, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as m:ss, or h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def give_up(spike: Spike, workdir: Path, *, max_rewinds: int) -> None:
+    """Say which step was a spike too many, and exit with 1."""
+    _say_error(
+        f"step {spike.step} is a spike: {spike.why}; the run went back "
+        f"{max_rewinds} times already (train.max_rewinds); the newest checkpoint is of step "
+        f"{records.steps(workdir)[-1]}"
+    )
+    sys.exit(1)
+
+
+def fail(step: int, m: StepMetrics, workdir: Path) -> None:
+    """Say which step was not finite, and exit with 1."""
+    what = "loss" if not math.isfinite(m.loss) else "gradient"
+    kept = records.steps(workdir)
+    since = f"the newest checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
+    _say_error(
+        f"the {what} is not finite at step {step} (loss {float(m.loss)}, gradient norm "
+        f"{float(m.grad_norm)}); {since}; --train.on_nan skip leaves such steps out"
+    )
+    sys.exit(1)
+
+
+def _say_error(text: str) -> None:
+    if processes.is_first():
+        print(f"error: {text}", file=sys.stderr)
+
+
+def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> None:
+    """Draw the curves, and say where everything lies."""
+    page, curves = report.write([workdir]), metrics.plot(workdir)
+    kept, best = records.steps(workdir), records.best_step(workdir)
+    lines = {
+        "report": page,
+        "curves": curves,
+        "metrics": workdir / metrics.FILE,
+        "tensorboard": workdir / "tensorboard",
+        "checkpoints": f"{workdir / records.FOLDER}, steps {', '.join(map(str, kept))}",
+        "sample": f"python -m gptoss_jax.sample --checkpoint {workdir} --prompt TEXT",
+    }
+    lines["go on"] = "the same command, with a larger --train.steps once it is complete"
+    if best:
+        lines["best"] = f"step {best[0]}, held-out loss {best[1]:.4f}"
+    if seconds is not None:
+        lines["time"] = duration(seconds)
+    console.print()
+    for name, text in lines.items():
+        console.print(f"{name:<12}{text}", soft_wrap=True)  # paths are not to be broken

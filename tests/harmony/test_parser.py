@@ -1,0 +1,170 @@
+"""The parser of sampled ids: known streams, and any ids at all."""
+
+import importlib.util
+
+import pytest
+
+from gptoss_jax.harmony import StreamParser, to_messages
+from gptoss_jax.harmony.parser import Header, MessageEnd, MessageStart, TextDelta
+from gptoss_jax.harmony.tokenizer import decode, get_tokenizer
+
+ENCODING = get_tokenizer()
+SMALL = get_tokenizer(1024)
+USER = {"role": "user", "content": "hi"}
+needs_harmony = pytest.mark.skipif(
+    importlib.util.find_spec("openai_harmony") is None, reason="openai-harmony is not installed"
+)
+
+
+def ids_of(text, encoding=ENCODING):
+    return encoding.encode(text, allowed_special="all")
+
+
+def parse(ids, encoding=ENCODING, **options):
+    parser = StreamParser(encoding, **options)
+    events = [event for token in ids for event in parser.process(token)]
+    return parser, events + parser.finish()
+
+
+def check(parser, events, ids):
+    """What holds for any ids: none is lost, and the events tell what the messages are."""
+    assert [i for message in parser.messages for i in message.ids] + parser.pending == list(ids)
+    ends = [event.message for event in events if isinstance(event, MessageEnd)]
+    assert [(m.header, m.content, m.stop) for m in parser.messages] == [
+        (m.header, m.content, m.stop) for m in ends
+    ]
+    open_header, text = None, ""
+    for event in events:
+        if isinstance(event, MessageStart):
+            assert open_header is None
+            open_header, text = event.header, ""
+        elif isinstance(event, TextDelta):
+            assert event.text
+            text += event.text
+        else:
+            assert (event.message.header, event.message.content) == (open_header, text)
+            open_header = None
+    assert open_header is None
+
+
+def test_a_turn_with_analysis():
+    text = "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>4"
+    ids = ids_of(text + "<|return|>")
+    parser, events = parse(ids)
+    check(parser, events, ids)
+    assert [(m.header, m.content, m.stop) for m in parser.messages] == [
+        (Header(channel="analysis"), "So.", "<|end|>"),
+        (Header(channel="final"), "4", "<|return|>"),
+    ]
+    assert events[0] == MessageStart(Header(channel="analysis"))
+    assert to_messages(parser.messages) == [
+        {"role": "assistant", "thinking": "So.", "content": "4"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary to=functions.f <|constrain|>json",
+        "<|channel|>commentary to=functions.f<|constrain|>json",
+        " to=functions.f<|channel|>commentary <|constrain|>json",
+    ],
+)
+def test_a_call_wherever_its_recipient_stands(header):
+    ids = ids_of(header + '<|message|>{"x":1}<|call|>')
+    parser, events = parse(ids)
+    check(parser, events, ids)
+    (message,) = parser.messages
+    assert message.header == Header(
+        "assistant", None, "commentary", "functions.f", "<|constrain|>json"
+    )
+    assert message.stop == "<|call|>"
+    calls = [{"name": "f", "arguments": '{"x":1}'}]
+    assert to_messages(parser.messages) == [{"role": "assistant", "tool_calls": calls}]
+
+
+@pytest.mark.parametrize("channel", ["", "<|channel|>commentary", "<|channel|>comment"])
+def test_a_call_in_no_known_channel_is_a_call(channel):
+    parser, _ = parse(ids_of(f" to=functions.f{channel}<|message|>{{}}<|call|>"))
+    call = {"name": "f", "arguments": "{}", "content_type": None}
+    assert to_messages(parser.messages) == [{"role": "assistant", "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "header", "content", "stop"),
+    [
+        ("<|channel|>final<|message|>cut", Header(channel="final"), "cut", None),
+        ("<|channel|>final", Header(channel="final"), "", None),
+        ("<|channel|>", Header(), "", None),
+        ("<|return|>", Header(), "", "<|return|>"),
+        ("The answer is 5.<|return|>", Header(), "The answer is 5.", "<|return|>"),
+        ("<|channel|>final It is 5<|end|>", Header(channel="final"), "It is 5", "<|end|>"),
+        ("<|message|>5<|return|>", Header(), "5", "<|return|>"),
+        (
+            "<|channel|>final<|channel|>x<|message|>5",
+            Header(channel="final<|channel|>x"),
+            "5",
+            None,
+        ),
+        (
+            "<|channel|>final<|message|>a<|message|>b",
+            Header(channel="final"),
+            "a<|message|>b",
+            None,
+        ),
+        (
+            "<|channel|>commentary to=functions.f json<|message|>{}<|call|>",
+            Header(channel="commentary", recipient="functions.f", content_type="json"),
+            "{}",
+            "<|call|>",
+        ),
+    ],
+)
+def test_broken_messages(text, header, content, stop):
+    ids = ids_of(text)
+    parser, events = parse(ids)
+    check(parser, events, ids)
+    (message,) = parser.messages
+    assert (message.header, message.content, message.stop) == (header, content, stop)
+    assert message.ids == tuple(ids)
+
+
+def test_start_ends_a_message_and_strays_stay_with_the_one_before():
+    text = "<|channel|>analysis<|message|>a<|start|>user<|message|>b<|end|> stray<|end|>"
+    tail = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>c<|end|>"
+    ids = ids_of(text + tail)
+    parser, events = parse(ids)
+    check(parser, events, ids)
+    roles = [(m.header.role, m.header.name, m.content, m.stop) for m in parser.messages]
+    assert roles == [
+        ("assistant", None, "a", None),
+        ("user", None, "b", "<|end|>"),
+        ("tool", "functions.f", "c", "<|end|>"),
+    ]
+    assert decode(ENCODING, parser.messages[1].ids).endswith("b<|end|> stray<|end|>")
+
+
+def test_characters_come_whole():
+    ids = ids_of("<|channel|>final<|message|>") + ENCODING.encode(
+        "né👩‍🚀🀄𐍈", allowed_special=set()
+    )
+    parser = StreamParser(ENCODING)
+    deltas = [
+        event.text
+        for token in ids
+        for event in parser.process(token)
+        if isinstance(event, TextDelta)
+    ]
+    assert "".join(deltas) == "né👩‍🚀🀄𐍈"
+    assert not any("\ufffd" in delta for delta in deltas)
+    assert len(deltas) < len(ids) - 3  # some tokens ended within a character
+    half = ENCODING.encode("🀄")[:1]
+    parser, events = parse(ids_of("<|channel|>final<|message|>x") + half)
+    check(parser, events, parser.messages[0].ids)
+    assert parser.messages[0].content == "x\ufffd"
+
+
+def test_ids_that_the_tokenizer_lacks_are_no_error():
+    parser, events = parse([*ids_of("<|channel|>final<|message|>"), 201_088, -1, 2**40])
+    check(parser, events, parser.messages[0].ids)
+    assert parser.messages[0].content == "\ufffd" * 3
