@@ -30,10 +30,11 @@ import gptoss_jax  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
 from gptoss_jax.lora import select  # noqa: E402
 from gptoss_jax.model import Transformer  # noqa: E402
+from gptoss_jax.objectives import make_objective  # noqa: E402
 from gptoss_jax.optimizer import split_trainable  # noqa: E402
 from gptoss_jax.parameters import patterns  # noqa: E402
 from gptoss_jax.runs import metrics  # noqa: E402
-from gptoss_jax.training.program import make_program  # noqa: E402
+from gptoss_jax.training import setup  # noqa: E402
 from gptoss_jax.types import Batch  # noqa: E402
 
 
@@ -91,7 +92,11 @@ def write(config: ModelConfig, folder: Path) -> None:
 
 def side(case: Case, form: str, folder: Path | None) -> tuple[Any, Any, Any]:
     """Return what `train_cases.serve` takes."""
-    program = make_program(train_cases.run_config(case, form))
+    config = train_cases.run_config(case, form)
+    model, objective = Transformer(config.model), make_objective(config)
+    factors = select.masks(model.abstract_params(), model.config, config.optimizer)
+    optimizer = setup.optimizer_of(config, factors)
+    train_step = setup.make_step(config, model, optimizer, objective, factors=factors)
     state: list[Any] = []
     before = train_cases.status("VmRSS")
     ids = jnp.asarray(train_cases.token_ids(case), jnp.int32)
@@ -105,21 +110,20 @@ def side(case: Case, form: str, folder: Path | None) -> tuple[Any, Any, Any]:
     )
 
     def step() -> float:
-        state[0], measured = program.step(state[0], batch)
+        state[0], measured = train_step(state[0], batch)
         return float(measured.loss)  # waits for it, and so for the step
 
     def begin() -> dict[str, Any]:
-        config = program.model.config
         if folder is None:
-            params = random_params(config)
+            params = random_params(config.model)
         else:
             params = gptoss_jax.load(folder, dtype=jnp.dtype(case.dtype))[1]
-        state.append(program.begin(params))
+        state.append(setup.first_state(config, model, optimizer, params, factors=factors))
         del params
         loss = step()
         step()
         train_cases.forget_peak()
-        trained = split_trainable(state[0].params, patterns.frozen_paths(program.factors))[0]
+        trained = split_trainable(state[0].params, patterns.frozen_paths(factors))[0]
         count = sum(x.size for x in jax.tree.leaves(trained))
         said = {"loss": loss, "trained": count, "jax": jax.__version__}
         device = jax.devices()[0].device_kind

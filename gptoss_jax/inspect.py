@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     names, batches = _take(config, args.batches, held_out=args.held_out)
     encoding = tokenizer.get_tokenizer(config.model.vocab_size)
     show = partial(_print, batches=batches, encoding=encoding, names=names, rows=args.rows)
-    show = partial(show, pairs=config.objective.name == "dpo")
+    show = partial(show, pairs=config.objective.kind.records == "pairs")
     if args.html is None:
         show(Console())
         return
@@ -109,7 +109,7 @@ def _parser() -> Parser:
 
 def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...], list[Batch]]:
     """Return the names of the sources, none without a mixture, and the first batches."""
-    if config.objective.name == "grpo":
+    if config.objective.kind.records == "questions":
         raise UserError(
             "objective.name is grpo, whose rows are made of the answers that are sampled: see "
             "answers.jsonl of a run; --objective.name sft shows chats as they would be trained on"

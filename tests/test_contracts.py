@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 
 from gptoss_jax.config import Config, command_line
 from gptoss_jax.errors import UserError
-from gptoss_jax.training.program import make_program
 from gptoss_jax.types import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def lower_step(config: Config) -> str:
     c = config.model
     even = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
     sources = len(config.data.weights)
-    program = make_program(config, load=even, num_sources=sources)
+    program = make_program(config, load=even)
     state = jax.eval_shape(program.begin, None)
     B, T = config.data.batch_size, config.data.sequence_length
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)

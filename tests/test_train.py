@@ -20,7 +20,7 @@ from gptoss_jax.config import command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import checkpoint
 from gptoss_jax.runs import metrics, records
-from gptoss_jax.training import program
+from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -89,7 +89,7 @@ def test_a_run_leaves_all_that_it_says(whole, files, capsys):
 
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Send this process a signal while it runs a step."""
-    real = program.make_train_step
+    real = setup.make_train_step
 
     def make(*args, **kwargs):
         run, calls = real(*args, **kwargs), []
@@ -102,7 +102,7 @@ def stop_at(monkeypatch, step: int, number: int) -> None:
 
         return counted
 
-    monkeypatch.setattr(program, "make_train_step", make)
+    monkeypatch.setattr(setup, "make_train_step", make)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_no_data_and_bad_init_write_nothing(files, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch, capsys):
-    real = program.make_train_step
+    real = setup.make_train_step
 
     def make(*args, **kwargs):
         step, calls = real(*args, **kwargs), []
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch, c
 
         return poisoned
 
-    monkeypatch.setattr(program, "make_train_step", make)
+    monkeypatch.setattr(setup, "make_train_step", make)
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, *files[:2], "--data.held_out", "--workdir", str(tmp_path)])
     assert stop.value.code == 1

@@ -237,14 +237,9 @@ class Config:
             f"data.batch_size ({self.data.batch_size}) is no multiple of optimizer.accumulate "
             f"({self.optimizer.accumulate})",
         )
-        grpo = self.objective.grpo
+        self.objective.check_batch_size(self.data.batch_size)
         _check(
-            self.objective.name != "grpo" or self.data.batch_size % grpo.group_size == 0,
-            f"data.batch_size ({self.data.batch_size}) is no multiple of objective.grpo.group_size "
-            f"({grpo.group_size})",
-        )
-        _check(
-            self.objective.name not in ("dpo", "grpo") or not self.data.weights,
+            self.objective.kind.mixes or not self.data.weights,
             f"data.weights mixes sources, which objective.name {self.objective.name} does not",
         )
         _check(
@@ -262,7 +257,7 @@ class Config:
 
 
 def _check_fused(config: Config) -> None:
-    """Refuse what can't be with an update in the backward pass: see `fused_step.py`."""
+    """Refuse what can't be with an update in the backward pass: see `layerwise_step.py`."""
     model, name = config.model, config.objective.name
     where = "optimizer.fused updates a layer in the backward pass"
     _check(
@@ -274,7 +269,7 @@ def _check_fused(config: Config) -> None:
         f"{where}, which adapters don't need: leave out model.lora.targets, or optimizer.fused",
     )
     _check(
-        name not in ("dpo", "grpo"),
+        config.objective.kind.one_forward,
         f"{where} by a pass of its own over the model, and objective.name {name} makes its own, "
         "too: leave out optimizer.fused",
     )

@@ -12,7 +12,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, ModelConfig
 from gptoss_jax.errors import UserError
 
 _CONFIG_HELP = """A run: what get_config() of --config FILE returns, with every field an option.
@@ -64,6 +64,32 @@ def load(argv: Sequence[str], *, prog: str = "python -m gptoss_jax.train") -> Co
         raise UserError(said or "the options could not be read") from None
 
 
+def load_make_model(argv: Sequence[str]) -> Callable[[ModelConfig], Any] | None:
+    """Return the `make_model` of the config file that a command line names; None if it has none.
+
+    Raises:
+        UserError: as `load`, of the file.
+    """
+    path = _take_config_file(list(argv))[0]
+    return None if path is None else read_make_model(path)
+
+
+def read_make_model(path: str) -> Callable[[ModelConfig], Any] | None:
+    """Return the `make_model` of a config file, which builds a model of one's own; None if none.
+
+    Raises:
+        UserError: no such file, an exception inside it, or a `make_model` that is no function.
+    """
+    with _errors_of(path):
+        make_model = _run(path).get("make_model")
+    if make_model is not None and not isinstance(make_model, types.FunctionType):
+        raise UserError(
+            f"{path}: make_model is a {type(make_model).__name__}: it has to be a function of a "
+            "ModelConfig that returns the model"
+        )
+    return make_model
+
+
 def read_config_file(path: str) -> Config:
     """Run the `get_config()` of a Python file.
 
@@ -71,13 +97,28 @@ def read_config_file(path: str) -> Config:
         UserError: no such file, no `get_config`, an exception inside it (with its line), or
             something else than a `Config` returned.
     """
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
+    with _errors_of(path):
+        get_config = _run(path).get("get_config")
         if get_config is None:
             raise UserError(f"{path} defines no get_config()")
         config = get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: get_config() returned a {type(config).__name__}, not a Config")
+    return config
+
+
+def _run(path: str) -> dict[str, Any]:
+    """Run a config file, and return what it defines."""
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    return runpy.run_path(path)
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Turn what a config file raises into a UserError with its line."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}" if path not in str(error) else str(error)) from None
     except Exception as error:
@@ -86,9 +127,6 @@ def read_config_file(path: str) -> Config:
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
         where = line or (here[-1] if here else "?")
         raise UserError(f"{path}, line {where}: {type(error).__name__}: {error}") from None
-    if not isinstance(config, Config):
-        raise UserError(f"{path}: get_config() returned a {type(config).__name__}, not a Config")
-    return config
 
 
 def to_json(config: Config) -> str:

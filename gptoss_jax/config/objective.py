@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gptoss_jax.config.model import check
 
@@ -79,6 +79,22 @@ class GRPOConfig:
             )
 
 
+class Kind(NamedTuple):
+    """What the rest of a config has to know of an objective."""
+
+    records: Literal["examples", "pairs", "questions"]  # what data.train holds
+    mixes: bool  # takes data.weights
+    one_forward: bool  # its loss is of one pass over the model, as optimizer.fused needs
+
+
+_KINDS = {
+    "sft": Kind("examples", mixes=True, one_forward=True),
+    "dpo": Kind("pairs", mixes=False, one_forward=False),
+    "distill": Kind("examples", mixes=True, one_forward=True),
+    "grpo": Kind("questions", mixes=False, one_forward=False),
+}
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is optimised, on what kind of data."""
@@ -93,3 +109,16 @@ class ObjectiveConfig:
     # Of dpo, and of grpo with kl, which compare with the model without its adapters. start: the
     # model that the run begins with, so --init must have none; base: what is below those of --init.
     reference: Literal["start", "base"] = "start"
+
+    @property
+    def kind(self) -> Kind:
+        """What the rest of a config has to know of the objective."""
+        return _KINDS[self.name]
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse a batch that the objective can't divide. Raises UserError."""
+        check(
+            self.name != "grpo" or batch_size % self.grpo.group_size == 0,
+            f"data.batch_size ({batch_size}) is no multiple of objective.grpo.group_size "
+            f"({self.grpo.group_size})",
+        )

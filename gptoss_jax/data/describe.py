@@ -25,7 +25,7 @@ def describe(config: Config, *, held_out: bool = False) -> str:
     One line; of a mixture one more for each source, with its share of the tokens and how often
     `train.steps` repeat it. Exact for data up to some MiB; else from a sample, and marked "about".
     """
-    if config.objective.name == "grpo" and not held_out:
+    if config.objective.kind.records == "questions" and not held_out:
         return questions.describe(config)
     if held_out or not config.data.weights:
         examples = open_examples(config, held_out=held_out)

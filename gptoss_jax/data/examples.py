@@ -239,25 +239,23 @@ def _stamped(files: Sequence[Path], field: str) -> _Stamped:
 
 
 def _how(config: Config) -> tuple[DataConfig, int, str]:
-    return config.data, config.model.vocab_size, config.objective.name
+    return config.data, config.model.vocab_size, config.objective.kind.records
 
 
 @lru_cache(maxsize=2)  # the training data and the held-out
 def _open(
-    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, objective: str
+    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, records: str
 ) -> tuple[Examples, ...]:
     opened = []
     for field, stamped in groups:
-        records = Records(
+        read = Records(
             [path for path, _ in stamped],
             field=field,
             stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
             skip_bad=config.on_bad_record == "skip",
-            pairs=objective == "dpo",
-            whole=objective == "grpo",  # a reward function may ask for any
+            pairs=records == "pairs",
+            whole=records == "questions",  # a reward function may ask for any
         )
         room = CACHE_TOKENS // len(groups)
-        opened.append(
-            Examples(records, config, vocab_size=vocab_size, field=field, cache_tokens=room)
-        )
+        opened.append(Examples(read, config, vocab_size=vocab_size, field=field, cache_tokens=room))
     return tuple(opened)

@@ -26,12 +26,12 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import assemble
 from gptoss_jax.loading.folders import find_folder, read_config
-from gptoss_jax.model import Transformer
+from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.initial import init_params
 from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parallel.mesh import AXES
 from gptoss_jax.parameters.tree import nest, overlay, path_name, split_layers
-from gptoss_jax.runs import checkpoints, frozen_base, records
+from gptoss_jax.runs import checkpoints, frozen_base, model_source, records
 from gptoss_jax.runs.frozen_base import PLACE, RANDOM, WAY, Base, Sum
 from gptoss_jax.runs.orbax_reader import DamagedError
 from gptoss_jax.runs.records import Record
@@ -51,6 +51,7 @@ def load(
     split: bool = False,
     layout: str | None = None,
     base: str | Path | None = None,
+    make_model: MakeModel = Transformer,
 ) -> tuple[Transformer, Params]:
     """Read a checkpoint and return (model, params).
 
@@ -64,7 +65,8 @@ def load(
     goes to the default device, which holds it once; a workdir, restored there as it was trained, by
     the host where it is wanted otherwise. With a mesh of `parallel.mesh` every leaf goes straight
     into its shards, and a host reads no more than those of its devices need (a workdir's, where
-    they are wanted as they were trained); over another mesh it is replicated.
+    they are wanted as they were trained); over another mesh it is replicated. `make_model` builds a
+    model that is not the package's own: a run that was trained by one needs it again.
 
     Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
     finite checkpoint of this model.
@@ -73,11 +75,18 @@ def load(
     spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
     if mesh is not None and spread and layout is None and records.is_workdir(folder):
         found = _load_over(
-            mesh, folder, step=step, base=base, split=split, dtype=name, experts=experts
+            mesh,
+            folder,
+            step=step,
+            base=base,
+            split=split,
+            dtype=name,
+            experts=experts,
+            make_model=make_model,
         )
         if found is not None:
             return found
-    source = _open(folder, step=step, base=base)
+    source = _open(folder, step=step, base=base, make_model=make_model)
     config = dataclasses.replace(
         source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
     )
@@ -98,7 +107,7 @@ def load(
             )
     if isinstance(source, ParamsSource) and source.adapters is not None:
         params["lora"] = assemble.adapters(source.adapters, config, mesh)
-    return Transformer(config), params
+    return make_model(config), params
 
 
 def _check_form(dtype: Any, experts: Form | None) -> str:
@@ -111,24 +120,32 @@ def _check_form(dtype: Any, experts: Form | None) -> str:
     return name
 
 
-def _open(folder: Path, *, step: int | None, base: str | Path | None) -> Stored | ParamsSource:
+def _open(
+    folder: Path, *, step: int | None, base: str | Path | None, make_model: MakeModel
+) -> Stored | ParamsSource:
     """Open a folder of either layout, or a workdir, which alone has steps and a base."""
     if records.is_workdir(folder):
-        return open_workdir(folder, step, base=base)
+        return open_workdir(folder, step, base=base, make_model=make_model)
     if step is not None or base is not None:
         what = "base" if step is None else f"step={step}"
         raise UserError(f"{folder}: {what} is for workdirs, and this is none (no checkpoints)")
     return open_checkpoint(folder)
 
 
-def open_workdir(folder: Path, step: int | None, *, base: str | Path | None = None) -> ParamsSource:
+def open_workdir(
+    folder: Path,
+    step: int | None,
+    *,
+    base: str | Path | None = None,
+    make_model: MakeModel = Transformer,
+) -> ParamsSource:
     """Restore the parameters of a run, as they were trained, to be read from memory.
 
     With those of its base and its adapters, if it has these: see `checkpoint.load_params`. A
     capacity factor belongs to training: the model that is read has none.
     """
     where = None if base is None else str(base)
-    config, params = load_params(folder, step=step, base=where)
+    config, params = load_params(folder, step=step, base=where, make_model=make_model)
     return ParamsSource(dataclasses.replace(config, capacity_factor=0.0), params)
 
 
@@ -141,9 +158,9 @@ def _load_over(
     split: bool,
     dtype: str,
     experts: Form | None,
+    make_model: MakeModel,
 ) -> tuple[Transformer, Params] | None:
     """Restore a run straight into shards; None where it is wanted in another form than trained."""
-
     try:
         stored = records.read_record(folder, step).config.model
     except DamagedError:
@@ -151,10 +168,10 @@ def _load_over(
     if stored.param_dtype != dtype or experts not in (None, stored.experts):
         return None
     where = None if base is None else str(base)
-    config, params = load_params(folder, step=step, base=where, mesh=mesh)
+    config, params = load_params(folder, step=step, base=where, mesh=mesh, make_model=make_model)
     if split:
         params["layers"] = split_layers(params["layers"], config.num_layers)
-    return Transformer(dataclasses.replace(config, dtype=dtype, capacity_factor=0.0)), params
+    return make_model(dataclasses.replace(config, dtype=dtype, capacity_factor=0.0)), params
 
 
 def load_params(
@@ -164,6 +181,7 @@ def load_params(
     ema: bool = True,
     base: str | None = None,
     mesh: Mesh | None = None,
+    make_model: MakeModel = Transformer,
 ) -> tuple[ModelConfig, Params]:
     """Read the model of a run, and its parameters as they were trained.
 
@@ -177,12 +195,12 @@ def load_params(
     """
     with jax.set_mesh(Mesh(np.empty((), object), ()) if mesh is None else mesh):
         try:
-            record, model, params = _load_held(workdir, step, ema=ema)
+            record, model, params = _load_held(workdir, step, ema=ema, make_model=make_model)
         except DamagedError as error:
             damaged = int(records.read_folder(workdir, step).name)
             for earlier in [s for s in reversed(records.steps(workdir)) if s < damaged]:
                 with contextlib.suppress(DamagedError):
-                    _load_held(workdir, earlier, ema=ema)
+                    _load_held(workdir, earlier, ema=ema, make_model=make_model)
                     raise UserError(
                         f"{error}; step {earlier} is whole: ask for it (--step {earlier}, or "
                         f"step={earlier})"
@@ -192,20 +210,22 @@ def load_params(
             raise UserError(f"{workdir} holds all of its parameters: leave out base")
         if record.base is not None:
             own = record.config.model
-            frozen = load_base(record.base, own, place=base, whose=workdir)[0]
+            frozen = load_base(record.base, own, place=base, whose=workdir, make_model=make_model)[
+                0
+            ]
             params = checkpoints.join(params, frozen)
     return model, params
 
 
 def _load_held(
-    workdir: str | Path, step: int | None, *, ema: bool
+    workdir: str | Path, step: int | None, *, ema: bool, make_model: MakeModel
 ) -> tuple[Record, ModelConfig, Params]:
     """Read what a checkpoint holds of the parameters, over the mesh that is set."""
-
     raw, folder = records.read_json(workdir, step)
     record, mesh = records.parse(raw, folder), jax.sharding.get_mesh()
     model = sharding.padded(record.config.model)
-    shapes = frozen_base.split(Transformer(model).abstract_params(), record.base)[0]
+    model_source.check(record.model_source, make_model, model, whose=workdir)
+    shapes = frozen_base.split(make_model(model).abstract_params(), record.base)[0]
     targets: dict[str, Any] = {"params": shapes}
     averaged = raw.get("checksums", {}).get("ema", {}) if ema else {}
     if averaged:
@@ -223,7 +243,12 @@ def _load_held(
 
 
 def load_base(
-    base: Base, model: ModelConfig, *, place: str | None = None, whose: str | Path = "the run"
+    base: Base,
+    model: ModelConfig,
+    *,
+    place: str | None = None,
+    whose: str | Path = "the run",
+    make_model: MakeModel = Transformer,
 ) -> tuple[Params, Base]:
     """Return the frozen parameters of a run of `model`, and the base with where it was found.
 
@@ -236,6 +261,7 @@ def load_base(
         place: A folder of either layout, a workdir, or a name on the hub; the base of a run that
             began with random parameters is nowhere, but made again.
         whose: What is said to have this base, in messages.
+        make_model: What builds the run's model.
 
     Raises:
         UserError: it is not there, or another; with the arrays that differ in shape or by checksum.
@@ -246,7 +272,10 @@ def load_base(
                 f"the base of {whose} is random, of seed {base.seed}, and not {place}: leave "
                 "--init out, or choose another --workdir"
             )
-        found, where = _random_base(base, model), f"what seed {base.seed} gives"
+        found, where = (
+            init_params(make_model(sharding.padded(model)), seed=base.seed),
+            f"what seed {base.seed} gives",
+        )
         if base.made_by != frozen_base.maker():
             where += f" by {frozen_base.maker()}, where the run had {base.made_by},"
     else:
@@ -254,9 +283,9 @@ def load_base(
         folder = _find_base(base, place if is_new else None, whose=whose)
         base, where = dataclasses.replace(base, folder=str(folder.absolute())), str(folder)
         frozen_base.check(
-            base, _base_shapes(model, folder), where=where, whose=whose
+            base, _base_shapes(model, folder, make_model), where=where, whose=whose
         )  # before much is read
-        found = _read_base(base, model, folder)
+        found = _read_base(base, model, folder, make_model)
     frozen = frozen_base.split(found, base)[1]
     here = frozen_base.sums(frozen, expert_padding=sharding.padded(model).expert_padding)
     frozen_base.check(base, here, where=where, whose=whose)
@@ -279,15 +308,17 @@ def _find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
         ) from None
 
 
-def _base_shapes(model: ModelConfig, folder: Path) -> dict[str, Sum]:
+def _base_shapes(model: ModelConfig, folder: Path, make_model: MakeModel) -> dict[str, Sum]:
     """Return what a folder's arrays will be in the run's form, without checksums."""
     form = {"experts": model.experts, "param_dtype": model.param_dtype}
     stored = dataclasses.replace(read_config(folder), **form)
-    shapes = jax.tree_util.tree_leaves_with_path(Transformer(stored).abstract_params())
+    shapes = jax.tree_util.tree_leaves_with_path(
+        model_of(folder, make_model)(stored).abstract_params()
+    )
     return {path_name(path): Sum(x.shape, x.dtype.name, None) for path, x in shapes}
 
 
-def _read_base(base: Base, model: ModelConfig, folder: Path) -> Params:
+def _read_base(base: Base, model: ModelConfig, folder: Path, make_model: MakeModel) -> Params:
     """Read a model's parameters in the form that the run has them in."""
     is_workdir = records.is_workdir(folder)
     mesh = jax.sharding.get_mesh()
@@ -297,10 +328,17 @@ def _read_base(base: Base, model: ModelConfig, folder: Path) -> Params:
         dtype=model.param_dtype,
         experts=model.experts,
         step=base.step if is_workdir else None,
+        make_model=model_of(folder, make_model),
     )
     more = sharding.padded(model).expert_padding - read.config.expert_padding  # of `model.qat`
     return padding.resize(params, by=more)
 
 
-def _random_base(base: Base, model: ModelConfig) -> Params:
-    return init_params(Transformer(sharding.padded(model)), seed=base.seed)
+def model_of(folder: Path, make_model: MakeModel) -> MakeModel:
+    """Return what builds the model of a folder that a run of `make_model` starts from.
+
+    A run of a model of its own may start from published weights, or from a run of the package's.
+    """
+    if records.is_workdir(folder) and records.read_record(folder).model_source is not None:
+        return make_model
+    return Transformer

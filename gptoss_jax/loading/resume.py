@@ -10,6 +10,7 @@ import jax
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading.checkpoint import load_base
+from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.runs import checkpoints, records
 from gptoss_jax.runs.orbax_reader import DamagedError
@@ -34,6 +35,7 @@ def restore(
     expert_padding: int = 0,
     place: str | None = None,
     frozen: Params | None = None,
+    make_model: MakeModel = Transformer,
 ) -> tuple[TrainState, Record]:
     """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
@@ -53,7 +55,10 @@ def restore(
     if frozen is None:
         if place == record.config.init:  # the run's own: where its base is the record knows
             place = None
-        frozen, base = load_base(record.base, record.config.model, place=place, whose=workdir)
+        own = record.config.model
+        frozen, base = load_base(
+            record.base, own, place=place, whose=workdir, make_model=make_model
+        )
         record = dataclasses.replace(record, base=base)
     rest = checkpoints.split_held(abstract.params, record.base)[1]
     params = checkpoints.join(state.params, jax.tree.map(checkpoints.place, frozen, rest))
@@ -67,6 +72,7 @@ def restore_newest(
     expert_padding: int = 0,
     place: str | None = None,
     frozen: Params | None = None,
+    make_model: MakeModel = Transformer,
 ) -> Restored:
     """Read the newest checkpoint that is whole, for a run to go on from.
 
@@ -80,7 +86,13 @@ def restore_newest(
     damaged: list[str] = []
     there = processes.from_first(lambda: records.steps(workdir))
     read = functools.partial(
-        restore, workdir, abstract, expert_padding=expert_padding, place=place, frozen=frozen
+        restore,
+        workdir,
+        abstract,
+        expert_padding=expert_padding,
+        place=place,
+        frozen=frozen,
+        make_model=make_model,
     )
     for step in reversed(there):
         try:

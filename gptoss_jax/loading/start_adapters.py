@@ -15,11 +15,12 @@ from gptoss_jax.config import Config, LoRAConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters as lora_adapters
 from gptoss_jax.lora import select
-from gptoss_jax.model import Transformer
+from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.initial import init_params
 from gptoss_jax.parameters import patterns
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
+from gptoss_jax.weights import peft
 
 
 def read(config: Config) -> tuple[LoRAConfig, Params] | None:
@@ -27,10 +28,8 @@ def read(config: Config) -> tuple[LoRAConfig, Params] | None:
 
     Raises:
         UserError: a folder that can't be read, of another base, or of other adapters than those of
-            `model.lora`; an objective whose reference leaves them out.
+            `model.lora`.
     """
-    from gptoss_jax.weights import peft
-
     if config.init_adapters is None:
         return None
     own, tree = peft.read(config.init_adapters, config.model)
@@ -39,15 +38,6 @@ def read(config: Config) -> tuple[LoRAConfig, Params] | None:
         raise UserError(
             f"--init-adapters {config.init_adapters} has adapters of {describe(own)}, and "
             f"model.lora has others: give {' '.join(options)}"
-        )
-    name, kl = config.objective.name, config.objective.grpo.kl
-    compares = name == "dpo" or (name == "grpo" and kl > 0)
-    if compares and config.objective.reference == "start":
-        raise UserError(
-            f"--init-adapters is what this run starts from, and the reference of objective.name "
-            f"{name} is the model without adapters: merge them first (python -m gptoss_jax.convert "
-            f"SRC DST --adapters {config.init_adapters}) and give --init DST, or take the model "
-            "below them as the reference with --objective.reference base"
         )
     return own, tree
 
@@ -60,7 +50,9 @@ def describe(own: LoRAConfig) -> str:
     )
 
 
-def put(config: Config, params: Params | None, own: Params) -> Params:
+def put(
+    config: Config, params: Params | None, own: Params, *, make_model: MakeModel = Transformer
+) -> Params:
     """Return parameters with adapters that begin as `own`, and else as new ones.
 
     What `own` leaves out is made as it is for any run: other weights, other layers, and the rest of
@@ -76,7 +68,7 @@ def put(config: Config, params: Params | None, own: Params) -> Params:
     """
     model, seed = config.model, config.train.seed
     if params is None:
-        params = init_params(Transformer(model), seed=seed)
+        params = init_params(make_model(model), seed=seed)
     elif select.ROOT in params:
         raise UserError(
             f"--init {config.init} has adapters, and --init-adapters {config.init_adapters} others:"

@@ -8,7 +8,6 @@ less memory than a step. An adapter of the embedding is trained on the device as
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,13 +24,13 @@ KEY = "embedding"  # of the table in the parameters, and of its rows in `Batch.p
 HOST = "pinned_host"
 
 
-def check(config: ModelConfig, factors: Params) -> None:
-    """Refuse a table that is trained, or one that no process has whole. Raises UserError."""
+def _check(factors: Params) -> None:
+    """Refuse a table that is trained, or one that no process has whole."""
     if np.any(factors[KEY]["weight"]):
         raise UserError(
             "model.embedding_on_host leaves the embedding table out of the step, and this run "
-            "trains it: give --optimizer.freeze embedding/weight (an adapter of it is well), or "
-            "leave embedding_on_host out"
+            "trains it: give --optimizer.freeze embedding/weight (an adapter of the embedding may "
+            "be trained), or leave embedding_on_host out"
         )
     if jax.process_count() > 1:
         raise UserError(
@@ -61,49 +60,46 @@ def on_device(params: Params) -> Params:
     return {**params, KEY: {"weight": weight}}
 
 
-def looking_up(prepare: Callable) -> Callable:
-    """Return `Objective.prepare` that gives each batch the rows of its tokens."""
-
-    def prepare_with_rows(state: TrainState, batch: Any, spread: Callable[[Batch], Batch]) -> Any:
-        batch, more = prepare(state, batch, spread)
-        table = np.asarray(state.params[KEY]["weight"])  # JAX keeps what it returns
-        rows: Any = table[np.asarray(batch.tokens)]
-        if isinstance(batch.tokens, jax.Array):
-            rows = jax.device_put(rows, batch.tokens.sharding)
-        return _with(batch, rows), more
-
-    return prepare_with_rows
-
-
-def complete(config: ModelConfig, batch: Batch) -> Batch:
-    """Add the shape of the rows to the shapes of a batch."""
-    rows = jax.ShapeDtypeStruct(
-        (*batch.tokens.shape, config.d_model), jnp.dtype(config.param_dtype)
-    )
-    return _with(batch, rows)
-
-
 def rows(batch: Batch) -> Array | None:
     """Return the rows that a batch came with, None if it has none."""
     return (batch.per_token or {}).get(KEY)
 
 
 class Step:
-    """A step of a state without the table: the state given has it, and so has the one returned."""
+    """A step that is compiled without the table: it looks the rows of the batch's tokens up first.
 
-    def __init__(self, step: Any) -> None:
-        self._step = step
+    The state given has the table, and so has the one returned.
+    """
+
+    def __init__(self, step: Any, config: ModelConfig, factors: Params) -> None:
+        """Wrap a jitted step; `factors` are those on the learning rates.
+
+        Raises:
+            UserError: the table is trained, or there are several processes.
+        """
+        _check(factors)
+        self._step, self._config = step, config
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        """Run it."""
+        """Take the step."""
         table = state.params[KEY]
-        state, metrics = self._step(_without(state), batch)
+        looked_up: Any = np.asarray(table["weight"])[np.asarray(batch.tokens)]
+        if isinstance(batch.tokens, jax.Array):
+            looked_up = jax.device_put(looked_up, batch.tokens.sharding)
+        state, metrics = self._step(_without(state), _with(batch, looked_up))
         params = {**state.params, KEY: table}
         return state.replace(params=params), metrics  # type: ignore[attr-defined]
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """Lower what is compiled, as `jax.jit` does."""
-        return self._step.lower(_without(state), batch)
+        return self._step.lower(_without(state), self.with_rows(batch))
+
+    def with_rows(self, batch: Batch) -> Batch:
+        """Return the shapes of a batch with those of the rows that are looked up for it."""
+        shape = (*batch.tokens.shape, self._config.d_model)
+        dtype = jnp.dtype(self._config.param_dtype)
+        where = getattr(batch.tokens, "sharding", None)
+        return _with(batch, jax.ShapeDtypeStruct(shape, dtype, sharding=where))
 
 
 def _with(batch: Batch, rows: Any) -> Batch:

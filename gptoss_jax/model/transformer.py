@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.lora import adapters
-from gptoss_jax.model import scan
+from gptoss_jax.model import layerwise, scan
 from gptoss_jax.model.attention import Sequence
 from gptoss_jax.model.block import CAPTURES, Block
 from gptoss_jax.model.layers import RMSNorm, Table
@@ -33,6 +33,8 @@ class Transformer(nn.Module):
     """GPT-OSS. `apply({"params": params}, tokens)` gives logits; `forward` gives everything."""
 
     config: ModelConfig
+    # The layers one by one, for `training/layerwise_step.py`. A copy of this folder has its own.
+    layerwise = layerwise
 
     def setup(self) -> None:
         """Declare the parameters: `layers` stacked [L, ...], whatever a layer's kind."""
@@ -193,7 +195,12 @@ class Transformer(nn.Module):
         """Return the model that evaluates and samples: the same one, without a capacity factor."""
         if not self.config.capacity_factor:
             return self
-        return Transformer(dataclasses.replace(self.config, capacity_factor=0.0))
+        return self.with_config(dataclasses.replace(self.config, capacity_factor=0.0))
+
+    @nn.nowrap
+    def with_config(self, config: ModelConfig) -> Transformer:
+        """Return a model of the same code with another config."""
+        return self.clone(parent=None, config=config)
 
     @nn.nowrap
     def unembed(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -13,7 +13,6 @@ hands on is its last hidden states, in `Batch.per_token`, and its unembedding ta
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,8 @@ from gptoss_jax.config.objective import DistillConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
+from gptoss_jax.objectives import sft
+from gptoss_jax.objectives.objective import Objective
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, trained_first
 from gptoss_jax.ops.divergence import Mix, divergence
 from gptoss_jax.ops.lora import widen
@@ -36,6 +37,22 @@ from gptoss_jax.parallel import mesh, vocabulary
 from gptoss_jax.types import Batch, Params, TrainState
 
 HIDDEN, TABLE = "teacher_hidden", "teacher_table"
+
+
+def objective(config: Config) -> Objective:
+    """Return the objective of a config whose `objective.name` is distill."""
+    plain, teacher = sft.objective(config), Teacher(config)
+
+    def open_batches(**rows: Any) -> Any:
+        check(config)
+        return plain.open_batches(**rows)
+
+    return plain._replace(
+        open_batches=open_batches,
+        make_prepare=lambda model: teacher,
+        loss=partial(distill_loss, distill=config.objective.distill, **sft.router_losses(config)),
+        complete=teacher.complete,
+    )
 
 
 def distill_loss(
@@ -99,7 +116,7 @@ def check(config: Config) -> None:
 
 
 class Teacher:
-    """Runs the teacher on each batch: the `prepare` of an objective, see `objectives.Prepare`."""
+    """Runs the teacher on each batch: the `Prepare` of an objective."""
 
     def __init__(self, config: Config) -> None:
         """Keep what is needed; the teacher is read when the first batch comes."""
@@ -137,8 +154,7 @@ class Teacher:
         model, params = loading.load(
             place, dtype=jnp.dtype(self._config.model.dtype), mesh=None if over.empty else over
         )
-        model = Transformer(dataclasses.replace(model.config, capacity_factor=0.0))
-        return partial(jax.jit(partial(teach, model)), params)
+        return partial(jax.jit(partial(teach, model.dropless())), params)
 
 
 def teach(model: Transformer, params: Params, batch: Batch) -> Batch:

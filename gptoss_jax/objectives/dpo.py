@@ -15,6 +15,7 @@ segments 2k + 1, chosen, and 2k + 2, rejected: see `data/preferences.py`.
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -24,8 +25,27 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.config import Config
 from gptoss_jax.config.objective import DPOConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.objectives import sft
+from gptoss_jax.objectives.objective import Loss, Objective
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, weighted_nll
 from gptoss_jax.types import Batch, Params
+
+
+def objective(config: Config) -> Objective:
+    """Return the objective of a config whose `objective.name` is dpo. Raises UserError."""
+    check(config)
+    return sft.objective(config)._replace(
+        loss=partial(dpo_loss, dpo=config.objective.dpo, **sft.router_losses(config)),
+        total=total_pairs,
+        held_out_loss=_held_out_loss(config.objective.dpo),
+        has_perplexity=False,
+        compares_with_base=True,
+    )
+
+
+@cache
+def _held_out_loss(dpo: DPOConfig) -> Loss:
+    return partial(dpo_loss, dpo=dpo)
 
 
 def check(config: Config) -> None:

@@ -22,20 +22,38 @@ where the two are far apart it is clipped; and no pass over the answers is spent
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptoss_jax.config import Config
 from gptoss_jax.config.objective import GRPOConfig
 from gptoss_jax.lora.select import ROOT
+from gptoss_jax.objectives import sft
+from gptoss_jax.objectives.objective import Objective
+from gptoss_jax.objectives.reinforcement import rollouts
 from gptoss_jax.objectives.reinforcement.rollouts import ADVANTAGES, FRESH, SAMPLED
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, weighted_nll
 from gptoss_jax.types import Batch, Params
 
 # A log ratio beyond this is one of broken numbers; its exponential stays a float32.
 _FARTHEST = 30.0
+
+
+def objective(config: Config) -> Objective:
+    """Return the objective of a config whose `objective.name` is grpo. Raises UserError."""
+    rollouts.check(config)
+    return sft.objective(config)._replace(
+        open_batches=lambda rows=None: rollouts.open_questions(config),
+        first_batches=partial(rollouts.unanswered, config),
+        make_prepare=partial(rollouts.Rollouts, config),
+        loss=partial(grpo_loss, grpo=config.objective.grpo, **sft.router_losses(config)),
+        compares_with_base=config.objective.grpo.kl > 0,
+        complete=rollouts.complete,
+    )
 
 
 def grpo_loss(

@@ -17,11 +17,15 @@ from rich.console import Console
 from gptoss_jax import data
 from gptoss_jax.config import Config
 from gptoss_jax.loading import start_adapters
+from gptoss_jax.lora import select
+from gptoss_jax.model import MakeModel, Transformer
+from gptoss_jax.objectives import check_start, make_objective
+from gptoss_jax.parallel import sharding
 from gptoss_jax.parameters import patterns
 from gptoss_jax.parameters.tree import is_weight
 from gptoss_jax.runs import metrics
+from gptoss_jax.training import setup
 from gptoss_jax.training.layerwise_step import largest_part
-from gptoss_jax.training.program import Program, make_program
 from gptoss_jax.types import MXFP4, Batch, Params, Relaid, TrainState
 
 
@@ -29,12 +33,14 @@ from gptoss_jax.types import MXFP4, Batch, Params, Relaid, TrainState
 class Shapes:
     """What a config trains by, and what goes into its step, as shapes."""
 
-    program: Program
-    state: TrainState
+    model: Transformer
+    factors: Params  # on each parameter's learning rate
+    step: setup.Step
+    state: TrainState  # spread over the mesh that is set, if there is one
     batch: Batch
 
 
-def show(config: Config, console: Console) -> None:
+def show(config: Config, console: Console, *, make_model: MakeModel = Transformer) -> None:
     """Print parameters, FLOPs, checkpoint size and memory of a step; write and allocate nothing.
 
     Data that are given are looked at, too. The step is compiled for this device, as training would
@@ -47,18 +53,21 @@ def show(config: Config, console: Console) -> None:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    run, begun = shapes(config), start_adapters.read(config)
+    run, begun = shapes(config, make_model), start_adapters.read(config)
+    check_start(config, None)
     say("\nparameters")
     for line in parameter_table(run):
         say(line)
-    total, active = run.program.model.num_parameters()
+    total, active = run.model.num_parameters()
     say(f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active")
     if begun is not None:
         say(f"adapters  begin as {config.init_adapters}: {start_adapters.describe(begun[0])}")
 
     rows, length = config.data.batch_size, config.data.sequence_length
     tokens = trained = float(rows * length)
-    known = config.data.train and config.objective.name != "grpo"  # whose answers are yet to come
+    known = (
+        config.data.train and config.objective.kind.records != "questions"
+    )  # whose answers are yet to come
     if known:
         say(f"\n{data.describe(config)}")
         tokens, trained = _first_batch(config)
@@ -75,7 +84,7 @@ def show(config: Config, console: Console) -> None:
     peak = metrics.peak_flops(config.train.peak_tflops)
     if peak:
         say(f"          {flops / peak:.3g} s a step at the device's peak, if one held it all")
-    left_out = patterns.frozen_paths(run.program.factors) if config.model.lora.targets else ()
+    left_out = patterns.frozen_paths(run.factors) if config.model.lora.targets else ()
     each = checkpoint_bytes(run.state, left_out=left_out)
     say(f"checkpoint  {_size(each)} each, {config.train.keep} kept")
 
@@ -86,7 +95,7 @@ def show(config: Config, console: Console) -> None:
     say("\ndry run: nothing was written")
 
 
-def shapes(config: Config) -> Shapes:
+def shapes(config: Config, make_model: MakeModel = Transformer) -> Shapes:
     """Return the step that a config trains with, and its arguments as shapes.
 
     Raises:
@@ -95,19 +104,25 @@ def shapes(config: Config) -> Shapes:
     c, sources = config.model, len(config.data.train) if config.data.weights else 0
     # Which experts have the highest load is not known, but how many are chosen is.
     load = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
-    program = make_program(config, load=load, num_sources=sources)
+    model, objective = make_model(sharding.padded(config.model)), make_objective(config)
+    factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
+    optimizer = setup.optimizer_of(config, factors)
+    step: Any = setup.make_step(config, model, optimizer, objective, factors=factors)
+    state = setup.abstract_state(config, model, optimizer, factors=factors)
     size = (config.data.batch_size, config.data.sequence_length)
     ids = jax.ShapeDtypeStruct(size, jnp.int32)
     weights = jax.ShapeDtypeStruct(size, jnp.float32)
     of_rows = jax.ShapeDtypeStruct(size[:1], jnp.int32) if sources else None
     batch = Batch(ids, ids, weights, ids, ids, of_rows)  # pyright: ignore[reportArgumentType]
-    batch = program.objective.complete(batch)
-    return Shapes(program, jax.eval_shape(program.begin, None), batch)
+    batch = objective.complete(batch)
+    if model.config.embedding_on_host:
+        batch = step.with_rows(batch)
+    return Shapes(model, factors, step, state, batch)
 
 
 def parameter_table(run: Shapes) -> list[str]:
     """Return a line a parameter: path, shape, dtype, count, what is trained of it, megabytes."""
-    factors = dict(_by_path(run.program.factors))
+    factors = dict(_by_path(run.factors))
     rows = [("path", "shape", "dtype", "parameters", "trained", "MB")]
     count = trained = 0
     for path, leaf in _by_path(run.state.params):
@@ -150,7 +165,7 @@ def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> in
 def memory_table(config: Config, run: Shapes) -> list[str]:
     """Compile the step, and return lines on its memory by part, and on its arithmetic."""
     state = run.state
-    factors = dict(_by_path(run.program.factors))
+    factors = dict(_by_path(run.factors))
     exact = config.optimizer.accumulate > 1  # gradients then add up in float32
     each = {
         path: math.prod(leaf.shape) * 4 if exact else _bytes(leaf)
@@ -165,7 +180,7 @@ def memory_table(config: Config, run: Shapes) -> list[str]:
         "batch": _bytes(run.batch),
     }
     lines = [_row(name, size) for name, size in parts.items() if size]
-    step: Any = run.program.step
+    step: Any = run.step
     try:
         compiled = step.lower(state, run.batch).compile()
     except jax.errors.JaxRuntimeError as error:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax.config import Config
-from gptoss_jax.model import Transformer, host_embedding, pack_experts
+from gptoss_jax.model import MakeModel, Transformer, host_embedding, pack_experts
 from gptoss_jax.ops import moe
 from gptoss_jax.parallel import sharding
 from gptoss_jax.planning import dry_run
@@ -49,7 +49,7 @@ class Lowered:
     host: int = 0  # bytes of the state that stay in the host's memory
 
 
-def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
+def train(config: Config, mesh: jax.sharding.Mesh, make_model: MakeModel = Transformer) -> Lowered:
     """Lower the step that `gptoss_jax.train` runs, with its state and batch spread over the mesh.
 
     Raises:
@@ -58,14 +58,14 @@ def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
     start = time.perf_counter()
     rows = config.data.batch_size // config.optimizer.accumulate
     sharding.check_batch(rows, config.data.sequence_length, mesh)
-    run = dry_run.shapes(config)
-    state = run.program.abstract_state()
+    run = dry_run.shapes(config, make_model)
+    state = run.state
     batch = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         run.batch,
         sharding.batch_shardings(run.batch, mesh),
     )
-    factors = dict(dry_run._by_path(run.program.factors))
+    factors = dict(dry_run._by_path(run.factors))
     exact = config.optimizer.accumulate > 1
     each = {
         path: math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -82,16 +82,21 @@ def train(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
         "averaged parameters": local_bytes(state.ema),
         "batch": local_bytes(batch),
     }
-    step: Any = run.program.step
+    step: Any = run.step
     lowered = step.lower(state, batch)
     seconds = time.perf_counter() - start
     return Lowered("train", lowered.compile, parts, gradients, seconds, host)
 
 
-def prefill(config: Config, mesh: jax.sharding.Mesh, sampling: Sampling) -> Lowered:
+def prefill(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    sampling: Sampling,
+    make_model: MakeModel = Transformer,
+) -> Lowered:
     """Lower the pass over the prompt that the sampler makes, or over a piece of it."""
     start = time.perf_counter()
-    model, params = _sampled(config, mesh)
+    model, params = _sampled(config, mesh, make_model)
     prompts = _rows((sampling.batch, sampling.prompt), jnp.int32, mesh)
     lowered: Any = compiled.prefill.lower(
         model,
@@ -107,10 +112,15 @@ def prefill(config: Config, mesh: jax.sharding.Mesh, sampling: Sampling) -> Lowe
     return Lowered("prefill", lowered.compile, parts, 0, time.perf_counter() - start)
 
 
-def decode(config: Config, mesh: jax.sharding.Mesh, sampling: Sampling) -> Lowered:
+def decode(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    sampling: Sampling,
+    make_model: MakeModel = Transformer,
+) -> Lowered:
     """Lower the loop that samples tokens."""
     start = time.perf_counter()
-    model, params = _sampled(config, mesh)
+    model, params = _sampled(config, mesh, make_model)
     cache = jax.eval_shape(lambda: model.init_cache(sampling.batch, sampling.context))
     cache = jax.tree.map(
         lambda x: _placed(x, mesh, sharding.cache_spec(x, mesh)), cache.replace(empty=False)
@@ -147,13 +157,15 @@ def local_bytes(tree: Any) -> int:
     return total
 
 
-def _sampled(config: Config, mesh: jax.sharding.Mesh) -> tuple[Transformer, Params]:
+def _sampled(
+    config: Config, mesh: jax.sharding.Mesh, make_model: MakeModel
+) -> tuple[Transformer, Params]:
     """Return the model and its parameters as the sampler holds them: packed experts relaid."""
-    model = Transformer(sharding.padded(config.model)).dropless()
+    model = make_model(sharding.padded(config.model)).dropless()
     params = model.abstract_params()
     if model.config.qat:
         params = jax.eval_shape(lambda params: pack_experts.pack(model.config, params)[1], params)
-        model = Transformer(pack_experts.packed(model.config))
+        model = model.with_config(pack_experts.packed(model.config))
     if sampler._can_relay(model):
         layout: Any = moe.layout_for_chip()
         experts = {

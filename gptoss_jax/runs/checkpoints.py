@@ -25,6 +25,7 @@ from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.runs import checksums
 from gptoss_jax.runs.frozen_base import Base
 from gptoss_jax.runs.frozen_base import split as split_held
+from gptoss_jax.runs.model_source import ModelSource
 from gptoss_jax.runs.orbax_reader import quiet, read_items
 from gptoss_jax.runs.records import (
     FOLDER,
@@ -32,6 +33,7 @@ from gptoss_jax.runs.records import (
     HELD_OUT,
     PADDING,
     SCHEMA,
+    SCHEMA_OWN_MODEL,
     Record,
     digest,
     held_out_losses,
@@ -81,6 +83,7 @@ def save(
     held_out_loss: float | None = None,
     expert_padding: int = 0,
     base: Base | None = None,
+    model_source: ModelSource | None = None,
 ) -> None:
     """Begin to write a checkpoint of `state.step`; it is whole after `wait_until_finished`.
 
@@ -97,7 +100,7 @@ def save(
     if state.ema is not None:
         items["ema"] = state.ema
     record = {
-        "schema": SCHEMA,
+        "schema": SCHEMA if model_source is None else SCHEMA_OWN_MODEL,
         "step": int(state.step),
         "config": json.loads(command_line.to_json(config)),
         "data_state": data_state,
@@ -107,6 +110,7 @@ def save(
         "rng": np.asarray(jax.random.key_data(state.rng)).tolist(),
         PADDING: expert_padding,
         "base": None if base is None else base.to_json(),
+        **({"model_source": list(model_source)} if model_source else {}),
         "checksums": {
             name: checksums.checksums(item, expert_padding=expert_padding)
             for name, item in items.items()

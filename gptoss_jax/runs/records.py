@@ -15,9 +15,12 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.runs.frozen_base import Base
 from gptoss_jax.runs.frozen_base import from_json as base_from_json
+from gptoss_jax.runs.model_source import ModelSource
 from gptoss_jax.runs.orbax_reader import DamagedError
 
-SCHEMA = 3  # 2 had no base, and 1 no checksums; they are read as well
+# 2 had no base, and 1 no checksums; they are read as well. 4 is written where the model is not the
+# package's own, so that a version that knows nothing of that refuses it.
+SCHEMA, SCHEMA_OWN_MODEL = 3, 4
 FOLDER = "checkpoints"
 HELD_OUT = "held_out_loss"
 PADDING = "expert_padding"  # the record's field for what the mesh added to experts
@@ -34,6 +37,7 @@ class Record:
     fingerprint: dict[str, Any]
     spikes: dict[str, Any] = dataclasses.field(default_factory=dict)  # see spikes.SpikeGuard
     base: Base | None = None  # of a run with adapters: what the checkpoint does not hold
+    model_source: ModelSource | None = None  # of a model that a config file brought
 
 
 def is_workdir(folder: str | Path) -> bool:
@@ -129,9 +133,10 @@ def digest(record: dict[str, Any]) -> str:
 
 def parse(raw: dict[str, Any], folder: Path) -> Record:
     """Make a `Record` of what `read_json` returns. UserError: another schema version."""
-    if raw["schema"] not in range(1, SCHEMA + 1):
+    if raw["schema"] not in range(1, SCHEMA_OWN_MODEL + 1):
         raise UserError(
-            f"checkpoint {folder} is of schema {raw['schema']}, this version reads 1 to {SCHEMA}"
+            f"checkpoint {folder} is of schema {raw['schema']}, this version reads 1 to "
+            f"{SCHEMA_OWN_MODEL}"
         )
     config = command_line.from_json(json.dumps(raw["config"]), where=f"checkpoint {folder}")
     return Record(
@@ -141,6 +146,7 @@ def parse(raw: dict[str, Any], folder: Path) -> Record:
         raw["fingerprint"],
         spikes=raw.get("spikes", {}),
         base=base_from_json(raw["base"]) if raw.get("base") else None,
+        model_source=ModelSource(*raw["model_source"]) if raw.get("model_source") else None,
     )
 
 

@@ -90,7 +90,7 @@ class Sampler:
         self._given = model.dropless()
         self.model = self._given
         if model.config.qat:
-            self.model = Transformer(pack_experts.packed(self._given.config))
+            self.model = self._given.with_config(pack_experts.packed(self._given.config))
         self.params = self._in_order(params)
 
     def renew(self, params: Params) -> None:

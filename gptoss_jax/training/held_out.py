@@ -11,10 +11,10 @@ import jax
 
 from gptoss_jax import data, harmony
 from gptoss_jax.config import Config
-from gptoss_jax.config.objective import ObjectiveConfig
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import Transformer
-from gptoss_jax.objectives import held_out_loss
+from gptoss_jax.objectives import make_objective
+from gptoss_jax.objectives.objective import Loss
 from gptoss_jax.sampler import Sampler
 from gptoss_jax.types import Batch, Params
 
@@ -38,12 +38,13 @@ def evaluate(
     where it never came to it.
     """
     # One after the other, as CPUs of several processes need it: see `checksums`.
-    measure = _measure(config.objective)
+    objective = make_objective(config)
+    measure = _measure(objective.held_out_loss)
     sums = [jax.device_get(measure(model, params, batch)) for batch in batches]
     nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
     loss = nll / weight if weight else math.nan
     scores: dict[str, Any] = {"held_out_loss": loss}
-    if config.objective.name != "dpo":
+    if objective.has_perplexity:
         scores["held_out_perplexity"] = math.exp(min(loss, 700.0))
     for name in sums[0][2] if weight else ():
         scores[f"held_out_{name}"] = sum(float(s[2][name]) for s in sums) / weight
@@ -76,12 +77,11 @@ def evaluate(
 
 
 @cache
-def _measure(objective: ObjectiveConfig) -> Callable[..., Any]:
+def _measure(loss: Loss) -> Callable[..., Any]:
     """Return a jitted function of (model, params, batch): sums of loss, weight, and what is beside.
 
-    One for an objective, so that it is compiled once.
+    One for each loss, so that it is compiled once.
     """
-    loss = held_out_loss(objective)
 
     def run(model: Transformer, params: Params, batch: Batch) -> Any:
         sums = loss(model, params, batch)

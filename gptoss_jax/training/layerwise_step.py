@@ -25,10 +25,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax import chips
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.model import layerwise
-from gptoss_jax.model.attention import Sequence
 from gptoss_jax.objectives.token_loss import LossSums, trained_weight
 from gptoss_jax.optimizer import ClipState, merge, split_trainable
 from gptoss_jax.parallel import mesh
@@ -40,7 +37,7 @@ _HEAD = ("final_norm", "unembedding")
 _ROOTS = {"embedding", "layers", *_HEAD}
 
 
-def make_fused_step(
+def make_layerwise_step(
     model: Any,
     optimizer: optax.GradientTransformation,
     loss_fn: Callable[[Any, Params, Batch], LossSums],
@@ -51,7 +48,7 @@ def make_fused_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted `step(state, batch) -> (state, metrics)`; the state given is used up.
 
-    Does what `train_step.make_train_step` does, whose state this is too, with these differences.
+    Does what `step.make_train_step` does, whose state this is too, with these differences.
     `clip_norm` holds for each layer by itself, for the embedding, and for final norm and
     unembedding together; `grad_norm` is that of all, before clipping. Every layer is run again in
     the backward pass. Random bits of stochastic rounding are drawn for each of these parts.
@@ -101,6 +98,7 @@ def _step(
 ) -> tuple[TrainState, StepMetrics]:
     """Take the step: `apply` updates a part, `weight` is what the loss is divided by."""
     c = model.config
+    layerwise = model.layerwise
     sequence = layerwise.sequence(c, batch)
     done: list[tuple[Params, Any]] = []
 
@@ -114,12 +112,12 @@ def _step(
         ),
         embedding,
     )
-    layers = _Layers(c, state.params["layers"], *part(["layers"]), sequence)
+    layers = _Layers(model, state.params["layers"], *part(["layers"]), sequence)
     x, inputs, stats = layers.forward(x)
 
     head, head_state = part(_HEAD)
     loss, sums, (d_head, d_x, d_stats) = _loss(
-        c, loss_fn, (head, x, stats), params=state.params, batch=batch, weight=weight
+        model, loss_fn, (head, x, stats), params=state.params, batch=batch, weight=weight
     )
     if head:
         done.append(apply(head, d_head, head_state, part=c.num_layers))
@@ -164,20 +162,25 @@ def largest_part(gradients: dict[str, int], *, num_layers: int) -> int:
 class _Tail(NamedTuple):
     """The model after its layers: what a loss function calls `forward` of."""
 
-    config: ModelConfig
+    model: Any
     x: Float[Array, "B T D"]
     stats: dict[str, Array]
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
 
     def forward(self, params: Params, tokens: Int[Array, "B T"], **_: Any) -> Output:
         """Return the hidden states of the batch that went through the layers."""
         if tokens.shape != self.x.shape[:2]:
             raise ValueError("the loss runs the model on other tokens than the batch's")
-        hidden = layerwise.final_norm(self.config, params["final_norm"], self.x)
+        hidden = self.model.layerwise.final_norm(self.model.config, params["final_norm"], self.x)
         return Output(hidden, None, RouterStats(**self.stats), {})
 
 
 def _loss(
-    c: ModelConfig, loss_fn: Callable, at: Any, *, params: Params, batch: Batch, weight: Array
+    model: Any, loss_fn: Callable, at: Any, *, params: Params, batch: Batch, weight: Array
 ) -> tuple[Array, LossSums, Any]:
     """Return loss, sums and gradients in (head, residual stream, router statistics)."""
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
@@ -186,7 +189,7 @@ def _loss(
 
     def objective(at: Any) -> tuple[Float[Array, ""], LossSums]:
         head, x, stats = at
-        sums = loss_fn(_Tail(c, x, stats), replace(params, head), batch)
+        sums = loss_fn(_Tail(model, x, stats), replace(params, head), batch)
         return sums.nll * per_weight + sums.penalty * per_token, sums
 
     grads, sums = jax.grad(objective, has_aux=True)(at)
@@ -197,11 +200,10 @@ def _loss(
 class _Layers:
     """The stacks of all layers: parameters, what of them is trained, and the optimizer's state."""
 
-    def __init__(
-        self, config: ModelConfig, layers: Params, part: Params, opt_state: Any, sequence: Sequence
-    ):
+    def __init__(self, model: Any, layers: Params, part: Params, opt_state: Any, sequence: Any):
         """Take `layers` of the parameters, and {"layers": ...} of what is trained of them."""
-        self.config, self.part, self.sequence = config, part, sequence
+        self.config, self.part, self.sequence = model.config, part, sequence
+        self.layerwise = model.layerwise
         self.layers = layers
         self.frozen = _without(layers, part.get("layers", {}))
         self.is_trained = bool(part)
@@ -214,7 +216,7 @@ class _Layers:
     def run(self, params: Params, x: Array, *, kind: int) -> tuple[Array, dict[str, Array]]:
         """Run one layer, of a kind of the period."""
         window = self.config.layer_windows[kind]
-        return layerwise.layer(self.config, params, x, sequence=self.sequence, window=window)
+        return self.layerwise.layer(self.config, params, x, sequence=self.sequence, window=window)
 
     def forward(self, x: Array) -> tuple[Array, Any, dict[str, Array]]:
         """Run all layers; return the residual stream, what went into each, and statistics [L]."""
@@ -224,7 +226,7 @@ class _Layers:
             inputs, stats = [], []
             for kind in range(count):
                 inputs.append(x)
-                x, found = self.run(layerwise.pick(self.layers, first + kind), x, kind=kind)
+                x, found = self.run(self.layerwise.pick(self.layers, first + kind), x, kind=kind)
                 stats.append(found)
             return x, (inputs, jax.tree.map(lambda *a: jnp.stack(a), *stats))
 
@@ -250,7 +252,7 @@ class _Layers:
 
             def run(part: Params, x: Array) -> tuple[Array, dict[str, Array]]:
                 own = jax.tree.map(lambda a: a[0], part).get("layers", {})
-                return self.run(merge(own, layerwise.pick(self.frozen, i)), x, kind=kind)
+                return self.run(merge(own, self.layerwise.pick(self.frozen, i)), x, kind=kind)
 
             pull = jax.vjp(run, part, x)[1]
             d_part, d_x = pull((d_x, jax.tree.map(lambda a: a[i], d_stats)))

@@ -16,6 +16,7 @@ import numpy as np
 import poisoned
 import pytest
 from hosts import Processes, python
+from programs import make_program
 from tiny_training import TINY, write_chats
 
 from gptoss_jax import weights
@@ -27,7 +28,6 @@ from gptoss_jax.model.initial import init_params
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parameters.patterns import frozen_paths
 from gptoss_jax.runs import metrics, records
-from gptoss_jax.training.program import make_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_once")]
 

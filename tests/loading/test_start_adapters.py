@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 from safetensors.numpy import load_file, save_file
 from tiny_training import TINY
 
@@ -22,10 +23,10 @@ from gptoss_jax.loading import start_adapters
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
+from gptoss_jax.objectives import check_start
 from gptoss_jax.objectives.token_loss import loss_fn
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.runs import metrics
-from gptoss_jax.training.program import make_program
 from gptoss_jax.types import Batch, Params
 from gptoss_jax.weights import peft
 
@@ -174,9 +175,9 @@ def test_a_reference_that_leaves_them_out_is_asked_for(tmp_path: Path) -> None:
     objective = dataclasses.replace(CONFIG.objective, name="dpo")
     config = dataclasses.replace(CONFIG, objective=objective, init_adapters=str(folder))
     with pytest.raises(UserError, match="or take the model below them as the reference"):
-        start_adapters.read(config)
+        check_start(config, None)
     meant = dataclasses.replace(objective, reference="base")
-    assert start_adapters.read(dataclasses.replace(config, objective=meant)) is not None
+    check_start(dataclasses.replace(config, objective=meant), None)
     assert start_adapters.read(CONFIG) is None
 
 

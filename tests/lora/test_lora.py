@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 from tiny_training import TINY, write_chats
 
 import gptoss_jax
@@ -28,7 +29,7 @@ from gptoss_jax.parameters.patterns import frozen_paths
 from gptoss_jax.parameters.tree import flatten, path_name
 from gptoss_jax.planning import dry_run
 from gptoss_jax.runs import metrics
-from gptoss_jax.training.program import make_program
+from gptoss_jax.training import setup
 from gptoss_jax.types import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -203,15 +204,16 @@ def test_dry_run_shows_adapters():
     assert "packed" in rows["layers/experts/gate_up_weight"]
     assert "frozen" in rows["embedding/weight"]
     assert " all " in rows["lora/layers/experts/gate_up_weight/a"]
-    frozen = frozen_paths(run.program.factors)
+    frozen = frozen_paths(run.factors)
     held = jax.tree.leaves((run.state.params["lora"], run.state.opt_state))
     assert dry_run.checkpoint_bytes(run.state, left_out=frozen) == sum(
         x.size * x.dtype.itemsize for x in held
     )
-    text = "\n".join(run.program.describe_trained())
+    text = "\n".join(setup.describe_trained(run.model, run.factors))
     assert "lora/layers/attention/q_weight/a" in text and "embedding/weight" in text
     chosen = config_of("--model.lora.targets", "down[1,3]", "--model.lora.rank", "3")
-    text = "\n".join(make_program(chosen).describe_trained())
+    program = make_program(chosen)
+    text = "\n".join(setup.describe_trained(program.model, program.factors))
     assert "2 of 4 experts" in text and "experts 1, 3 of layers 0-1" in text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from programs import make_program
 from tiny_training import TINY, write_chats
 
 from gptoss_jax import data, train
@@ -19,7 +20,6 @@ from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.planning import dry_run
 from gptoss_jax.runs import metrics
-from gptoss_jax.training.program import make_program
 from gptoss_jax.training.step import averaged_params
 from gptoss_jax.types import Batch
 
@@ -63,7 +63,7 @@ def two_steps(config, mesh):
     spread = partial(data.spread, mesh=mesh, rows=(0, B), size=B)
     seen = []
     for _ in range(2):
-        batch, more = program.objective.prepare(state, batch_of(config), spread)
+        batch, more = program.prepare(state, batch_of(config), spread)
         assert not more
         state, measured = program.step(state, batch)
         seen.append(jax.device_get((measured.loss, measured.grad_norm)))
@@ -95,7 +95,7 @@ def test_it_trains_the_same():
 def test_the_step_takes_rows_and_no_table():
     config = config_of(ON_HOST)
     run = dry_run.shapes(config)
-    lowered = run.program.step.lower(run.state, run.batch)  # pyright: ignore[reportFunctionMemberAccess]
+    lowered = run.step.lower(run.state, run.batch)  # pyright: ignore[reportFunctionMemberAccess]
     c, taken = config.model, [x.shape for x in jax.tree.leaves(lowered.in_avals)]
     assert taken.count((B, T, c.d_model)) == 1
     assert taken.count((c.vocab_size, c.d_model)) == 1  # of the unembedding

@@ -23,7 +23,7 @@ from gptoss_jax.data.packing import Segment, fill
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
-from gptoss_jax.objectives import distill, open_batches
+from gptoss_jax.objectives import distill, make_objective
 from gptoss_jax.ops import divergence as op
 from gptoss_jax.ops.divergence import Mix, divergence
 from gptoss_jax.parallel import mesh as meshes
@@ -200,7 +200,7 @@ def test_a_checkpoint_teaches_another_model(teacher):
 def test_a_teacher_that_cannot_teach_is_refused(teacher, tmp_path):
     def said(config):
         with pytest.raises(UserError) as error:
-            open_batches(config, rows=(0, 3))
+            make_objective(config).open_batches(rows=(0, 3))
         assert "\n" not in str(error.value)
         return str(error.value)
 

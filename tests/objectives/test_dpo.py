@@ -18,7 +18,7 @@ from gptoss_jax.data.packing import Segment, fill
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
-from gptoss_jax.objectives import dpo, make_objective, open_batches
+from gptoss_jax.objectives import dpo, make_objective
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.runs import metrics
@@ -210,10 +210,10 @@ def test_without_adapters_there_is_no_reference():
     config = command_line.load(["--config", "configs/tiny_dpo.py"])
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoRAConfig()))
     with pytest.raises(UserError, match="the model without its adapters, and there are none: give"):
-        open_batches(plain, rows=(0, 1))
+        make_objective(plain)
     more = dataclasses.replace(config.optimizer, only=("final_norm/*",))
     with pytest.raises(UserError, match=r"optimizer.only \(final_norm/\*\) would train that, too"):
-        make_objective(dataclasses.replace(config, optimizer=more), None)
+        make_objective(dataclasses.replace(config, optimizer=more))
 
 
 def test_chats_are_no_pairs_and_the_command_says_so(tmp_path, capsys):

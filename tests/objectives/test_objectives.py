@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from programs import make_program
 
 from gptoss_jax import data
 from gptoss_jax.config import (
@@ -28,7 +29,6 @@ from gptoss_jax.objectives import check_start
 from gptoss_jax.objectives.distill import HIDDEN, TABLE
 from gptoss_jax.objectives.reinforcement import rollouts
 from gptoss_jax.parallel import mesh as meshes
-from gptoss_jax.training.program import make_program
 from gptoss_jax.types import Batch
 
 B, T, V, WIDER = 8, 40, 320, 48

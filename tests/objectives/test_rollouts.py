@@ -18,7 +18,7 @@ from gptoss_jax import train
 from gptoss_jax.config import command_line
 from gptoss_jax.data.questions import Asked, Round
 from gptoss_jax.errors import UserError
-from gptoss_jax.objectives import first_batches
+from gptoss_jax.objectives import make_objective
 from gptoss_jax.objectives.reinforcement import rollouts
 from gptoss_jax.runs import metrics
 
@@ -151,7 +151,7 @@ def test_questions_alone_tell_the_load_of_experts(tmp_path):
     asked = [{"messages": chat(i)["messages"][:1]} for i in range(5)]
     file = write(tmp_path / "a.jsonl", asked)
     c = config("--data.train", file, "--objective.grpo.updates", "2")
-    batches = first_batches(c, 3)
+    batches = make_objective(c).first_batches(3)
     questions = rollouts.open_questions(config("--data.train", file))
     rounds = [next(questions) for _ in range(3)]
     for batch, each in zip(batches, rounds, strict=True):

@@ -6,10 +6,10 @@ import re
 
 import jax
 import pytest
+from programs import make_program
 from test_meshes import CONFIG, MODEL, make_batch, make_mesh
 
 from gptoss_jax.parallel import sharding
-from gptoss_jax.training.program import make_program
 
 E, V, D, F = MODEL.num_experts, MODEL.vocab_size, MODEL.d_model, MODEL.d_expert
 SHAPE = re.compile(r"(?:f32|bf16|s32|u8|pred)\[([\d,]+)\]")

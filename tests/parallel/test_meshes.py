@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from programs import make_program
 
 from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
 from gptoss_jax.parameters.tree import path_name
 from gptoss_jax.sampler import Sampler
-from gptoss_jax.training.program import make_program
 from gptoss_jax.types import Batch
 
 B, T, STEPS = 16, 48, 3

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from programs import make_program
 
 from gptoss_jax import loading, weights
 from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
@@ -21,7 +22,6 @@ from gptoss_jax.model.initial import init_params
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parameters.tree import path_name
-from gptoss_jax.training.program import make_program
 
 MODEL = ModelConfig(
     vocab_size=512, num_layers=3, d_model=64, num_heads=16, num_kv_heads=2, head_dim=12,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.optimizer import split_trainable
 from gptoss_jax.planning import dry_run
 from gptoss_jax.runs import metrics
+from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[2]
 SMALL = [*TINY, "--model.num_layers", "1", "--data.sequence_length", "64", "--data.held_out"]
@@ -43,7 +45,7 @@ def test_nothing_is_written_and_no_weights_or_data_are_needed(tmp_path, monkeypa
     def allocated(*_: object) -> None:
         raise AssertionError("parameters were made")
 
-    monkeypatch.setattr(dry_run, "make_program", _forbid_begin(allocated))
+    monkeypatch.setattr(setup, "first_state", _only_traced(allocated))
     train.main([*args, "--optimizer.freeze", "embedding/*", "--optimizer.ema", "0.9"])
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
@@ -55,7 +57,7 @@ def test_nothing_is_written_and_no_weights_or_data_are_needed(tmp_path, monkeypa
     assert re.search(
         r"1 x 4 x 32 x 64 +float32 +8,192 +all +0\.0", rows["layers/experts/down_weight"]
     )
-    total, _ = dry_run.shapes(config).program.model.num_parameters()
+    total, _ = dry_run.shapes(config).model.num_parameters()
     assert f"{total:,}" in rows["all"] and f"{total - 10_240:,}" in rows["all"]
 
     want = metrics.step_flops(config.model, tokens=128, trained=128, sequence_length=64)
@@ -74,19 +76,14 @@ def test_nothing_is_written_and_no_weights_or_data_are_needed(tmp_path, monkeypa
     assert "The compiler counts" in printed
 
 
-def _forbid_begin(instead):
-    """Return `make_program` with functions that are only ever traced."""
-    real = dry_run.make_program
+def _only_traced(instead):
+    """Return `first_state`, to be only ever traced."""
+    real = setup.first_state
 
     def make(*args, **kwargs):
-        program = real(*args, **kwargs)
-
-        def begin(params):
-            state = program.begin(params)
-            traced = all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state.params))
-            return state if traced else instead()
-
-        return program._replace(begin=begin)
+        state = real(*args, **kwargs)
+        traced = all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state.params))
+        return state if traced else instead()
 
     return make
 
@@ -183,9 +180,7 @@ def test_a_step_that_does_not_compile_is_told(monkeypatch):
         def lower(self, *_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GB asked for\nmore")
 
-    lines = dry_run.memory_table(
-        config, dry_run.Shapes(run.program._replace(step=Refuses()), run.state, run.batch)
-    )
+    lines = dry_run.memory_table(config, dataclasses.replace(run, step=Refuses()))
     assert "the step can't be compiled for this device: RESOURCE_EXHAUSTED" in lines[-1]
     assert any("together" in line for line in lines) and "more" not in lines[-1]
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 
 from gptoss_jax.config import (
     Config,
@@ -30,7 +31,6 @@ from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding
 from gptoss_jax.runs import checkpoints, records, same_config
 from gptoss_jax.runs.orbax_reader import DamagedError
-from gptoss_jax.training.program import make_program
 from gptoss_jax.training.step import init_state
 from gptoss_jax.types import MXFP4, TrainState
 

@@ -69,7 +69,7 @@ def events(workdir: Path) -> list[dict]:
 
 def assert_same_end(a: Path, b: Path) -> None:
     """Hold two runs' last parameters and optimizer states against each other, bit for bit."""
-    from gptoss_jax.training.program import make_program
+    from programs import make_program
 
     record = records.read_record(a)
     begin = make_program(record.config).begin

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 from tiny_training import TINY, write_chats
 
 import gptoss_jax
@@ -30,7 +31,6 @@ from gptoss_jax.parameters.patterns import frozen_paths
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.runs import checkpoints, metrics, records
 from gptoss_jax.runs import frozen_base as bases
-from gptoss_jax.training.program import make_program
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

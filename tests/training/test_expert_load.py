@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 from tiny_training import TINY, write_chats
 
 from gptoss_jax import train
@@ -21,7 +22,6 @@ from gptoss_jax.model import Transformer
 from gptoss_jax.runs import metrics
 from gptoss_jax.training import held_out
 from gptoss_jax.training.expert_load import load_stats, measure_load
-from gptoss_jax.training.program import make_program
 from gptoss_jax.types import Batch
 
 ROOT = Path(__file__).parents[2]

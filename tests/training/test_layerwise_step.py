@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import make_program
 
 from gptoss_jax import train
 from gptoss_jax.config import (
@@ -35,7 +36,6 @@ from gptoss_jax.parameters import patterns
 from gptoss_jax.parameters.tree import flatten, nest, replace
 from gptoss_jax.runs import checkpoints, metrics
 from gptoss_jax.training import layerwise_step
-from gptoss_jax.training.program import make_program
 from gptoss_jax.training.step import init_state
 from gptoss_jax.types import Batch
 
@@ -81,7 +81,7 @@ def fused(config: OptimizerConfig, *, model: ModelConfig = MODEL, bias: float = 
     frozen = patterns.frozen_paths(factors)
     optimizer = make_optimizer(config, 10, masks=factors, balance_bias=bias, seed=3)
     state = init_state(built, optimizer, make_params(model), frozen_paths=frozen)
-    step = layerwise_step.make_fused_step(
+    step = layerwise_step.make_layerwise_step(
         built, optimizer, LOSS, factors=factors, frozen_paths=frozen
     )
     return factors, frozen, state, step

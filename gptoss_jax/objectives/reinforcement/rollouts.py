@@ -83,7 +83,7 @@ def unanswered(config: Config, count: int) -> list[Batch]:
 class Rollouts:
     """Answers the questions of each round, has the answers judged, and makes a batch of them.
 
-    Calling it is the `prepare` of an objective: see `objectives.Prepare`.
+    Calling it is the `Prepare` of an objective.
     """
 
     def __init__(self, config: Config, model: Transformer) -> None:

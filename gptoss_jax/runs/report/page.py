@@ -14,6 +14,7 @@ import numpy as np
 
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
+from gptoss_jax.runs import model_source
 from gptoss_jax.runs.report import curves
 from gptoss_jax.runs.report.charts import colour_bar, heatmap, over_time
 from gptoss_jax.runs.report.runs import Run
@@ -112,6 +113,8 @@ def _parameters(run: Run) -> tuple[int, int] | None:
     from gptoss_jax.config import command_line
     from gptoss_jax.model import Transformer
 
+    if (run.workdir / model_source.FOLDER).is_dir():  # a model of the user's own
+        return None
     try:
         config = command_line.from_json(json.dumps(run.config))
     except UserError:  # of another version

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import make_program
 from tiny_training import TINY, write_chats
 
 from gptoss_jax import train
@@ -17,7 +18,7 @@ from gptoss_jax.config import command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import checkpoint, resume
 from gptoss_jax.runs import metrics
-from gptoss_jax.training import held_out, program
+from gptoss_jax.training import held_out, setup
 from gptoss_jax.training.step import averaged_params
 
 ROOT = Path(__file__).parents[2]
@@ -51,12 +52,12 @@ def test_experts_chosen_by_load_are_trained_alone_and_stay_the_same(tmp_path, ch
     options = ["--data.train", chats[0], "--optimizer.only", "layers[1]/experts[top2]/*"]
     whole = run(tmp_path / "whole", *options)
     shown = capsys.readouterr().out
-    load = np.array(json.loads((whole / program.LOAD_FILE).read_text()))
+    load = np.array(json.loads((whole / setup.LOAD_FILE).read_text()))
     top = sorted(np.argsort(-load[1])[:2].tolist())
     assert "2 of 4 experts" in shown, shown
 
     config = command_line.from_json((whole / "config.json").read_text())
-    first = program.make_program(config, load=load).begin(None).params
+    first = make_program(config, load=load).begin(None).params
     last = checkpoint.load_params(whole)[1]
     chosen = np.zeros((2, 4), bool)
     chosen[1, top] = True
@@ -74,7 +75,7 @@ def test_experts_chosen_by_load_are_trained_alone_and_stay_the_same(tmp_path, ch
     full = run(tmp_path / "full", *options, "--optimizer.schedule", "constant")
     run(half, *options, "--optimizer.schedule", "constant")
     assert losses(half) == losses(full)
-    (half / program.LOAD_FILE).write_text("[[1, 2]]")
+    (half / setup.LOAD_FILE).write_text("[[1, 2]]")
     with pytest.raises(UserError, match=r"expert_load\.json.*can't be read: its shape is \(1, 2\)"):
         run(half, *options, "--optimizer.schedule", "constant", "--train.steps", "5")
 
@@ -99,7 +100,7 @@ def test_averaged_parameters_are_what_is_evaluated(tmp_path, chats, monkeypatch)
     options += ["--train.eval_questions", "0", "--optimizer.freeze", "embedding/*"]
     workdir = run(tmp_path / "run", *options, "--data.held_out", chats[1])
     config = command_line.from_json((workdir / "config.json").read_text())
-    made = program.make_program(config)
+    made = make_program(config)
     state, _ = resume.restore(workdir, jax.eval_shape(made.begin, None))
     assert "embedding" not in state.ema
     assert {x.dtype for x in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}

@@ -1,0 +1,108 @@
+"""The source of a model that a config file brings with `make_model(config)`.
+
+A run keeps a copy of it in its workdir and names it by path and hash. Nothing loads code out of a
+workdir: who goes on with such a run, samples from it or converts it gives the config file again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import UserError
+from gptoss_jax.model import MakeModel, Transformer
+
+FOLDER = "model_source"
+
+
+class ModelSource(NamedTuple):
+    """Which config file brought the model, and a hash of it and of the model's own files."""
+
+    file: str
+    sha256: str
+
+
+def source_of(make_model: MakeModel, config: ModelConfig) -> ModelSource | None:
+    """Return the source of what builds a model; None for the package's own `Transformer`.
+
+    Raises:
+        UserError: `make_model` returns no Linen module like `Transformer`.
+    """
+    if make_model is Transformer:
+        return None
+    files = _files(make_model, config)
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        text = file.read_bytes()
+        digest.update(f"{name} {len(text)}\n".encode() + text)
+    return ModelSource(_config_file(make_model), digest.hexdigest())
+
+
+def keep_copy(make_model: MakeModel, config: ModelConfig, workdir: Path) -> None:
+    """Copy the model's source into the workdir, to be read there by people."""
+    if make_model is Transformer:
+        return
+    for name, file in _files(make_model, config).items():
+        copy = workdir / FOLDER / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def check(
+    recorded: ModelSource | None, make_model: MakeModel, config: ModelConfig, *, whose: str | Path
+) -> None:
+    """Refuse to build a run's model by other code; print a line if its source has changed.
+
+    Raises:
+        UserError: the run's model is one that a config file brings, and none was given; or the
+            reverse.
+    """
+    given = source_of(make_model, config)
+    if recorded is None and given is None:
+        return
+    if given is None and recorded is not None:
+        raise UserError(
+            f"{whose}: its model is built by make_model() of {recorded.file} (sha256 "
+            f"{recorded.sha256[:12]}), and no code is loaded out of a workdir: give --config "
+            f"{recorded.file}, or make_model= in Python"
+        )
+    if recorded is None and given is not None:
+        raise UserError(
+            f"{whose}: its model is the package's own, and {given.file} defines make_model(): give "
+            "the config that the run was trained with, or none"
+        )
+    assert recorded is not None and given is not None
+    if recorded.sha256 != given.sha256:
+        print(
+            f"note: {whose} was trained with another version of its model: make_model() of "
+            f"{given.file} and its files have sha256 {given.sha256[:12]}, and had "
+            f"{recorded.sha256[:12]}; compare with the copy in {FOLDER}/ of the workdir",
+            file=sys.stderr,
+        )
+
+
+def _config_file(make_model: MakeModel) -> str:
+    code = getattr(make_model, "__code__", None)
+    return str(code.co_filename if code else inspect.getsourcefile(make_model))
+
+
+def _files(make_model: MakeModel, config: ModelConfig) -> dict[str, Path]:
+    """Return name -> file of the config file, and of the folder that has the model's class."""
+    model: Any = make_model(config)
+    if not (hasattr(model, "forward") and hasattr(model, "config")):
+        raise UserError(
+            f"{_config_file(make_model)}: make_model() returned a {type(model).__name__}, which "
+            "lacks the interface of gptoss_jax.model.Transformer"
+        )
+    file = Path(_config_file(make_model))
+    files = {file.name: file}
+    module = sys.modules.get(type(model).__module__)
+    if module is None or module.__name__.startswith("gptoss_jax.model"):
+        return files
+    folder = Path(str(module.__file__)).parent
+    return files | {f"{folder.name}/{path.name}": path for path in sorted(folder.glob("*.py"))}

@@ -1,0 +1,236 @@
+"""What a config trains by, piece by piece: the step, the state that it starts from, expert load.
+
+`train.py` calls these in order, and so does planning, for hardware that is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from gptoss_jax import data
+from gptoss_jax.config import Config
+from gptoss_jax.errors import UserError
+from gptoss_jax.lora import select
+from gptoss_jax.model import Transformer, host_embedding
+from gptoss_jax.model.initial import add_missing, init_params
+from gptoss_jax.objectives import Objective
+from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.parallel import sharding
+from gptoss_jax.parallel.hosts import processes
+from gptoss_jax.parameters import patterns
+from gptoss_jax.runs.workdir import write_text
+from gptoss_jax.training import expert_load
+from gptoss_jax.training.layerwise_step import make_layerwise_step
+from gptoss_jax.training.step import StepMetrics, init_state, make_train_step
+from gptoss_jax.types import Batch, Params, TrainState
+
+LOAD_FILE = "expert_load.json"
+
+
+class Step(Protocol):
+    """A training step, jitted: it uses the state given up, and returns the next one."""
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Take the step."""
+        ...
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """Lower it, of arrays or of their shapes, as `jax.jit` does."""
+        ...
+
+
+def check_data_given(config: Config) -> None:
+    """Refuse a run without training data. Raises UserError."""
+    if not config.data.train:
+        raise UserError(
+            "there is no training data: give --data.train FILE (.jsonl, .parquet, .txt) or hf:NAME"
+        )
+
+
+def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a mesh that leaves a process out, or that the batch does not divide over.
+
+    Raises:
+        UserError: with the sizes.
+    """
+    there = {device.process_index for device in mesh.devices.flat}
+    if len(there) < processes.count():
+        raise UserError(
+            f"{processes.count()} processes have {jax.device_count()} devices, the mesh is of "
+            f"{mesh.size}: --mesh.fsdp -1 uses all"
+        )
+    rows = config.data.batch_size // config.optimizer.accumulate
+    sharding.check_batch(rows, config.data.sequence_length, mesh)
+
+
+def check_same_data(fingerprint: dict[str, Any]) -> None:
+    """Refuse data that differ between the hosts. Raises UserError."""
+    first = processes.from_first(lambda: fingerprint)
+    differences = data.differences(first, fingerprint)
+
+    def check() -> None:
+        if differences:
+            raise UserError(
+                f"process {processes.index()} has other data than process 0: "
+                f"{', '.join(differences[:3])}"
+            )
+
+    processes.together(check)
+
+
+def optimizer_of(config: Config, factors: Params) -> optax.GradientTransformationExtraArgs:
+    """Make the optimizer of a config; `factors` are those of `lora.select.masks`."""
+    return make_optimizer(
+        config.optimizer,
+        config.train.steps,
+        masks=factors,
+        balance_bias=config.train.balance_bias,
+        seed=config.train.seed,
+    )
+
+
+def make_step(
+    config: Config,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    factors: Params,
+) -> Step:
+    """Make the step of a config: `training/step.py`'s, or `layerwise_step.py`'s if it is fused.
+
+    Raises:
+        UserError: `optimizer.fused` on a mesh of several devices, or an embedding that is on the
+            host and trained.
+    """
+    common: dict[str, Any] = {
+        "total": objective.total,
+        "frozen_paths": patterns.frozen_paths(factors),
+    }
+    if config.optimizer.fused:
+        step: Any = make_layerwise_step(model, optimizer, objective.loss, factors=factors, **common)
+    else:
+        step = make_train_step(
+            model,
+            optimizer,
+            objective.loss,
+            accumulate=config.optimizer.accumulate,
+            on_nan=config.train.on_nan,
+            ema=config.optimizer.ema,
+            **common,
+        )
+    if model.config.embedding_on_host:
+        step = host_embedding.Step(step, model.config, factors)
+    return step
+
+
+def first_state(
+    config: Config,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    params: Params | None,
+    *,
+    factors: Params,
+) -> TrainState:
+    """Make the state before the first step, from parameters, or from random ones if None.
+
+    Adapters, and parameters of one's own, that the model has and the tree lacks are new ones.
+    """
+    if params is not None:
+        params = add_missing(model, params, seed=config.train.seed)
+        params = select.add(model.config, params, seed=config.train.seed)
+    return init_state(
+        model,
+        optimizer,
+        params,
+        seed=config.train.seed,
+        frozen_paths=patterns.frozen_paths(factors),
+        average=config.optimizer.ema > 0,
+    )
+
+
+def abstract_state(
+    config: Config,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    factors: Params,
+) -> TrainState:
+    """Return the shapes of the first state, spread over the mesh that is set, if there is one.
+
+    Raises:
+        UserError: a parameter that the mesh does not divide.
+    """
+    make = partial(first_state, config, model, optimizer, factors=factors)
+    state = jax.eval_shape(make, None)
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return state
+    state = sharding.place(state, mesh)
+    return host_embedding.place(state) if model.config.embedding_on_host else state
+
+
+def describe_trained(model: Transformer, factors: Params) -> list[str]:
+    """Return lines that say which parameters are trained, if not all are, and alike."""
+    if all(np.all(factor == 1) for factor in jax.tree.leaves(factors)):
+        return []
+    return ["trained", *patterns.describe(model.abstract_params(), factors)]
+
+
+def check_patterns(config: Config, model: Transformer) -> None:
+    """Refuse patterns that say nothing about the model, before anything is read or measured."""
+    even = np.ones((config.model.num_layers, config.model.num_experts))
+    select.masks(model.abstract_params(), config.model, config.optimizer, load=even)
+
+
+def load_for_patterns(
+    config: Config,
+    model: Transformer,
+    objective: Objective,
+    params: Params | None,
+    *,
+    workdir: Path,
+    resuming: bool,
+) -> Float[np.ndarray, "L E"] | None:
+    """Return the load that patterns choose experts by; None if none does.
+
+    Measured over the first `train.load_batches` batches of the data with the parameters that
+    training begins with (None: random ones), but for `init_adapters`, and kept in the workdir by
+    `keep_load`: a run that goes on has the same experts.
+
+    Raises:
+        UserError: the run goes on, and the file is not there or damaged.
+    """
+    if not select.needs_load(config.model, config.optimizer):
+        return None
+    shape = (config.model.num_layers, config.model.num_experts)
+    if resuming:
+        path = workdir / LOAD_FILE
+        try:
+            load = np.array(json.loads(path.read_text()), np.float64)
+            if load.shape != shape:
+                raise ValueError(f"its shape is {load.shape}")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}, by which the run's patterns chose experts, can't be read: {error}"
+            ) from None
+        return load
+    if params is None:
+        params = init_params(model, seed=config.train.seed)
+    return expert_load.measure_load(
+        model, params, objective.first_batches(config.train.load_batches)
+    )
+
+
+def keep_load(load: Float[np.ndarray, "L E"] | None, workdir: Path) -> None:
+    """Write the load into the workdir, where `load_for_patterns` finds it."""
+    if load is not None:
+        write_text(workdir / LOAD_FILE, json.dumps(load.tolist()) + "\n")
