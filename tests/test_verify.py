@@ -48,7 +48,7 @@ def test_a_whole_run_on_a_small_model(tmp_path: Path, monkeypatch, capsys) -> No
     monkeypatch.setattr(golden, "_20B", loading.load(tmp_path / "c")[0].config)
     monkeypatch.setitem(golden.LOGPROBS, "20b", (0.0,) * 12)
     seen = []
-    monkeypatch.setattr(verify, "agrees", lambda ours, _: seen.append(list(ours)) or [True] * 12)
+    monkeypatch.setattr(golden, "agrees", lambda ours, _: seen.append(list(ours)) or [True] * 12)
     assert verify.verify(tmp_path / "c")
     monkeypatch.undo()
     monkeypatch.setattr(golden, "_20B", loading.load(tmp_path / "c")[0].config)
