@@ -125,7 +125,7 @@ def decode(folder: Path) -> dict[str, Any]:
 
 def run_phase(phase: str, folder: Path, scale: str) -> dict[str, Any]:
     """Do one phase in this process."""
-    from gptoss_jax.convert import convert
+    from gptoss_jax.loading.convert import convert
 
     result: dict[str, Any]
     start = time.perf_counter()

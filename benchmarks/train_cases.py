@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig, OptimizerConfig
-from gptoss_jax.runs import metrics
+from gptoss_jax.model.flops import matmul_params, step_flops
 
 ATTENTION = ("attention",)
 EXPERTS = ("attention", "experts")
@@ -126,17 +126,17 @@ def token_ids(case: Case) -> np.ndarray:
 def flops(case: Case) -> float:
     """Return the operations that a step of a case cannot do without.
 
-    Of full tuning `metrics.step_flops`: 6 a parameter and token. With LoRA the weights that stay
+    Of full tuning `step_flops`: 6 a parameter and token. With LoRA the weights that stay
     take 4 (no gradient of theirs) and the adapters 6; all of attention counts. What is computed
     again for memory's sake does not.
     """
     config = SIZES[case.size]
     tokens = case.rows * case.tokens
     trained = case.rows * (case.tokens - 1)
-    whole = metrics.step_flops(config, tokens=tokens, trained=trained, sequence_length=case.tokens)
+    whole = step_flops(config, tokens=tokens, trained=trained, sequence_length=case.tokens)
     if not case.targets:
         return whole
-    layers, unembedding = metrics.matmul_params(config)
+    layers, unembedding = matmul_params(config)
     return whole - 2 * tokens * layers - 2 * trained * unembedding + 6 * tokens * adapted(case)
 
 

@@ -27,13 +27,13 @@ import train_cases  # noqa: E402
 from train_cases import Case  # noqa: E402
 
 import gptoss_jax  # noqa: E402
+from gptoss_jax import chips  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
 from gptoss_jax.lora import select  # noqa: E402
 from gptoss_jax.model import Transformer  # noqa: E402
 from gptoss_jax.objectives import make_objective  # noqa: E402
 from gptoss_jax.optimizer import split_trainable  # noqa: E402
 from gptoss_jax.parameters import patterns  # noqa: E402
-from gptoss_jax.runs import metrics  # noqa: E402
 from gptoss_jax.training import setup  # noqa: E402
 from gptoss_jax.types import Batch  # noqa: E402
 
@@ -127,7 +127,7 @@ def side(case: Case, form: str, folder: Path | None) -> tuple[Any, Any, Any]:
         count = sum(x.size for x in jax.tree.leaves(trained))
         said = {"loss": loss, "trained": count, "jax": jax.__version__}
         device = jax.devices()[0].device_kind
-        return said | {"device": device, "peak FLOP/s": metrics.peak_flops()}
+        return said | {"device": device, "peak FLOP/s": chips.peak_flops()}
 
     def peak() -> dict[str, Any]:
         stats = jax.devices()[0].memory_stats() or {}

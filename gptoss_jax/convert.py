@@ -10,154 +10,17 @@ workdir's adapters alone. docs/export.md says who reads what.
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from gptoss_jax.config import DType
-from gptoss_jax.errors import Parser, UserError, run_entry
-from gptoss_jax.loading.checkpoint import open_workdir
-from gptoss_jax.loading.folders import find_folder
-from gptoss_jax.runs import records
-from gptoss_jax.weights import config_io, peft
-from gptoss_jax.weights.merged import Merged, Report, with_adapters
-from gptoss_jax.weights.names import Form, Layout
-from gptoss_jax.weights.read import Stored, open_checkpoint
-from gptoss_jax.weights.sources import ParamsSource, Source
-from gptoss_jax.weights.write import (
-    SHARD_BYTES,
-    write_adapters,
-    write_checkpoint,
-    write_json,
-    write_side_files,
-)
+from gptoss_jax.errors import Parser, command_name, run_entry
 
-
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    to: Layout | Literal["peft"],
-    experts: Form | None = None,
-    dtype: DType | None = None,
-    step: int | None = None,
-    base: str | Path | None = None,
-    adapters: str | Path | None = None,
-    force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> Report:
-    """Write the checkpoint `source` (see `weights.load`) to the new folder `destination`.
-
-    `experts`: None as stored, "mxfp4" (encoded with the scales of least error), "dense" (decoded
-    to, or cast to, bfloat16). `dtype` is that of all floats; None as stored. `adapters` is a folder
-    of PEFT's, merged into the source. `base`: as `weights.load`'s, where the base of a LoRA run is
-    no longer where it was. Tokenizer files are copied from a Hugging Face source and made for any
-    other. `to="peft"` writes the adapters of a workdir alone. Returns what merging and encoding
-    cost, as `weights.save`.
-
-    Raises UserError, with nothing written, as `weights.load`, `weights.save` and `peft.read` do.
-    """
-    folder = find_folder(source)
-    if records.is_workdir(folder):
-        weights = open_workdir(folder, step, base=base)
-    elif step is not None or base is not None:
-        name = "--step" if step is not None else "--base"
-        raise UserError(f"{folder}: {name} is for workdirs, and this is none (no checkpoints)")
-    elif (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: holds PEFT's adapters alone: give the model they are of as SRC, and this "
-            "folder with --adapters"
-        )
-    else:
-        weights = open_checkpoint(folder)
-    if to == "peft":
-        options = {"experts": experts, "dtype": dtype, "adapters": adapters}.items()
-        _write_peft(folder, destination, weights, step=step, given=[n for n, x in options if x])
-        return Report()
-    form = experts or weights.config.experts
-
-    def finish(new: Path) -> None:
-        name = dtype or weights.config.param_dtype
-        if isinstance(weights, Stored) and weights.layout == to:
-            return _copy_side_files(folder, new, weights=weights, form=form, dtype=dtype)
-        return write_side_files(new, weights.config, layout=to, form=form, dtype=name)
-
-    return write_checkpoint(
-        destination,
-        _merged(folder, weights, adapters),
-        layout=to,
-        form=form,
-        dtype=dtype,
-        dense_dtype="bfloat16" if experts == "dense" else None,
-        shard_bytes=shard_bytes,
-        force=force,
-        finish=finish,
-    )
-
-
-def _merged(folder: Path, weights: Stored | ParamsSource, adapters: str | Path | None) -> Source:
-    """Return the source with its adapters, or with those of a folder, on top."""
-    if adapters is None:
-        return with_adapters(weights) if isinstance(weights, ParamsSource) else weights
-    if isinstance(weights, ParamsSource) and weights.adapters is not None:
-        raise UserError(f"{folder}: has adapters of its own: convert it first, then add --adapters")
-    lora, tree = peft.read(adapters, weights.config)
-    return Merged(weights, dataclasses.replace(weights.config, lora=lora), tree)
-
-
-def _write_peft(
-    folder: Path,
-    destination: str | Path,
-    weights: Stored | ParamsSource,
-    *,
-    step: int | None,
-    given: list[str],
-) -> None:
-    """Write a workdir's adapters, and what they are of: the base that the run began with."""
-
-    if given:
-        raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
-    if not isinstance(weights, ParamsSource):
-        raise UserError(f"{folder}: is a whole model without adapters; --to peft is for LoRA runs")
-    record = records.read_record(folder, step)
-    beside = [name for name in record.config.optimizer.only if not name.startswith("lora/")]
-    if beside:
-        raise UserError(
-            f"{folder}: trained {' '.join(beside)} besides its adapters, which PEFT's layout has "
-            "no place for: --to hf writes all of it"
-        )
-    init = record.base.init if record.base else record.config.init or ""
-    write_adapters(destination, weights, base="" if init == "random" else init)
-
-
-def _copy_side_files(
-    folder: Path, new: Path, *, weights: Stored, form: Form, dtype: DType | None
-) -> None:
-    """Copy what lies beside the tensors, within one layout."""
-    from gptoss_jax.harmony.tokenizer import TOKENIZER_FILES
-
-    same = form == weights.config.experts and dtype is None
-    names = ["config.json"]
-    if weights.layout == "hf":
-        names += ["generation_config.json", *TOKENIZER_FILES]
-    elif same:
-        names += ["dtypes.json"]
-    for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, new / name)
-    if weights.layout == "hf" and not same:
-        raw = config_io.read_json(folder / "config.json")
-        if dtype is not None:  # transformers 5 calls it dtype
-            raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
-        if form != weights.config.experts:
-            raw = config_io.with_form(raw, form)
-        write_json(new / "config.json", raw)
+if TYPE_CHECKING:
+    from gptoss_jax.weights.names import Form
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    parser = Parser("gptoss_jax.convert", description="Convert a checkpoint to another layout.")
+    parser = Parser(command_name("convert"), description="Convert a checkpoint to another layout.")
     parser.add_argument("source", metavar="SRC", help="checkpoint folder of any layout, or workdir")
     parser.add_argument("destination", metavar="DST", help="new folder")
     parser.add_argument(
@@ -174,6 +37,9 @@ def main(argv: list[str]) -> None:
         "--force", action="store_true", help="write weights that keep less than 0.9 of their update"
     )
     args = parser.parse_args(argv)
+    # Not before: JAX takes a second, for which --help need not wait.
+    from gptoss_jax.loading.convert import convert
+
     experts: Form | None = "dense" if args.experts == "bf16" else args.experts
     report = convert(
         args.source,

@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+SCRIPT = "gptoss-jax"  # the console script
 
 
 class UserError(Exception):
     """Something the user gave is wrong; the message says what, where, and what to do about it."""
+
+
+def command_name(name: str) -> str:
+    """Return how a command was started: "gptoss-jax sample", or "python -m gptoss_jax.sample"."""
+    script = Path(sys.argv[0]).stem == SCRIPT
+    return f"{SCRIPT} {name}" if script else f"python -m gptoss_jax.{name}"
 
 
 class Parser(argparse.ArgumentParser):

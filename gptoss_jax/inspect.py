@@ -8,55 +8,15 @@ control characters by a symbol. `--html FILE` writes a page instead.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.console import Console
-from rich.text import Text
-
-from gptoss_jax.config import Config, command_line
-from gptoss_jax.data.loader import eval_batches, train_batches
-from gptoss_jax.data.preferences import SIDES
-from gptoss_jax.errors import Parser, UserError, run_entry
-from gptoss_jax.harmony import tokenizer
-from gptoss_jax.types import Batch
+from gptoss_jax.errors import Parser, UserError, command_name, run_entry
 
 if TYPE_CHECKING:
-    import tiktoken
-
-PROG = "python -m gptoss_jax.inspect"
-TRAINED, TRAINED_SPECIAL = "bold green", "bold white on green"
-OTHER, SPECIAL, HEAD = "dim", "cyan", "bold magenta"
-FACTOR = "yellow"
-
-# C0 but for tab and newline, DEL and C1: a terminal would obey them.
-_CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}
-_CONTROLS |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Packed batches</title>
-<style>
-body {{ margin: 2rem auto; max-width: 100ch; padding: 0 1rem; color: {foreground};
-  background: {background}; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45;
-  font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 14px; }}
-{stylesheet}
-</style>
-</head>
-<body>
-<pre>{code}</pre>
-</body>
-</html>
-"""
+    from gptoss_jax.config import Config
+    from gptoss_jax.types import Batch
 
 
 def main(argv: list[str]) -> None:
@@ -69,30 +29,34 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {value}: it must be positive")
     if args.config is not None:
         rest += ["--config", args.config]
-    config = command_line.load(rest, prog=PROG)
+    # Not before: they take a second, for which --help need not wait.
+    from rich.console import Console
+
+    from gptoss_jax.config import command_line
+    from gptoss_jax.data.show import show, write_page
+    from gptoss_jax.harmony import tokenizer
+
+    config = command_line.load(rest, prog=command_name("inspect"))
     field = "data.held_out" if args.held_out else "data.train"
     if not (config.data.held_out if args.held_out else config.data.train):
         raise UserError(f"there is no {field}: give --{field} FILE")
     names, batches = _take(config, args.batches, held_out=args.held_out)
-    encoding = tokenizer.get_tokenizer(config.model.vocab_size)
-    show = partial(_print, batches=batches, encoding=encoding, names=names, rows=args.rows)
-    show = partial(show, pairs=config.objective.kind.records == "pairs")
+    how: dict[str, Any] = {
+        "encoding": tokenizer.get_tokenizer(config.model.vocab_size),
+        "names": names,
+        "rows": args.rows,
+        "pairs": config.objective.kind.records == "pairs",
+    }
     if args.html is None:
-        show(Console())
+        show(Console(), batches, **how)
         return
-    page = Console(file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
-    show(page)
-    path = Path(args.html)
-    try:
-        path.write_text(page.export_html(code_format=_PAGE), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html {path}: {error.strerror or error}") from None
-    print(path)
+    write_page(Path(args.html), batches, **how)
+    print(Path(args.html))
 
 
 def _parser() -> Parser:
     parser = Parser(
-        PROG,
+        command_name("inspect"),
         description=(__doc__ or "").partition("\n\n")[2],
         epilog="All other options are the config's: python -m gptoss_jax.train --help names them\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,6 +73,8 @@ def _parser() -> Parser:
 
 def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...], list[Batch]]:
     """Return the names of the sources, none without a mixture, and the first batches."""
+    from gptoss_jax.data.loader import eval_batches, train_batches  # as in main
+
     if config.objective.kind.records == "questions":
         raise UserError(
             "objective.name is grpo, whose rows are made of the answers that are sampled: see "
@@ -121,107 +87,6 @@ def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...
         return batches.source_names, list(itertools.islice(batches, count))
     finally:
         batches.close()
-
-
-def _print(
-    console: Console, *, batches: list[Batch], encoding: tiktoken.Encoding, **how: Any
-) -> None:
-    for text in describe(batches, encoding, plain=not console.is_terminal, **how):
-        console.print(text, soft_wrap=True)
-
-
-def describe(
-    batches: Iterable[Batch],
-    encoding: tiktoken.Encoding,
-    *,
-    names: tuple[str, ...] = (),
-    rows: int | None = None,
-    plain: bool = False,
-    pairs: bool = False,
-) -> Iterator[Text]:
-    """Yield a legend, then each batch, row and segment with a line above it that counts.
-
-    `names` are those of the sources, `rows` how many of a batch are shown; `plain` puts what is
-    trained in brackets; of `pairs` two segments in turn are the chosen and the rejected side.
-    """
-    yield _legend(plain)
-    for number, batch in enumerate(batches):
-        ids, tokens = np.asarray(batch.segment_ids), np.asarray(batch.tokens)
-        weights = np.zeros(tokens.shape)  # by token, where the batch has them by its predecessor
-        weights[:, 1:] = np.asarray(batch.weights)[:, :-1]
-        trained = weights > 0
-        size = f"{len(ids)} row{'s' * (len(ids) != 1)} of {ids.shape[1]:,}"
-        yield Text(f"\n=== batch {number}: {size}; {_count(ids, trained)}", style=HEAD)
-        for b in range(len(ids) if rows is None else min(rows, len(ids))):
-            source = ""
-            if batch.sources is not None:
-                source = f", source {names[int(batch.sources[b])]}"
-            segments = f"{ids[b].max()} segments, " if ids[b].max() != 1 else "1 segment, "
-            yield Text(f"\n--- row {b}{source}: {segments}{_count(ids[b], trained[b])}", style=HEAD)
-            for k in range(1, int(ids[b].max()) + 1):
-                of = ids[b] == k
-                name = f"segment {k}"
-                if pairs:
-                    name = f"pair {(k + 1) // 2}, {SIDES[(k + 1) % 2]}"
-                size = _tokens(int(of.sum()), int(trained[b][of].sum()))
-                yield Text(f"- {name}: {size}", style=HEAD)
-                shown = tokens[b][of].tolist(), weights[b][of].tolist()
-                yield _segment(*shown, encoding, plain=plain)
-
-
-def _legend(plain: bool) -> Text:
-    if plain:
-        return Text(
-            "[[trained]] (the loss counts these tokens; [0.3[these]] by that factor)  other  "
-            "<|special|>"
-        )
-    return Text.assemble(
-        ("trained", TRAINED),
-        " and ",
-        ("<|special|>", TRAINED_SPECIAL),
-        ": the loss counts these tokens (by a factor, where one stands before); ",
-        ("other", OTHER),
-        " and ",
-        ("<|special|>", SPECIAL),
-        ": it does not",
-    )
-
-
-def _count(ids: np.ndarray, trained: np.ndarray) -> str:
-    real = int((ids > 0).sum())
-    return f"{_tokens(real, int(trained.sum()))}, {ids.size - real:,} padding"
-
-
-def _tokens(real: int, trained: int) -> str:
-    return f"{real:,} tokens, {trained:,} trained"
-
-
-@cache
-def _special(encoding: tiktoken.Encoding) -> frozenset[int]:
-    return frozenset(encoding.encode_single_token(name) for name in encoding.special_tokens_set)
-
-
-def _segment(
-    tokens: list[int], weights: list[float], encoding: tiktoken.Encoding, *, plain: bool
-) -> Text:
-    """Return a segment's text: decoded by runs, since a character may be several tokens."""
-    special = _special(encoding)
-    text = Text()
-    kinds = ((t in special, weight) for t, weight in zip(tokens, weights, strict=True))
-    for weight, spans in itertools.groupby(zip(tokens, kinds, strict=True), lambda x: x[1][1]):
-        is_trained = weight > 0
-        factor = f"{weight:.4g}" if is_trained and weight != 1 else ""
-        if is_trained and plain:
-            text.append(f"[{factor}[")
-        elif factor:
-            text.append(factor, FACTOR)
-        for is_special, run in itertools.groupby(spans, lambda x: x[1][0]):
-            style = (OTHER, SPECIAL) if not is_trained else (TRAINED, TRAINED_SPECIAL)
-            said = tokenizer.decode(encoding, [token for token, _ in run])
-            text.append(said.translate(_CONTROLS), style[is_special])
-        if is_trained and plain:
-            text.append("]]")
-    return text
 
 
 if __name__ == "__main__":

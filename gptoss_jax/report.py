@@ -1,8 +1,8 @@
-"""The command: `python -m gptoss_jax.report WORKDIR [WORKDIR ...] [--out FILE]`."""
+"""Write the page of a run, or compare runs on one: `python -m gptoss_jax.report WORKDIR ...`."""
 
 from __future__ import annotations
 
-from gptoss_jax.errors import Parser, run_entry
+from gptoss_jax.errors import Parser, command_name, run_entry
 from gptoss_jax.runs import report
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
         UserError: see `report.write`.
     """
     parser = Parser(
-        prog="python -m gptoss_jax.report",
+        command_name("report"),
         description="Write the page of a run (report.html in its workdir), or compare runs on one.",
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")

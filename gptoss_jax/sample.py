@@ -7,30 +7,23 @@ The answer is streamed to stdout with its channels apart; what is about the run 
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
-import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import jax
-from rich.console import Console
-
-from gptoss_jax import harmony, loading
-from gptoss_jax.errors import Parser, UserError, run_entry
+from gptoss_jax import harmony
+from gptoss_jax.errors import Parser, UserError, command_name, run_entry
 from gptoss_jax.harmony import tokenizer
-from gptoss_jax.harmony.parser import MessageEnd, MessageStart, StreamParser, TextDelta
-from gptoss_jax.ops import moe
-from gptoss_jax.sampler import Rules, Sampled, Sampler
 
 if TYPE_CHECKING:
     import tiktoken
+
+    from gptoss_jax.sampler import Sampler
 
 _DEFAULT_MAX_TOKENS = 1_024
 
 
 def _parser() -> Parser:
-    parser = Parser("gptoss_jax.sample", description="Answer one prompt.", allow_abbrev=False)
+    parser = Parser(command_name("sample"), description="Answer one prompt.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="Hugging Face, OpenAI, or workdir")
     add("--step", type=int, help="of a workdir; default: its latest")
@@ -64,6 +57,14 @@ def _parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for whatever is wrong with what was given."""
     args = _parser().parse_args(argv)
+    # Not before: JAX takes a second, for which --help and a misspelt option need not wait.
+    import jax
+    from rich.console import Console
+
+    from gptoss_jax import loading
+    from gptoss_jax.ops import moe
+    from gptoss_jax.sampler import Rules, Sampler, printing
+
     rules = Rules(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     plain = args.raw or args.prompt_ids is not None
     if plain and args.developer is not None:
@@ -99,71 +100,11 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps(_answer(sampler, ids, options, encoding=encoding, plain=plain)))
         return
-    stream = _Clocked(sampler.stream(ids, **options))
+    stream = printing.Clocked(sampler.stream(ids, **options))
     console = Console(highlight=False, markup=False, emoji=False)
-    (print_text if plain else print_channels)(console, stream, encoding=encoding)
+    show = printing.print_text if plain else printing.print_channels
+    show(console, stream, encoding=encoding)
     Console(stderr=True, highlight=False).print(stream.summary(), style="dim")
-
-
-def print_channels(
-    console: Console, stream: Iterable[Sampled], *, encoding: tiktoken.Encoding
-) -> StreamParser:
-    """Print Harmony messages as they are sampled, all but the final channel dim and named.
-
-    Returns the parser, with the messages in it.
-    """
-    parser = StreamParser(encoding)
-
-    def show(events: Iterable[Any]) -> None:
-        nonlocal style
-        for event in events:
-            if isinstance(event, MessageStart):
-                header = event.header
-                final = header.channel == "final"
-                style = None if final else "dim"
-                if not final:
-                    to = f" to {header.recipient}" if header.recipient else ""
-                    console.print(f"[{header.channel or header.role}{to}]", style="dim bold")
-            elif isinstance(event, TextDelta):
-                console.print(event.text, style=style, end="", soft_wrap=True)
-            elif isinstance(event, MessageEnd):
-                console.print()
-
-    style = None
-    for item in stream:
-        show(parser.process(item.token))
-    show(parser.finish())
-    return parser
-
-
-def print_text(console: Console, stream: Iterable[Sampled], *, encoding: tiktoken.Encoding) -> None:
-    """Print the text of ids as they are sampled, special tokens by name."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for item in stream:
-        text = utf8.decode(tokenizer.token_bytes(encoding, item.token))
-        console.print(text, end="", soft_wrap=True)
-    console.print(utf8.decode(b"", final=True))
-
-
-class _Clocked:
-    """A stream that counts and times what passes."""
-
-    def __init__(self, stream: Iterable[Sampled]) -> None:
-        self._stream = stream
-        self._times: list[float] = []
-
-    def __iter__(self):
-        for item in self._stream:
-            self._times.append(time.perf_counter())
-            yield item
-
-    def summary(self) -> str:
-        """Return one line; the first token, with the prompt and compiling, is not in the speed."""
-        count = len(self._times)
-        if count < 2:
-            return f"{count} token"
-        speed = (count - 1) / (self._times[-1] - self._times[0])
-        return f"{count} tokens, {speed:.1f} tokens/s"
 
 
 def _answer(

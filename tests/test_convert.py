@@ -12,8 +12,8 @@ import tiny_checkpoint as tiny
 from safetensors.numpy import load_file
 
 from gptoss_jax import loading
-from gptoss_jax.convert import convert
 from gptoss_jax.errors import UserError
+from gptoss_jax.loading.convert import convert
 
 
 def same_tensors(folder: Path, expected: dict[str, np.ndarray]) -> None:

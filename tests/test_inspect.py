@@ -1,4 +1,4 @@
-"""What `data.inspect` shows is what the batches hold, with and without colours."""
+"""What the command shows is what the batches hold, with and without colours."""
 
 import html
 import json
@@ -6,12 +6,10 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from gptoss_jax import inspect
-from gptoss_jax.data.packing import Segment, fill
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
@@ -75,55 +73,8 @@ def test_counts_are_those_of_the_batch(config_file, capsys):
         assert f" tokens, {expected} trained" in out
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_each_token_is_marked_as_the_loss_counts_it(plain):
-    encoding = tokenizer.get_tokenizer(VOCAB)
-    end = tokenizer.special_id(encoding, "<|end|>")
-    ids = [97 - 33, 98 - 33, end, *encoding.encode_ordinary("xyz"), end]
-    assert encoding.decode(ids[:2]) == "ab"
-    weights = np.array([1, 1, 0, 0, 1, 1, 1], np.float32)
-    assert len(ids) == 7
-    segments = [Segment(np.array(ids, np.int32), weights), Segment(np.array(ids[:2]), weights[:2])]
-    batch = fill([segments], 12)
-    _, head, row, *shown = inspect.describe([batch], encoding, plain=plain)
-    assert head.plain == "\n=== batch 0: 1 row of 12; 9 tokens, 5 trained, 3 padding"
-    assert row.plain == "\n--- row 0: 2 segments, 9 tokens, 5 trained, 3 padding"
-    assert shown[0].plain == "- segment 1: 7 tokens, 4 trained"
-    assert shown[2].plain == "- segment 2: 2 tokens, 1 trained"
-    text = shown[1]
-    marked = "a[[b]]<|end|>x[[yz<|end|>]]"
-    if plain:
-        assert text.plain == marked and shown[3].plain == "a[[b]]"
-        return
-    assert text.plain == "ab<|end|>xyz<|end|>"
-    said = "".join(
-        f"[[{text.plain[s.start : s.end]}]]"
-        if s.style in (inspect.TRAINED, inspect.TRAINED_SPECIAL)
-        else text.plain[s.start : s.end]
-        for s in text.spans
-    )
-    assert said.replace("]][[", "") == marked
-    assert {s.style for s in text.spans if "<|" in text.plain[s.start : s.end]} == {
-        inspect.SPECIAL,
-        inspect.TRAINED_SPECIAL,
-    }
-
-
-@pytest.mark.parametrize("plain", [True, False])
-def test_a_weight_other_than_1_is_said(plain):
-    encoding = tokenizer.get_tokenizer(VOCAB)
-    ids = np.array([ord(c) - 33 for c in "abxyz"], np.int32)
-    assert encoding.decode(ids.tolist()) == "abxyz"
-    weights = np.array([1, 0.3, 0.3, 0, 1], np.float32)
-    batch = fill([[Segment(ids, weights)]], 8)
-    *_, head, text = inspect.describe([batch], encoding, plain=plain)
-    assert head.plain == "- segment 1: 5 tokens, 3 trained"
-    assert text.plain == ("a[0.3[bx]]y[[z]]" if plain else "a0.3bxyz")
-    assert plain or [text.plain[s.start : s.end] for s in text.spans if s.style == inspect.FACTOR]
-
-
 def test_a_terminal_has_colours_and_no_brackets(config_file, capsys, monkeypatch):
-    monkeypatch.setattr(inspect, "Console", lambda: Console(force_terminal=True))
+    monkeypatch.setattr("rich.console.Console", lambda: Console(force_terminal=True))
     out = show(capsys, "--config", config_file, "--rows", "1")
     assert "[[" not in out and "\x1b[" in out and "the loss counts these tokens" in out
 

@@ -18,6 +18,7 @@ from gptoss_jax.errors import run_entry
 from gptoss_jax.harmony.tokenizer import get_tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.sampler import Sampled, Sampler
+from gptoss_jax.sampler.printing import print_channels
 
 CONFIG = ModelConfig(
     vocab_size=1024,
@@ -126,13 +127,13 @@ def test_channels_are_printed_apart(capsys):
         force_terminal=True, color_system="standard", markup=False, highlight=False, width=20
     )
     stream = [Sampled(token, -1.0) for token in ids]
-    parser = sample.print_channels(console, stream, encoding=ENCODING)
+    parser = print_channels(console, stream, encoding=ENCODING)
     out = capsys.readouterr().out
     assert "[analysis]" in out
     assert "\x1b[2m" in out  # dim
     assert out.endswith("\n1 2 3\n")  # as it is
     plain = Console(markup=False, highlight=False, width=20)
-    sample.print_channels(plain, stream, encoding=ENCODING)
+    print_channels(plain, stream, encoding=ENCODING)
     assert capsys.readouterr().out == "[analysis]\nthree, naïve [b]2[/b]\n1 2 3\n"
     assert [message.content for message in parser.messages] == ["three, naïve [b]2[/b]", "1 2 3"]
 

@@ -12,23 +12,24 @@ from tiny_checkpoint import small_model
 from gptoss_jax import loading, verify, weights
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.weights import golden
 
 
 def test_the_two_published_sizes_are_told_apart() -> None:
-    assert verify.size_of(ModelConfig(experts="mxfp4", dtype="float32")) == "20b"
-    assert verify.size_of(ModelConfig(num_layers=36, num_experts=128)) == "120b"
+    assert golden.size_of(ModelConfig(experts="mxfp4", dtype="float32")) == "20b"
+    assert golden.size_of(ModelConfig(num_layers=36, num_experts=128)) == "120b"
     for other in ({"num_layers": 36}, {"layer_pattern": "full"}, {"rope_factor": 16.0}):
         with pytest.raises(UserError, match="and this is neither"):
-            verify.size_of(dataclasses.replace(ModelConfig(), **other))
+            golden.size_of(dataclasses.replace(ModelConfig(), **other))
 
 
 def test_agreement_is_within_the_tolerance_and_complete() -> None:
-    for golden in verify.GOLDEN.values():
-        assert len(golden) == 12
-        assert verify.agrees([x + 0.09 for x in golden], golden) == [True] * 12
-        assert verify.agrees([x - 0.11 for x in golden], golden) == [False] * 12
-        assert verify.agrees(golden[:-1], golden) == [True] * 11 + [False]
-    assert verify.agrees([math.nan], [0.0]) == [False]
+    for known in golden.LOGPROBS.values():
+        assert len(known) == 12
+        assert golden.agrees([x + 0.09 for x in known], known) == [True] * 12
+        assert golden.agrees([x - 0.11 for x in known], known) == [False] * 12
+        assert golden.agrees(known[:-1], known) == [True] * 11 + [False]
+    assert golden.agrees([math.nan], [0.0]) == [False]
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -44,20 +45,18 @@ def test_a_whole_run_on_a_small_model(tmp_path: Path, monkeypatch, capsys) -> No
     params["embedding"]["weight"] = rng.standard_normal((500, 32)).astype(np.float32)
     params["unembedding"]["weight"] = rng.standard_normal((500, 32)).astype(np.float32)
     weights.save(tmp_path / "c", model, params)
-    monkeypatch.setattr(verify, "_20B", loading.load(tmp_path / "c")[0].config)
-    monkeypatch.setitem(verify.GOLDEN, "20b", (0.0,) * 12)
+    monkeypatch.setattr(golden, "_20B", loading.load(tmp_path / "c")[0].config)
+    monkeypatch.setitem(golden.LOGPROBS, "20b", (0.0,) * 12)
     seen = []
-    monkeypatch.setattr(
-        verify, "agrees", lambda ours, golden: seen.append(list(ours)) or [True] * 12
-    )
+    monkeypatch.setattr(golden, "agrees", lambda ours, _: seen.append(list(ours)) or [True] * 12)
     assert verify.verify(tmp_path / "c")
     monkeypatch.undo()
-    monkeypatch.setattr(verify, "_20B", loading.load(tmp_path / "c")[0].config)
-    monkeypatch.setitem(verify.GOLDEN, "20b", tuple(seen[0]))
+    monkeypatch.setattr(golden, "_20B", loading.load(tmp_path / "c")[0].config)
+    monkeypatch.setitem(golden.LOGPROBS, "20b", tuple(seen[0]))
     verify.main(["--checkpoint", str(tmp_path / "c")])
     assert "12 of 12 within 0.1: ok" in capsys.readouterr().out
     moved = [*seen[0][:5], seen[0][5] - 0.2, *seen[0][6:]]
-    monkeypatch.setitem(verify.GOLDEN, "20b", tuple(moved))
+    monkeypatch.setitem(golden.LOGPROBS, "20b", tuple(moved))
     with pytest.raises(SystemExit) as stopped:
         verify.main(["--checkpoint", str(tmp_path / "c")])
     assert stopped.value.code == 1

@@ -10,30 +10,17 @@ from typing import Any, Literal
 
 import jax
 
+from gptoss_jax.chips.facts import FACTS, TARGETS, TPUS, name_of
+
 Platform = Literal["cpu", "gpu", "tpu"]
 
-# What `device_kind` says, by the name that this project uses: the first that is in it.
-KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6": "v6e",
-    "TPU7": "tpu7x",
-    "H100": "h100",
-    "H200": "h200",
-    "B200": "b200",
-    "L40": "other",
-    "L4": "l4",
-    "T4": "t4",
-}
-NAMES = tuple(name for name in KINDS.values() if name != "other")
-TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 HOPPER = ("h100", "h200")
 MOSAIC_GPU = (0, 11, 2)  # of jax: before it the names of the backend were others
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A kind of device. `kind` is a name of `KINDS`, "cpu", or "other"."""
+    """A kind of device. `kind` is a name of `facts.TARGETS`, "cpu", or "other"."""
 
     platform: Platform
     kind: str
@@ -52,8 +39,8 @@ def named(kind: str, *, interpret: bool = False) -> Chip:
     """Return the chip of a name ("cpu", "v5e", "h200" and the like). Raises ValueError."""
     if kind == "cpu":
         return Chip("cpu", "cpu", interpret)
-    if kind not in NAMES:
-        raise ValueError(f"chip {kind!r}: use one of cpu, {', '.join(NAMES)}")
+    if kind not in TARGETS:
+        raise ValueError(f"chip {kind!r}: use one of cpu, {', '.join(TARGETS)}")
     return Chip("tpu" if kind in TPUS else "gpu", kind, interpret)
 
 
@@ -71,6 +58,16 @@ def assume(kind: str, *, interpret: bool = False) -> Iterator[Chip]:
     finally:
         _assumed.reset(token)
         jax.clear_caches()
+
+
+def peak_flops(peak_tflops: float = 0.0, *, devices: int = 1) -> float | None:
+    """Return the peak of so many of the devices here in FLOP/s; None if it is not known (a CPU's).
+
+    `peak_tflops`, of one device, goes before the table.
+    """
+    row = FACTS.get(name_of(jax.devices()[0].device_kind) or "")
+    peak = peak_tflops * 1e12 or (row.flops if row else 0.0)
+    return peak * devices if peak else None
 
 
 def tpu_interpreter() -> Any:
@@ -117,5 +114,5 @@ def _of(device: Any) -> Chip:
     platform: Any = device.platform
     if platform == "cpu":
         return Chip("cpu", "cpu")
-    kind = next((name for text, name in KINDS.items() if text in device.device_kind), "other")
-    return Chip("tpu" if platform == "tpu" else "gpu", kind)
+    kind = (name_of(device.device_kind) or "other").partition("-")[0]
+    return Chip("tpu" if platform == "tpu" else "gpu", kind if kind in TARGETS else "other")

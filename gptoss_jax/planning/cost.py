@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.chips import facts as chip_facts
-from gptoss_jax.chips.facts import Facts, GiB
+from gptoss_jax.chips.facts import GPUS, TARGETS, GiB, Target
+from gptoss_jax.chips.topologies import GPUS_A_HOST
 from gptoss_jax.config import Config, ModelConfig
+from gptoss_jax.model.flops import matmul_params, step_flops
 from gptoss_jax.parallel.exchange import receive_rows
 from gptoss_jax.parallel.mesh import ROWS
 from gptoss_jax.planning import hlo, traffic
 from gptoss_jax.planning.programs import Lowered, Sampling
-from gptoss_jax.runs import metrics
 from gptoss_jax.sampler.sampler import prefill_piece
 
 ASSUMPTIONS = (
@@ -80,7 +80,7 @@ def measure(
     keep_hlo: Callable[[str, str], None] | None = None,
 ) -> Plan:
     """Compile a program, and read what it takes."""
-    facts = chip_facts.FACTS[kind]
+    facts = TARGETS[kind]
     plan = Plan(lowered.name, lowered.parts, lowered.gradients, facts.memory)
     plan.trace_seconds, plan.host = lowered.seconds, lowered.host
     plan.receive_buffer = receive_bytes(config, mesh, lowered.name, sampling)
@@ -112,7 +112,7 @@ def measure(
         if lowered.name == "decode"
         else traffic.accessed_bytes(text)
     )
-    gpu = kind in chip_facts.GPUS
+    gpu = kind in GPUS
     plan.collectives = summarise(reading.collectives, facts, gpu=gpu)
     plan.seconds = {
         "compute": plan.flops / facts.flops,
@@ -130,14 +130,14 @@ def _allocated(memory: Any, kind: str) -> int:
     arguments that they replace.
     """
     whole = getattr(memory, "total_allocation_bytes", 0)
-    if whole and kind not in chip_facts.GPUS:
+    if whole and kind not in GPUS:
         return whole
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + beyond
 
 
 def summarise(
-    collectives: list[hlo.Collective], facts: Facts, *, gpu: bool
+    collectives: list[hlo.Collective], facts: Target, *, gpu: bool
 ) -> dict[str, dict[str, float]]:
     """Add collectives up by kind: how many a run of the program, bytes a device, least seconds."""
     found: dict[str, dict[str, float]] = {}
@@ -154,7 +154,7 @@ def summarise(
 
 
 def _leaves_host(one: hlo.Collective) -> bool:
-    host = chip_facts.GPUS_A_HOST
+    host = GPUS_A_HOST
     return any(len({device // host for device in group}) > 1 for group in one.groups)
 
 
@@ -200,16 +200,14 @@ def flops(config: Config, name: str, sampling: Sampling) -> float:
     if name == "train":
         tokens = config.data.batch_size * config.data.sequence_length
         length = config.data.sequence_length
-        whole = metrics.step_flops(c, tokens=tokens, trained=tokens, sequence_length=length)
-        layers = metrics.step_flops(c, tokens=tokens, trained=0, sequence_length=length)
+        whole = step_flops(c, tokens=tokens, trained=tokens, sequence_length=length)
+        layers = step_flops(c, tokens=tokens, trained=0, sequence_length=length)
         return whole + (layers / 3 if c.remat in ("full", "offload") else 0)
     if name == "prefill":
         tokens = sampling.batch * sampling.prompt
         length = sampling.prompt
-        return (
-            metrics.step_flops(c, tokens=tokens, trained=sampling.batch, sequence_length=length) / 3
-        )
-    layers, unembedding = metrics.matmul_params(c)
+        return step_flops(c, tokens=tokens, trained=sampling.batch, sequence_length=length) / 3
+    layers, unembedding = matmul_params(c)
     keys = sum(min(window or sampling.context, sampling.context) for window in c.layer_windows)
     return sampling.batch * (2 * (layers + unembedding) + 4 * c.num_heads * c.head_dim * keys)
 

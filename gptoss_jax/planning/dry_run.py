@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from rich.console import Console
 
-from gptoss_jax import data
+from gptoss_jax import chips, data
 from gptoss_jax.config import Config
 from gptoss_jax.loading import start_adapters
-from gptoss_jax.lora import select
 from gptoss_jax.model import MakeModel, Transformer
-from gptoss_jax.objectives import check_start, make_objective
-from gptoss_jax.parallel import sharding
+from gptoss_jax.model.flops import step_flops
+from gptoss_jax.objectives import check_start
 from gptoss_jax.parameters import patterns
-from gptoss_jax.parameters.tree import is_weight
-from gptoss_jax.runs import metrics
-from gptoss_jax.training import setup
-from gptoss_jax.training.layerwise_step import largest_part
-from gptoss_jax.types import MXFP4, Batch, Params, Relaid, TrainState
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a config trains by, and what goes into its step, as shapes."""
-
-    model: Transformer
-    factors: Params  # on each parameter's learning rate
-    step: setup.Step
-    state: TrainState  # spread over the mesh that is set, if there is one
-    batch: Batch
+from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.planning.shapes import (
+    Shapes,
+    checkpoint_bytes,
+    gradient_bytes,
+    shapes,
+    tree_bytes,
+)
+from gptoss_jax.types import MXFP4, Relaid
 
 
 def show(config: Config, console: Console, *, make_model: MakeModel = Transformer) -> None:
@@ -76,12 +65,12 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
         f"\na step    {rows:,} rows of {length:,}: {tokens:,.0f} tokens, {trained:,.0f} trained "
         f"({what}); {tokens * config.train.steps:,.0f} tokens in {config.train.steps:,} steps"
     )
-    flops = metrics.step_flops(config.model, tokens=tokens, trained=trained, sequence_length=length)
+    flops = step_flops(config.model, tokens=tokens, trained=trained, sequence_length=length)
     say(
         f"FLOPs     {flops:.4g} a step, {flops / tokens:.4g} a token: matmuls with active "
         "parameters and attention, forward and backward"
     )
-    peak = metrics.peak_flops(config.train.peak_tflops)
+    peak = chips.peak_flops(config.train.peak_tflops)
     if peak:
         say(f"          {flops / peak:.3g} s a step at the device's peak, if one held it all")
     left_out = patterns.frozen_paths(run.factors) if config.model.lora.targets else ()
@@ -95,37 +84,12 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
     say("\ndry run: nothing was written")
 
 
-def shapes(config: Config, make_model: MakeModel = Transformer) -> Shapes:
-    """Return the step that a config trains with, and its arguments as shapes.
-
-    Raises:
-        UserError: patterns of `optimizer` that do not fit the model.
-    """
-    c, sources = config.model, len(config.data.train) if config.data.weights else 0
-    # Which experts have the highest load is not known, but how many are chosen is.
-    load = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
-    model, objective = make_model(sharding.padded(config.model)), make_objective(config)
-    factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
-    optimizer = setup.optimizer_of(config, factors)
-    step: Any = setup.make_step(config, model, optimizer, objective, factors=factors)
-    state = setup.abstract_state(config, model, optimizer, factors=factors)
-    size = (config.data.batch_size, config.data.sequence_length)
-    ids = jax.ShapeDtypeStruct(size, jnp.int32)
-    weights = jax.ShapeDtypeStruct(size, jnp.float32)
-    of_rows = jax.ShapeDtypeStruct(size[:1], jnp.int32) if sources else None
-    batch = Batch(ids, ids, weights, ids, ids, of_rows)  # pyright: ignore[reportArgumentType]
-    batch = objective.complete(batch)
-    if model.config.embedding_on_host:
-        batch = step.with_rows(batch)
-    return Shapes(model, factors, step, state, batch)
-
-
 def parameter_table(run: Shapes) -> list[str]:
     """Return a line a parameter: path, shape, dtype, count, what is trained of it, megabytes."""
-    factors = dict(_by_path(run.factors))
+    factors = flatten(run.factors)
     rows = [("path", "shape", "dtype", "parameters", "trained", "MB")]
     count = trained = 0
-    for path, leaf in _by_path(run.state.params):
+    for path, leaf in sorted(flatten(run.state.params).items()):
         factor: Float[Array, "..."] | Float[np.ndarray, "..."] = np.asarray(factors[path])
         size = math.prod(leaf.shape)
         moving = np.count_nonzero(factor) * (size // factor.size)
@@ -134,9 +98,9 @@ def parameter_table(run: Shapes) -> list[str]:
         how = "all" if moving == size else how
         shape = " x ".join(map(str, leaf.shape))
         dtype = "mxfp4" if packed else str(leaf.dtype)
-        rows.append((path, shape, dtype, f"{size:,}", how, f"{_bytes(leaf) / 1e6:,.1f}"))
+        rows.append((path, shape, dtype, f"{size:,}", how, f"{tree_bytes(leaf) / 1e6:,.1f}"))
         count, trained = count + size, trained + moving
-    megabytes = f"{_bytes(run.state.params) / 1e6:,.1f}"
+    megabytes = f"{tree_bytes(run.state.params) / 1e6:,.1f}"
     rows.append(("all", "", "", f"{count:,}", f"{trained:,}", megabytes))
     wide = [max(len(row[i]) for row in rows) for i in range(6)]
     return [
@@ -148,36 +112,22 @@ def parameter_table(run: Shapes) -> list[str]:
     ]
 
 
-def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> int:
-    """Return the bytes of what a checkpoint holds: parameters, optimizer, averaged parameters.
-
-    `left_out` are the paths of parameters that are in a base, adapters though frozen not among them
-    (`base.measure`).
-    """
-    kept = [
-        leaf
-        for path, leaf in _by_path(state.params)
-        if path not in left_out or path.startswith("lora/")
-    ]
-    return _bytes((kept, state.opt_state, state.ema))
-
-
 def memory_table(config: Config, run: Shapes) -> list[str]:
     """Compile the step, and return lines on its memory by part, and on its arithmetic."""
     state = run.state
-    factors = dict(_by_path(run.factors))
+    factors = flatten(run.factors)
     exact = config.optimizer.accumulate > 1  # gradients then add up in float32
     each = {
-        path: math.prod(leaf.shape) * 4 if exact else _bytes(leaf)
-        for path, leaf in _by_path(state.params)
+        path: math.prod(leaf.shape) * 4 if exact else tree_bytes(leaf)
+        for path, leaf in flatten(state.params).items()
         if np.any(factors[path])
     }
     gradients = gradient_bytes(config, each)
     parts = {
-        "parameters": _bytes(state.params),
-        "optimizer state": _bytes(state.opt_state),
-        "averaged parameters": _bytes(state.ema),
-        "batch": _bytes(run.batch),
+        "parameters": tree_bytes(state.params),
+        "optimizer state": tree_bytes(state.opt_state),
+        "averaged parameters": tree_bytes(state.ema),
+        "batch": tree_bytes(run.batch),
     }
     lines = [_row(name, size) for name, size in parts.items() if size]
     step: Any = run.step
@@ -216,13 +166,6 @@ def memory_table(config: Config, run: Shapes) -> list[str]:
     return lines
 
 
-def gradient_bytes(config: Config, each: dict[str, int]) -> int:
-    """Return the bytes of gradients that there are at once, of those of each parameter by path."""
-    if config.optimizer.fused:
-        return largest_part(each, num_layers=config.model.num_layers)
-    return sum(each.values())
-
-
 def device_bytes() -> int | None:
     """Return the memory of the first device (of a CPU, the machine's); None if it is not known."""
     device = jax.devices()[0]
@@ -242,15 +185,6 @@ def _first_batch(config: Config) -> tuple[float, float]:
     finally:
         batches.close()
     return float(np.sum(batch.segment_ids != 0)), float(np.sum(batch.weights))
-
-
-def _by_path(tree: Params) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_weight)
-    return [("/".join(step.key for step in path), leaf) for path, leaf in leaves]
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _size(size: float) -> str:

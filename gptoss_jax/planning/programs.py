@@ -18,7 +18,8 @@ from gptoss_jax.config import Config
 from gptoss_jax.model import MakeModel, Transformer, host_embedding, pack_experts
 from gptoss_jax.ops import moe
 from gptoss_jax.parallel import sharding
-from gptoss_jax.planning import dry_run
+from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.planning.shapes import gradient_bytes, shapes
 from gptoss_jax.sampler import decode as compiled
 from gptoss_jax.sampler import sampler
 from gptoss_jax.sampler.rules import Rules
@@ -58,22 +59,22 @@ def train(config: Config, mesh: jax.sharding.Mesh, make_model: MakeModel = Trans
     start = time.perf_counter()
     rows = config.data.batch_size // config.optimizer.accumulate
     sharding.check_batch(rows, config.data.sequence_length, mesh)
-    run = dry_run.shapes(config, make_model)
+    run = shapes(config, make_model)
     state = run.state
     batch = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         run.batch,
         sharding.batch_shardings(run.batch, mesh),
     )
-    factors = dict(dry_run._by_path(run.factors))
+    factors = flatten(run.factors)
     exact = config.optimizer.accumulate > 1
     each = {
         path: math.prod(leaf.sharding.shard_shape(leaf.shape))
         * (4 if exact else leaf.dtype.itemsize)
-        for path, leaf in dry_run._by_path(state.params)
+        for path, leaf in flatten(state.params).items()
         if np.any(factors[path]) and hasattr(leaf, "dtype")
     }
-    gradients = dry_run.gradient_bytes(config, each)
+    gradients = gradient_bytes(config, each)
     # Of devices that are not here a sharding does not tell its kind of memory.
     host = local_bytes(state.params[host_embedding.KEY]) if config.model.embedding_on_host else 0
     parts = {

@@ -1,4 +1,4 @@
-"""What a run measured: JSON lines, TensorBoard, curves; and how much arithmetic a step is."""
+"""What a run measured: JSON lines, TensorBoard, curves."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.runs.tensorboard import Board
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 CURVES = "curves.png"
-
-# Dense peak of one device in bfloat16 (float16 where it has none), TFLOP/s, by what its
-# `device_kind` contains, the first that fits. Source: the vendors' data sheets, without sparsity.
-_PEAK_TFLOPS = (
-    ("B200", 2_250.0), ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0),
-    ("L40S", 362.0), ("L4", 121.0), ("V100", 125.0), ("T4", 65.0),
-    ("TPU v6", 918.0), ("TPU v5 lite", 197.0), ("TPU v5e", 197.0), ("TPU v5", 459.0),
-    ("TPU v4", 275.0), ("TPU7", 2_307.0), ("TPU v7", 2_307.0),
-)  # fmt: skip
 
 
 class MetricsLog:
@@ -112,48 +100,6 @@ def _keep(path: Path, step: int | None) -> None:
     whole = path.with_suffix(".tmp")
     whole.write_text("".join(json.dumps(r) + "\n" for r in kept))
     os.replace(whole, path)
-
-
-def matmul_params(config: ModelConfig) -> tuple[int, int]:
-    """Return the parameters that multiply each token in the layers, and each unembedded token.
-
-    A of E experts; biases, norms and the embedding's look-up are no matmuls.
-    """
-    c = config
-    attention = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
-    experts = c.active_experts * 3 * c.d_model * c.d_expert
-    layer = attention + c.num_experts * c.d_model + experts
-    return c.num_layers * layer, c.vocab_size * c.d_model
-
-
-def step_flops(
-    config: ModelConfig, *, tokens: float, trained: float, sequence_length: int
-) -> float:
-    """Return the floating-point operations of a training step, forward and backward.
-
-    6 per active matmul parameter and token (2 forward, 4 backward; the unembedding over the trained
-    tokens alone), and in attention 12 * N * H per pair of query and visible key, a row taken as one
-    segment. What remat computes again is not counted.
-    """
-    c, T = config, sequence_length
-    layers, unembedding = matmul_params(config)
-    pairs = 0.0  # per token, over layers
-    for window in c.layer_windows:
-        w = min(window or T, T)
-        pairs += (w * (w + 1) / 2 + (T - w) * w) / T
-    attention = 12 * c.num_heads * c.head_dim * pairs
-    return tokens * (6 * layers + attention) + 6 * trained * unembedding
-
-
-def peak_flops(peak_tflops: float = 0.0, *, devices: int = 1) -> float | None:
-    """Return the peak of so many devices in FLOP/s; None if it is not known, as on a CPU.
-
-    `peak_tflops`, of one device, goes before the table.
-    """
-    kind = jax.devices()[0].device_kind
-    known = [peak for name, peak in _PEAK_TFLOPS if name in kind]
-    peak = peak_tflops or (known[0] if known else 0.0)
-    return peak * 1e12 * devices if peak else None
 
 
 def plot(workdir: str | Path) -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_jax import chips
 from gptoss_jax.config import Config
-from gptoss_jax.runs import metrics
+from gptoss_jax.model.flops import step_flops
 from gptoss_jax.training import expert_load
 from gptoss_jax.training.step import StepMetrics
 
@@ -28,7 +29,7 @@ class StepRecorder:
     ) -> None:
         """Go on with the counts of `log`, the records so far, of a run on so many devices."""
         self._config, self._sources = config, tuple(sources)
-        self._peak = metrics.peak_flops(config.train.peak_tflops, devices=devices)
+        self._peak = chips.peak_flops(config.train.peak_tflops, devices=devices)
         self._totals = {}
         for name in self._sources:
             for what in ("tokens", "trained"):
@@ -95,7 +96,7 @@ class StepRecorder:
 
     def _rates(self, done: list[StepMetrics], seconds: float) -> dict[str, Any]:
         flops = sum(
-            metrics.step_flops(
+            step_flops(
                 self._config.model,
                 tokens=float(x.tokens),
                 trained=float(x.trained),

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from gptoss_jax import chips
-from gptoss_jax.chips import facts
+from gptoss_jax.chips import topologies
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +30,7 @@ def compile_for():
     """
 
     def run(chip: str, function, *shapes, donate=()):
-        mesh = facts.mesh(chip)
+        mesh = topologies.mesh(chip)
         here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
         def put(s):

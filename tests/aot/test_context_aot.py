@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import chips
-from gptoss_jax.chips import facts
+from gptoss_jax.chips import topologies
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.parallel import context, mesh
 
@@ -21,7 +21,7 @@ MB = 10**6
 
 def compiled(target: str, window: int | None, T: int = 131072):
     """Compile one row there and back, its tokens over all devices of the target."""
-    over = mesh.make(MeshConfig(context=-1), facts.devices(target))
+    over = mesh.make(MeshConfig(context=-1), topologies.devices(target))
 
     def shape(*sizes, spec, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(over, spec))

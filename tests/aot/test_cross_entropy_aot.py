@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax import chips
-from gptoss_jax.chips import facts
+from gptoss_jax.chips import topologies
 from gptoss_jax.ops.cross_entropy import cross_entropy, sharded
 
 M, V, D = 8192, 201_088, 2880
@@ -53,7 +53,7 @@ def test_memory_of_a_frozen_weight(compile_for, chip, most):
 
 @pytest.mark.parametrize("target", ["v6e:2x2", "h200:4"])
 def test_a_spread_vocabulary_is_never_gathered(target):
-    mesh = facts.mesh(target)
+    mesh = topologies.mesh(target)
     all_of_it, part = PartitionSpec(), PartitionSpec("x")
     specs = (all_of_it, part, all_of_it, all_of_it)
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax import chips
-from gptoss_jax.chips import facts
+from gptoss_jax.chips import topologies
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel.experts import experts
@@ -30,7 +30,7 @@ SHAPES = {
 
 def compiled(target: str, exchange: str, **sizes: int) -> str:
     """Return the HLO of values and gradients."""
-    mesh = meshes.make(MeshConfig(**sizes), facts.devices(target))
+    mesh = meshes.make(MeshConfig(**sizes), topologies.devices(target))
 
     def shape(dims: tuple, dtype: type, *spec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*spec)))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from gptoss_jax import chips
-from gptoss_jax.chips import facts
+from gptoss_jax.chips import topologies
 from gptoss_jax.config import command_line
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.planning import cost, programs
@@ -33,7 +33,7 @@ def compiled(layers: int) -> tuple[programs.Lowered, Any]:
     config = command_line.load(options, prog="plan")
     optimizer = dataclasses.replace(config.optimizer, freeze=FROZEN)
     config = dataclasses.replace(config, optimizer=optimizer)
-    mesh = meshes.make(config.mesh, facts.devices("h200"))
+    mesh = meshes.make(config.mesh, topologies.devices("h200"))
     with chips.assume("h200"), jax.set_mesh(mesh):
         lowered = programs.train(config, mesh)
         return lowered, lowered.compile()

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptoss_jax import data, inspect
+from gptoss_jax import data
 from gptoss_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from gptoss_jax.data import preferences
+from gptoss_jax.data import preferences, show
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.packing import Segment, fill
 from gptoss_jax.data.windows import Windows
@@ -46,7 +46,7 @@ def write(path, rows):
 
 def split_text(segment):
     """Return the text of a segment, what is trained in brackets."""
-    return str(inspect._segment(*[x.tolist() for x in segment], ENCODING, plain=True))
+    return str(show._segment(*[x.tolist() for x in segment], ENCODING, plain=True))
 
 
 ENCODING = tokenizer.get_tokenizer(VOCAB)
@@ -274,7 +274,7 @@ def test_data_of_the_other_kind_are_refused(tmp_path, pairs):
 def test_inspect_names_the_sides(pairs):
     examples = open_examples(make_config(pairs))
     batch = fill([[*examples[3], *examples[8]]], 2 * T)
-    shown = [str(t) for t in inspect.describe([batch], ENCODING, plain=True, pairs=True)]
+    shown = [str(t) for t in show.describe([batch], ENCODING, plain=True, pairs=True)]
     names = [t.split(":")[0] for t in shown if t.startswith("- ")]
     sides = ("chosen", "rejected")
     assert names == [f"- pair {k}, {side}" for k in (1, 2) for side in sides]

@@ -14,10 +14,11 @@ from programs import make_program
 from tiny_training import TINY, write_chats
 
 import gptoss_jax
-from gptoss_jax import convert, train
+from gptoss_jax import train
 from gptoss_jax.config import LoRAConfig, MeshConfig, OptimizerConfig, command_line
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import checkpoint
+from gptoss_jax.loading.convert import convert
 from gptoss_jax.lora import select
 from gptoss_jax.lora.adapters import adapted as lora_paths
 from gptoss_jax.model import Transformer
@@ -28,6 +29,7 @@ from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parameters.patterns import frozen_paths
 from gptoss_jax.parameters.tree import flatten, path_name
 from gptoss_jax.planning import dry_run
+from gptoss_jax.planning.shapes import checkpoint_bytes, shapes, tree_bytes
 from gptoss_jax.runs import metrics
 from gptoss_jax.training import setup
 from gptoss_jax.types import Batch
@@ -118,7 +120,7 @@ def test_steps_move_the_adapters_chosen_and_nothing_else():
     arrays = [path for path in held if "weight" in path or "layers" in path or "bias" in path]
     assert arrays and all("/lora/" in path for path in arrays)
     adapter_bytes = sum(x.nbytes for x in jax.tree.leaves(before["lora"]))
-    assert dry_run._bytes(state.opt_state) <= 2 * adapter_bytes + 64
+    assert tree_bytes(state.opt_state) <= 2 * adapter_bytes + 64
     losses = []
     for _ in range(3):  # on one batch
         state, measured = program.step(state, a_batch(config))
@@ -197,7 +199,7 @@ def test_bad_input_ends_with_one_line(chats, tmp_path, capsys, monkeypatch):
 
 
 def test_dry_run_shows_adapters():
-    run = dry_run.shapes(config_of(*LORA))
+    run = shapes(config_of(*LORA))
     table = dry_run.parameter_table(run)
     rows = {line.split()[0]: line for line in table}
     assert "mxfp4" in rows["layers/experts/gate_up_weight"]
@@ -206,7 +208,7 @@ def test_dry_run_shows_adapters():
     assert " all " in rows["lora/layers/experts/gate_up_weight/a"]
     frozen = frozen_paths(run.factors)
     held = jax.tree.leaves((run.state.params["lora"], run.state.opt_state))
-    assert dry_run.checkpoint_bytes(run.state, left_out=frozen) == sum(
+    assert checkpoint_bytes(run.state, left_out=frozen) == sum(
         x.size * x.dtype.itemsize for x in held
     )
     text = "\n".join(setup.describe_trained(run.model, run.factors))
@@ -265,11 +267,11 @@ def test_a_run_is_exported_merged(ran, tmp_path):
 
     gptoss_jax.save(tmp_path / "dense", model, params, experts="dense")
     same(tmp_path / "dense", *select.merge(*select.decode_experts(model.config, params)))
-    report = convert.convert(ran[0], tmp_path / "packed", to="hf", force=True)
+    report = convert(ran[0], tmp_path / "packed", to="hf", force=True)
     assert {cost.path for cost in report.costs} == set(lora_paths(model.config))
     same(tmp_path / "packed", *select.merge(model.config, params))
     with pytest.raises(UserError, match=r"gate_up_weight .* no fixed place for"):
-        convert.convert(ran[0], tmp_path / "peft", to="peft")
+        convert(ran[0], tmp_path / "peft", to="peft")
     assert not (tmp_path / "peft").exists()
 
 

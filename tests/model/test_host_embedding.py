@@ -18,7 +18,7 @@ from gptoss_jax.model import host_embedding
 from gptoss_jax.model.initial import init_params
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parameters.tree import flatten
-from gptoss_jax.planning import dry_run
+from gptoss_jax.planning.shapes import shapes
 from gptoss_jax.runs import metrics
 from gptoss_jax.training.step import averaged_params
 from gptoss_jax.types import Batch
@@ -94,8 +94,8 @@ def test_it_trains_the_same():
 
 def test_the_step_takes_rows_and_no_table():
     config = config_of(ON_HOST)
-    run = dry_run.shapes(config)
-    lowered = run.step.lower(run.state, run.batch)  # pyright: ignore[reportFunctionMemberAccess]
+    run = shapes(config)
+    lowered = run.step.lower(run.state, run.batch)
     c, taken = config.model, [x.shape for x in jax.tree.leaves(lowered.in_avals)]
     assert taken.count((B, T, c.d_model)) == 1
     assert taken.count((c.vocab_size, c.d_model)) == 1  # of the unembedding

@@ -20,9 +20,10 @@ from tiny_training import TINY, write_chats
 from gptoss_jax import inspect, train
 from gptoss_jax.config import command_line
 from gptoss_jax.errors import UserError
+from gptoss_jax.model.flops import step_flops
 from gptoss_jax.optimizer import split_trainable
 from gptoss_jax.planning import dry_run
-from gptoss_jax.runs import metrics
+from gptoss_jax.planning.shapes import checkpoint_bytes, shapes
 from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +58,10 @@ def test_nothing_is_written_and_no_weights_or_data_are_needed(tmp_path, monkeypa
     assert re.search(
         r"1 x 4 x 32 x 64 +float32 +8,192 +all +0\.0", rows["layers/experts/down_weight"]
     )
-    total, _ = dry_run.shapes(config).model.num_parameters()
+    total, _ = shapes(config).model.num_parameters()
     assert f"{total:,}" in rows["all"] and f"{total - 10_240:,}" in rows["all"]
 
-    want = metrics.step_flops(config.model, tokens=128, trained=128, sequence_length=64)
+    want = step_flops(config.model, tokens=128, trained=128, sequence_length=64)
     assert f"FLOPs     {want:.4g} a step" in printed
     assert "2 rows of 64: 128 tokens, 128 trained (full rows" in printed
     assert "768 tokens in 6 steps" in printed
@@ -115,13 +116,13 @@ def test_patterns_and_packed_experts_show_in_the_table():
         *("--model.experts", "mxfp4", "--optimizer.freeze", "layers[0]/attention/*", "*norm*"),
         *("--model.num_layers", "2", "--optimizer.accumulate", "2"),
     )
-    run = dry_run.shapes(config)
+    run = shapes(config)
     rows = {line.split()[0]: line.split() for line in dry_run.parameter_table(run)}
     assert rows["layers/experts/down_weight"][-4:] == ["mxfp4", "16,384", "packed", "0.0"]
     assert rows["layers/attention/q_bias"][-3:-1] == ["96", "48"]
     assert rows["final_norm/scale"][-2] == "frozen"
     state = run.state
-    assert dry_run.checkpoint_bytes(state) == sum(
+    assert checkpoint_bytes(state) == sum(
         math.prod(x.shape) * x.dtype.itemsize
         for x in jax.tree.leaves((state.params, state.opt_state))
     )
@@ -130,29 +131,29 @@ def test_patterns_and_packed_experts_show_in_the_table():
 
 
 def test_chosen_by_load_is_counted_without_data():
-    run = dry_run.shapes(config_of("--optimizer.only", "layers/experts[top2]/*weight"))
+    run = shapes(config_of("--optimizer.only", "layers/experts[top2]/*weight"))
     rows = {line.split()[0]: line.split() for line in dry_run.parameter_table(run)}
     assert rows["layers/experts/down_weight"][-3:-1] == ["8,192", "4,096"]
     with pytest.raises(UserError, match="nothing_like_it"):
-        dry_run.shapes(config_of("--optimizer.freeze", "nothing_like_it"))
+        shapes(config_of("--optimizer.freeze", "nothing_like_it"))
 
 
 def test_a_mixture_has_sources_in_its_batch():
-    one = dry_run.shapes(config_of("a", "b", "--data.weights", "0.5", "2"))
+    one = shapes(config_of("a", "b", "--data.weights", "0.5", "2"))
     assert one.batch.sources is not None and one.batch.sources.shape == (2,)
-    assert dry_run.shapes(config_of("a", "b")).batch.sources is None
+    assert shapes(config_of("a", "b")).batch.sources is None
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "gb"), [("20b", 20.91e9, 293), ("120b", 116.83e9, 1636)]
 )
 def test_the_real_models_are_counted_without_being_made(name, parameters, gb):
-    run = dry_run.shapes(command_line.load(["--config", f"configs/{name}.py"]))
+    run = shapes(command_line.load(["--config", f"configs/{name}.py"]))
     last = dry_run.parameter_table(run)[-1].split()
     assert int(last[1].replace(",", "")) == pytest.approx(parameters, rel=1e-3)
     assert last[1] == last[2]
     # bfloat16 parameters with float32 moments and copies: 14 bytes each.
-    assert dry_run.checkpoint_bytes(run.state) / 1e9 == pytest.approx(gb, rel=1e-3)
+    assert checkpoint_bytes(run.state) / 1e9 == pytest.approx(gb, rel=1e-3)
     trained, _ = split_trainable(run.state.params)
     assert len(jax.tree.leaves(trained)) == len(jax.tree.leaves(run.state.params))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(run.state))
@@ -174,7 +175,7 @@ def test_questions_need_no_answers(tmp_path, monkeypatch):
 
 def test_a_step_that_does_not_compile_is_told(monkeypatch):
     config = config_of()
-    run = dry_run.shapes(config)
+    run = shapes(config)
 
     class Refuses:
         def lower(self, *_):

@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 
-from gptoss_jax import plan
-from gptoss_jax.chips import facts as chip_facts
+from gptoss_jax import chips, plan
+from gptoss_jax.chips import topologies
+from gptoss_jax.chips.facts import TARGETS
 from gptoss_jax.config import MeshConfig, command_line
-from gptoss_jax.errors import UserError
-from gptoss_jax.planning import cost, hlo, traffic
+from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.model import Transformer
+from gptoss_jax.model.flops import matmul_params, step_flops
+from gptoss_jax.parallel.mesh import AXES
+from gptoss_jax.planning import cost, hlo, programs, traffic
 from gptoss_jax.planning.cost import Plan
 from gptoss_jax.planning.programs import Sampling
-from gptoss_jax.runs import metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = command_line.read_config_file(str(ROOT / "configs/tiny.py"))
@@ -34,6 +36,10 @@ SMALL = [
     "--config", str(ROOT / "configs/tiny.py"), "--model.num_layers", "2", "--data.batch_size", "4",
     "--model.vocab_size", "256", "--data.sequence_length", "64",
 ]  # fmt: skip
+
+
+def run(*argv: str) -> bool:
+    return plan.run(*plan.parse(list(argv)))
 
 
 def compiled_text(function, *shapes, in_specs, out_specs) -> str:
@@ -216,20 +222,20 @@ def test_a_refusal_is_read():
 
 def test_flops_of_each_program():
     c = TINY.model
-    assert cost.flops(TINY, "train", ONE) == metrics.step_flops(
+    assert cost.flops(TINY, "train", ONE) == step_flops(
         c, tokens=4096, trained=4096, sequence_length=512
     )
     again = dataclasses.replace(TINY, model=dataclasses.replace(c, remat="full"))
-    layers = metrics.step_flops(c, tokens=4096, trained=0, sequence_length=512)
+    layers = step_flops(c, tokens=4096, trained=0, sequence_length=512)
     assert cost.flops(again, "train", ONE) - cost.flops(TINY, "train", ONE) == layers / 3
     # One token: 2 a matmul parameter, 4 N H a key: two layers see 32, two the whole context.
-    wide, unembedding = metrics.matmul_params(c)
+    wide, unembedding = matmul_params(c)
     want = 3 * (2 * (wide + unembedding) + 4 * 8 * 16 * (2 * 32 + 2 * 64))
     assert cost.flops(TINY, "decode", Sampling(3, 64, 64)) == want
 
 
 def test_decoding_reads_the_chosen_experts_alone():
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), plan.meshes.AXES)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), AXES)
     experts = 4 * 8 * 3 * 128 * 96 * 4
     table = 1024 * 128 * 4
     parts = {"parameters": experts + 10 * table, "cache": 1000}
@@ -241,7 +247,7 @@ def test_decoding_reads_the_chosen_experts_alone():
 def test_links_and_network():
     inside = hlo.Collective("all-gather", 8e6, (tuple(range(8)),), 3)
     across = hlo.Collective("all-gather", 1e6, (tuple(range(16)),), 1)
-    facts = chip_facts.FACTS["h200"]
+    facts = TARGETS["h200"]
     sums = cost.summarise([inside, across], facts, gpu=True)["all-gather"]
     assert sums["count"] == 4 and sums["sent_bytes"] == 3 * 56e6 + 15e6
     assert sums["seconds"] == pytest.approx(3 * 56e6 / 450e9 + 15e6 / 50e9)
@@ -250,8 +256,8 @@ def test_links_and_network():
 @pytest.fixture
 def eight_devices(monkeypatch):
     """Take this machine's virtual devices for the target's."""
-    monkeypatch.setattr(chip_facts, "devices", lambda _: jax.devices()[:8])
-    monkeypatch.setattr(plan.chips, "assume", _as_a_cpu)
+    monkeypatch.setattr(topologies, "devices", lambda _: jax.devices()[:8])
+    monkeypatch.setattr(chips, "assume", _as_a_cpu)
     monkeypatch.chdir(ROOT)
 
 
@@ -260,7 +266,7 @@ class _as_a_cpu:
         pass
 
     def __enter__(self):
-        return plan.chips.named("cpu")
+        return chips.named("cpu")
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -270,15 +276,14 @@ class _as_a_cpu:
 def test_a_plan_from_the_command_line(eight_devices, tmp_path, capsys):
     """By default fsdp takes all devices; the parts are shares of what there is."""
     file = tmp_path / "plan.json"
-    code = plan.main([*SMALL, "--target", "h200:8", "--data.batch_size", "8", "--json", str(file)])
+    assert run(*SMALL, "--target", "h200:8", "--data.batch_size", "8", "--json", str(file))
     printed = capsys.readouterr().out
-    assert code == 0, printed
     record = json.loads(file.read_text())
     assert record["devices"] == 8 and record["mesh"]["fsdp"] == 8
     (one,) = record["programs"]
     assert one["fits"] and one["name"] == "train"
     # Some small ones are whole on each device, everything else is an eighth.
-    count = plan.programs.Transformer(
+    count = Transformer(
         dataclasses.replace(TINY.model, num_layers=2, vocab_size=256)
     ).num_parameters()[0]
     assert count * 4 / 8 <= one["parts"]["parameters"] < count * 4 / 8 * 1.15
@@ -310,9 +315,15 @@ def test_what_does_not_fit_is_exit_code_1(
             flops=1e3, seconds=seconds,
         )  # fmt: skip
 
-    monkeypatch.setattr(plan.programs, "train", lambda *_: "train")
-    monkeypatch.setattr(plan.cost, "measure", measured)
-    assert plan.main([*SMALL, "--target", "h200:8", "--data.batch_size", "8"]) == code
+    monkeypatch.setattr(programs, "train", lambda *_: "train")
+    monkeypatch.setattr(cost, "measure", measured)
+    monkeypatch.setattr(plan, "_keep_from_devices", lambda _: None)
+    monkeypatch.setattr(
+        "sys.argv", ["plan", *SMALL, "--target", "h200:8", "--data.batch_size", "8"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        run_entry(plan.main)
+    assert stopped.value.code == code
     assert words in capsys.readouterr().out
 
 
@@ -325,17 +336,19 @@ def test_what_does_not_fit_is_exit_code_1(
         (["--target", "h200:8", "--mesh.fsdp", "3"], "mesh: fsdp 3"),
         (["--target", "h200:8", "--data.batch_size", "6"], "data.batch_size"),
         (["--target", "h200:8", "--batch", "0"], "--batch is 0"),
+        (["--target", "h200:8", "--batch", "x"], "--batch: invalid int value: 'x'"),
+        (["--target", "a100"], "the chips are v5e"),
         (["--target", "h200:8", "--model.layers", "3"], "unknown option --model.layers"),
     ],
 )
-def test_errors_are_one_line(options, words, eight_devices, capsys):
-    assert plan.main([*SMALL, *options]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.startswith("error: ") and said.count("\n") == 1
+def test_errors_are_one_line(options, words, eight_devices):
+    with pytest.raises(UserError) as error:
+        run(*SMALL, *options)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_receive_buffer_holds_all_rows_of_the_axis():
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 4, 1, 1), plan.meshes.AXES)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 4, 1, 1), AXES)
     config = dataclasses.replace(TINY, mesh=MeshConfig(fsdp=2, expert=4))
     want = 4 * 512 * 128 * 4  # 4 shards' row of 512 tokens, of 128 float32
     assert cost.receive_bytes(config, mesh, "train", ONE) == want
@@ -345,10 +358,12 @@ def test_the_receive_buffer_holds_all_rows_of_the_axis():
 
 
 def test_help(capsys):
-    assert plan.run(["--help"], Console()) == 0
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--help"])
+    assert stopped.value.code == 0
     assert "--target" in capsys.readouterr().out
 
 
 def test_it_is_refused_by_name_where_fields_do_not_fit():
     with pytest.raises(UserError, match="no --config FILE"):
-        plan.run(["--target", "v5e"], Console())
+        run("--target", "v5e")

@@ -17,11 +17,12 @@ from programs import make_program
 from tiny_training import TINY, write_chats
 
 import gptoss_jax
-from gptoss_jax import convert, loading, train, weights
+from gptoss_jax import loading, train, weights
 from gptoss_jax.config import LoRAConfig, MeshConfig, command_line
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import checkpoint, resume
 from gptoss_jax.loading import frozen_base as begun_base
+from gptoss_jax.loading.convert import convert
 from gptoss_jax.lora import select
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
@@ -139,7 +140,7 @@ def test_killed_and_gone_on_with_from_a_moved_base_of_another_layout(args, whole
     workdir, base = copy
     shutil.rmtree(workdir / "checkpoints/4")
     options = [*args, "--workdir", str(workdir)]
-    convert.convert(base, tmp_path / "moved", to="openai")
+    convert(base, tmp_path / "moved", to="openai")
     shutil.rmtree(base)
     for more in ([], ["--init", str(base)]):
         with pytest.raises(UserError) as caught:
@@ -350,12 +351,12 @@ def test_a_run_on_another_s_adapters_goes_on_without_it(copy, args, tmp_path):
 
 def test_adapters_alone_are_not_written_for_a_run_that_trained_more(whole, tmp_path):
     with pytest.raises(UserError, match=r"trained \*sinks besides its adapters.*--to hf"):
-        convert.convert(whole, tmp_path / "peft", to="peft")
+        convert(whole, tmp_path / "peft", to="peft")
     assert not (tmp_path / "peft").exists()
 
 
 def test_convert_takes_base_and_adapters(whole, tmp_path):
-    convert.convert(whole, tmp_path / "hf", to="hf", experts="dense")
+    convert(whole, tmp_path / "hf", to="hf", experts="dense")
     got = flatten(loading.load(tmp_path / "hf", dtype=jnp.float32)[1])
     model, params = gptoss_jax.load(whole, dtype=jnp.float32)
     base = flatten(select.decode_experts(model.config, params)[1])

@@ -22,7 +22,7 @@ import gc, json, shutil, sys
 from pathlib import Path
 import jax
 from gptoss_jax import weights
-from gptoss_jax.convert import convert
+from gptoss_jax.loading.convert import convert
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,9 +16,10 @@ from tiny_checkpoint import D, E, H, K, L, N, V
 
 from gptoss_jax import loading, weights
 from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig
-from gptoss_jax.convert import convert, main
+from gptoss_jax.convert import main
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import start_adapters
+from gptoss_jax.loading.convert import convert
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
 from gptoss_jax.parameters.tree import flatten, nest

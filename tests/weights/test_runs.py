@@ -10,9 +10,9 @@ from tiny_checkpoint import small_model
 
 from gptoss_jax import loading, weights
 from gptoss_jax.config import Config, DataConfig
-from gptoss_jax.convert import convert
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import shards
+from gptoss_jax.loading.convert import convert
 from gptoss_jax.ops import mxfp4
 from gptoss_jax.runs import checkpoints
 from gptoss_jax.types import TrainState

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from gptoss_jax import loading, weights  # noqa: E402
 from gptoss_jax.config import LoRAConfig  # noqa: E402
-from gptoss_jax.convert import convert  # noqa: E402
+from gptoss_jax.loading.convert import convert  # noqa: E402
 from gptoss_jax.lora import adapters  # noqa: E402
 from gptoss_jax.model import Transformer  # noqa: E402
 from gptoss_jax.parameters.tree import nest  # noqa: E402

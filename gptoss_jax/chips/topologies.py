@@ -1,0 +1,112 @@
+"""Devices that are not here, as the compilers describe them.
+
+TPUs need libtpu (`pip install "jax[tpu]"`), NVIDIA GPUs JAX's CUDA plug-in: `.[aot]` has both.
+No program runs on such devices; `.lower(...).compile().memory_analysis()` is the compiler's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+import sys
+from importlib import resources
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from gptoss_jax.chips.facts import GPUS, TARGETS
+from gptoss_jax.errors import UserError
+
+GPUS_A_HOST = 8
+
+# Without them libtpu looks for a metadata server, two processes at once abort over its lock file,
+# and JAX's CUDA plug-in looks for a driver.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "CUDA_VISIBLE_DEVICES": "-1",
+}
+
+
+def split(target: str) -> tuple[str, str]:
+    """Split "v5p:4x4x4" into chip and shape. Raises UserError for a chip that is not known."""
+    kind, _, shape = target.partition(":")
+    if kind not in TARGETS:
+        raise UserError(f"target {target!r}: the chips are {', '.join(TARGETS)}")
+    if shape and not all(size.isdigit() and int(size) for size in shape.split("x")):
+        raise UserError(
+            f"target {target!r}: after the colon comes a topology as in v5p:4x4x4, or a count of "
+            "GPUs as in h200:8"
+        )
+    return kind, shape
+
+
+def devices(target: str) -> list[Any]:
+    """Return the devices of `target`: "v5e:4x8", "v5p:2x2x1", "h200:8"; the chip alone is one.
+
+    A tpu7x chip shows as two devices. Raises UserError for an unknown chip, a shape that the
+    compiler refuses, or a compiler that is not installed.
+    """
+    kind, shape = split(target)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _check_compiler(target, "jax_cuda13_plugin" if kind in GPUS else "libtpu")
+    try:
+        return _gpus(kind, shape) if kind in GPUS else _tpus(kind, shape)
+    except UserError:
+        raise
+    except Exception as error:  # the plug-ins raise what they like
+        raise UserError(f"target {target!r}: {str(error).splitlines()[0]}") from error
+
+
+def mesh(target: str, axis: str = "x") -> jax.sharding.Mesh:
+    """Return a mesh of one axis over the devices of `target`."""
+    return jax.sharding.Mesh(np.array(devices(target)), (axis,))
+
+
+def _check_compiler(target: str, module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        what = "TPUs (libtpu)" if module == "libtpu" else "NVIDIA GPUs (JAX's CUDA plug-in)"
+        raise UserError(
+            f"target {target!r}: the compiler for {what} is not installed for {sys.executable}: "
+            "pip install -e '.[aot]' on Linux, Python 3.12, in an environment of its own "
+            "(`make plan` makes .venv-aot and does so)"
+            + ("" if platform.system() == "Linux" else f"; this is {platform.system()}")
+        )
+
+
+def _tpus(kind: str, shape: str) -> list[Any]:
+    one_chip = "1x1" if kind in ("v5e", "v6e") else "1x1x1"
+    shape = shape or one_chip
+    sizes = [int(size) for size in shape.split("x")]
+    if len(sizes) != len(one_chip.split("x")):  # which ends the compiler's process
+        like = "v5e:4x8" if one_chip == "1x1" else "v5p:4x4x4"
+        raise UserError(f"target '{kind}:{shape}': {kind} has a topology like that of {like}")
+    one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{kind}:{shape}", **one
+    ).devices
+    # One tpu7x chip is two devices: "tpu7x" alone means one of them.
+    return list(found)[:1] if math.prod(sizes) == 1 else list(found)
+
+
+def _gpus(kind: str, shape: str) -> list[Any]:
+    if shape and not shape.isdigit():
+        raise UserError(f"target '{kind}:{shape}': give a count, as in {kind}:8")
+    count = int(shape or 1)
+    hosts, odd = divmod(count, GPUS_A_HOST)
+    if count > GPUS_A_HOST and odd:
+        raise UserError(f"target '{kind}:{shape}': more than a host's 8 come in multiples of 8")
+    topology = f"1x{hosts}x{GPUS_A_HOST}" if hosts > 1 else f"1x1x{count}"
+    text = (resources.files("gptoss_jax.chips") / "targets" / f"{kind}.txtpb").read_text()
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, target_config=text, topology=topology
+    ).devices
+    return list(found)

@@ -1,0 +1,84 @@
+"""What a config trains by, as shapes: nothing is allocated. And how large such trees are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.config import Config
+from gptoss_jax.lora import select
+from gptoss_jax.model import MakeModel, Transformer
+from gptoss_jax.objectives import make_objective
+from gptoss_jax.parallel import sharding
+from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.training import setup
+from gptoss_jax.training.layerwise_step import largest_part
+from gptoss_jax.types import Batch, Params, TrainState
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a config trains by, and what goes into its step, as shapes."""
+
+    model: Transformer
+    factors: Params  # on each parameter's learning rate
+    step: setup.Step
+    state: TrainState  # spread over the mesh that is set, if there is one
+    batch: Batch
+
+
+def shapes(config: Config, make_model: MakeModel = Transformer) -> Shapes:
+    """Return the step that a config trains with, and its arguments as shapes.
+
+    Raises:
+        UserError: patterns of `optimizer` that do not fit the model.
+    """
+    c, sources = config.model, len(config.data.train) if config.data.weights else 0
+    # Which experts have the highest load is not known, but how many are chosen is.
+    load = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
+    model, objective = make_model(sharding.padded(config.model)), make_objective(config)
+    factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
+    optimizer = setup.optimizer_of(config, factors)
+    step: Any = setup.make_step(config, model, optimizer, objective, factors=factors)
+    state = setup.abstract_state(config, model, optimizer, factors=factors)
+    size = (config.data.batch_size, config.data.sequence_length)
+    ids = jax.ShapeDtypeStruct(size, jnp.int32)
+    weights = jax.ShapeDtypeStruct(size, jnp.float32)
+    of_rows = jax.ShapeDtypeStruct(size[:1], jnp.int32) if sources else None
+    batch = Batch(ids, ids, weights, ids, ids, of_rows)  # pyright: ignore[reportArgumentType]
+    batch = objective.complete(batch)
+    if model.config.embedding_on_host:
+        batch = step.with_rows(batch)
+    return Shapes(model, factors, step, state, batch)
+
+
+def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> int:
+    """Return the bytes of what a checkpoint holds: parameters, optimizer, averaged parameters.
+
+    `left_out` are the paths of parameters that are in a base, adapters though frozen not among them
+    (`frozen_base.measure`).
+    """
+    kept = [
+        leaf
+        for path, leaf in flatten(state.params).items()
+        if path not in left_out or path.startswith("lora/")
+    ]
+    return tree_bytes((kept, state.opt_state, state.ema))
+
+
+def gradient_bytes(config: Config, each: dict[str, int]) -> int:
+    """Return the bytes of gradients that there are at once, of those of each parameter by path."""
+    if config.optimizer.fused:
+        return largest_part(each, num_layers=config.model.num_layers)
+    return sum(each.values())
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of all leaves, wherever they are."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

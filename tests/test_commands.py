@@ -1,0 +1,113 @@
+"""The list of commands, how each is started, and that asking for help is quick."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gptoss_jax.__main__ as commands
+from gptoss_jax.errors import command_name, run_entry
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gptoss_jax"
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_every_command_is_listed_and_says_how_it_is_started():
+    there = {}
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        if path.name != "__main__.py" and "    run_entry(main)" in text:
+            there[path.stem] = ast.get_docstring(ast.parse(text)) or ""
+    assert set(there) == set(commands.COMMANDS)
+    for name, doc in there.items():
+        assert f"python -m gptoss_jax.{name} " in doc
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_alone_it_lists_the_commands(argv, capsys):
+    commands.main(argv)
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: gptoss-jax COMMAND [OPTIONS]")
+    assert all(f"  {name:<10}{what}\n" in shown for name, what in commands.COMMANDS.items())
+    assert all(len(line) <= 100 for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("smaple", "'smaple' is no command: did you mean sample?"),
+        ("xyz", "'xyz' is no command: there are train, sample, convert, verify, inspect, plan"),
+        ("--sample", "'--sample' is no command: did you mean sample?"),
+    ],
+)
+def test_an_unknown_name_is_one_line_and_exit_code_2(name, words, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gptoss-jax", name])
+    with pytest.raises(SystemExit) as stopped:
+        run_entry(commands.main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith(f"error: {words}") and err.count("\n") == 1
+
+
+def test_a_name_runs_its_command_with_the_rest(monkeypatch):
+    module = importlib.import_module("gptoss_jax.report")
+    seen = []
+    monkeypatch.setattr(module, "main", seen.append)
+    commands.main(["report", "a", "--out", "b"])
+    assert seen == [["a", "--out", "b"]]
+
+
+def test_help_names_the_command_as_it_was_started(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/gptoss-jax", "sample"])
+    assert command_name("sample") == "gptoss-jax sample"
+    monkeypatch.setattr("sys.argv", [str(PACKAGE / "sample.py")])
+    assert command_name("sample") == "python -m gptoss_jax.sample"
+
+
+def test_the_console_script_is_this():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["gptoss-jax"].partition(":")
+    assert (module, getattr(commands, function)) == ("gptoss_jax.__main__", commands.run_script)
+
+
+@pytest.mark.parametrize("name", [None, "sample", "convert", "verify", "inspect", "plan", "report"])
+def test_help_waits_for_nothing_heavy(name):
+    """Neither for JAX nor for what reads and writes; `train --help` needs the config's fields."""
+    code = "import sys; from gptoss_jax.__main__ import main\n"
+    code += "try: main(sys.argv[1:])\n"
+    code += "except SystemExit as stop: assert stop.code == 0\n"
+    code += "print(*sys.modules, file=sys.stderr)"
+    done = python("-c", code, *([name] if name else []), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    loaded = set(done.stderr.split())
+    heavy = {"jax", "flax", "optax", "orbax", "grain", "matplotlib", "pyarrow", "tiktoken", "tyro"}
+    assert not heavy & loaded
+    assert len(loaded) < 500  # jax, tyro and rich are 1,100
+
+
+def test_a_config_file_finds_its_neighbours_from_the_console_script(tmp_path):
+    """As with `python -m`, whose path begins with the current folder; the script's does not."""
+    (tmp_path / "sizes.py").write_text("VOCABULARY = 700\n")
+    (tmp_path / "mine.py").write_text(
+        "from gptoss_jax.config import *\nfrom sizes import VOCABULARY\n"
+        "def get_config(): return Config(model=ModelConfig(vocab_size=VOCABULARY))\n"
+    )
+    script = tmp_path / "bin" / "gptoss-jax"
+    script.parent.mkdir()
+    script.write_text("from gptoss_jax.__main__ import run_script\nrun_script()\n")
+    done = python(str(script), "inspect", "--config", "mine.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no data.train: give --data.train FILE\n"
