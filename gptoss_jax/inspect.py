@@ -63,7 +63,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", help="such as configs/tiny.py; required")
+    add("--config", metavar="FILE", help="a file, or a name as tiny; required")
     add("--batches", type=int, default=1, metavar="N", help="how many, from the first; default: 1")
     add("--rows", type=int, metavar="N", help="rows shown of a batch; default: all")
     add("--held-out", action="store_true", help="the batches of data.held_out")

@@ -18,10 +18,10 @@ from gptoss_jax.harmony.channels import parse_train_on
 class DataConfig:
     """What is read, and how it becomes batches."""
 
-    # Files, globs or folders of .jsonl and .parquet (chats if their records have "messages", else
-    # {"text": ...}; with objective.name dpo pairs {"prompt", "chosen", "rejected"}) or .txt (plain
-    # text); hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the hub.
-    # NAME=ENTRY names a source of a mixture.
+    # Files, globs or folders of .jsonl and .parquet: records with "messages" are chats, others
+    # have "text"; with objective.name dpo they have "prompt", "chosen" and "rejected". A .txt is
+    # plain text. hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the hub. NAME=ENTRY
+    # names a source of a mixture.
     train: tuple[str, ...] = ()
     # Shares of the tokens that the entries of `train` get, each repeated as it runs out; empty: all
     # records alike, shuffled together.
@@ -30,7 +30,7 @@ class DataConfig:
     sequence_length: int = 4_096  # T, tokens in a packed row
     batch_size: int = 8  # rows a step, over all hosts and microbatches
     on_long: Literal["truncate", "refuse"] = "truncate"  # records longer than sequence_length
-    on_bad_record: Literal["stop", "skip"] = "stop"
+    on_bad_record: Literal["stop", "skip"] = "stop"  # a record that can't be read or rendered
     # What counts in the loss: roles or role/channel pairs, with a factor where that is not 1:
     # assistant/final assistant/analysis=0.3. A pair goes before its role. Texts count as a whole.
     train_on: tuple[str, ...] = ("assistant",)
@@ -62,22 +62,23 @@ class OptimizerConfig:
     layers and experts may be chosen by index: see `gptoss_jax/parameters/patterns.py`.
     """
 
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-5
-    warmup_steps: int = 20
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"  # muon: of matrices; the rest get AdamW
+    learning_rate: float = 1e-5  # the highest of the schedule
+    warmup_steps: int = 20  # in which the learning rate rises linearly
+    # After the warm-up: wsd stays at learning_rate until decay_share of the steps is left.
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     final_learning_rate: float = 0.1  # where cosine and wsd end, as a share of learning_rate
     decay_share: float = 0.2  # of the steps, at the end, in which wsd falls linearly
-    b1: float = 0.9  # of AdamW, and of Muon's momentum; Adafactor has none
-    b2: float = 0.95  # of AdamW
-    eps: float = 1e-8  # of AdamW
+    b1: float = 0.9  # decay of the first moment: AdamW's, and Muon's momentum; Adafactor has none
+    b2: float = 0.95  # decay of AdamW's second moment
+    eps: float = 1e-8  # added to the root of AdamW's second moment
     weight_decay: float = 0.1  # on matrices; never on norms, biases and sinks
     clip_norm: float = 1.0  # of the global gradient; 0 is off
     accumulate: int = 1  # microbatches a step
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
     second_moment_dtype: Literal["float32", "bfloat16"] = "float32"  # as stored, of AdamW
-    # Of parameters kept in less than float32: "float32", a copy that is what is updated, or
-    # "stochastic", no copy: updates are rounded up or down by chance, right on average.
+    # For parameters kept in less than float32: "float32" updates a copy of them in float32;
+    # "stochastic" keeps no copy and rounds updates up or down by chance, right on average.
     masters: Literal["float32", "stochastic"] = "float32"
     # Update each layer in the backward pass, as soon as its gradient is there, so that those of the
     # whole model never are: clips per layer; without accumulate, on_nan skip, ema.
@@ -122,31 +123,31 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 1_000
-    seed: int = 0
+    steps: int = 1_000  # updates of the parameters, in all
+    seed: int = 0  # of initial weights, of the order of records, and of sampling
     balance_loss: float = 0.0  # coefficient of the routers' load-balancing loss
     z_loss: float = 0.0  # coefficient of the routers' z-loss
     balance_bias: float = 0.0  # what a step adds to the router bias of an expert with too few rows
     on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite
-    # A loss or gradient that is not finite, or a loss above spike_factor times the median of the
-    # last spike_window (once there are 10): "rewind" goes back to the last checkpoint and leaves
-    # that batch out, max_rewinds times in a run; one more stops it. It goes before on_nan.
+    # A spike is a loss or gradient that is not finite, or a loss above spike_factor times the
+    # median of the last spike_window. "rewind" goes back to the last checkpoint and leaves that
+    # batch out, max_rewinds times in a run; one more stops it. It goes before on_nan.
     on_spike: Literal["ignore", "rewind"] = "ignore"
-    spike_factor: float = 2.0
-    spike_window: int = 50
-    max_rewinds: int = 3
-    log_every: int = 1
-    eval_every: int = 100
+    spike_factor: float = 2.0  # a loss above this many times the median is a spike
+    spike_window: int = 50  # losses that the median is of, once there are 10
+    max_rewinds: int = 3  # rewinds in a run; one more spike stops it
+    log_every: int = 1  # steps from one line of metrics to the next
+    eval_every: int = 100  # steps from one evaluation to the next
     eval_batches: int = 16  # held-out rows are data.batch_size a batch; 0 is all of them
     eval_questions: int = 64  # held-out chats answered greedily for exact match; 0 is off
     eval_max_tokens: int = 64  # tokens of an answer
     eval_samples: int = 4  # of the questions, answers kept in samples.jsonl
     load_batches: int = 16  # batches that a pattern's [top4] counts the experts' load over
-    checkpoint_every: int = 100
+    checkpoint_every: int = 100  # steps from one checkpoint to the next
     keep: int = 3  # newest checkpoints kept, beside the best by held-out loss
     peak_tflops: float = 0.0  # of a device, for MFU; 0 looks the device up
     profile_start: int = 0  # the step that a profile begins with, into <workdir>/profile; 0 is off
-    profile_steps: int = 3
+    profile_steps: int = 3  # steps that the profile covers
 
     def __post_init__(self) -> None:
         """Refuse intervals that never come."""
@@ -208,20 +209,22 @@ class DistributedConfig:
 class Config:
     """A run: what `configs/*.py` return and the command line overrides."""
 
-    name: str = "20b"
+    # In the order of use, which is the order of --help: what one sets first comes first.
+    name: str = "20b"  # of the run, for its workdir
     # A checkpoint folder to start from, or "random"; None: it has to be given. Of a LoRA run that
     # goes on: where its base is now.
     init: str | None = None
+    workdir: str | None = None  # None is runs/<name>
+    dry_run: bool = False  # print config, parameters, memory and FLOPs of a step, and stop
     # A folder of PEFT's adapters that those of model.lora begin as: rank, alpha and rslora have to
     # be its own, and what it adapts among the targets.
     init_adapters: str | None = None
-    workdir: str | None = None  # None is runs/<name>
-    dry_run: bool = False  # print config, parameters, memory and FLOPs of a step, and stop
-    model: ModelConfig = field(default_factory=ModelConfig)
+
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 

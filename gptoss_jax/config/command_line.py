@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import io
 import json
+import re
 import runpy
-import sys
 import traceback
 import types
 import typing
@@ -22,46 +21,38 @@ from rich.table import Table
 from rich.text import Text
 
 from gptoss_jax.config import Config, ModelConfig
-from gptoss_jax.errors import UserError
+from gptoss_jax.errors import Parser, UserError
 
 _CONFIG_HELP = """A run: what get_config() of --config FILE returns, with every field an option.
 
-  --config FILE         the file, such as configs/tiny.py; required, and shown here as the defaults
+  --config FILE         a file, or the name of a config that ships, such as tiny; required, and
+                        shown here as the defaults
 """
 
 
 def load(argv: Sequence[str], *, prog: str = "python -m gptoss_jax.train") -> Config:
     """Make the `Config` that a command line asks for.
 
-    `--config FILE` names a Python file with `get_config()`; every other option overrides a field:
-    `--model.num_layers 2`, `--data.train A B`. `-` and `_` are alike in names. `--help` prints the
-    options with the config's own defaults and exits 0.
+    `--config FILE` names a Python file with `get_config()`, or a config that ships; every other
+    option overrides a field: `--model.num_layers 2`, `--data.train A B`. `-` and `_` are alike in
+    names. `--help` prints the options with the config's own defaults and exits 0.
 
     Raises:
         UserError: no or no good config file, an unknown option, a value of the wrong type or out
             of its choices, or fields that do not fit each other.
     """
-    path, overrides = _take_config_file(list(argv))
+    given, overrides = _given_config(argv)
     wants_help = any(a in ("-h", "--help") for a in overrides)
-    if path is None and not wants_help:
+    if given is None and not wants_help:
         raise UserError("no --config FILE was given; configs/tiny.py is one to start from")
-    base = Config() if path is None else read_config_file(path)
-    if not wants_help:
-        _check_options(overrides)
-
-    printed = io.StringIO()
+    base = Config() if given is None else read_config_file(given)
+    if wants_help:
+        return _parse(["--help"], base, show=True, prog=prog, description=_CONFIG_HELP)
+    groups = _grouped(overrides)
     try:
-        # Failures are reported by this module in one line, not by tyro's boxes.
-        with contextlib.redirect_stderr(sys.stderr if wants_help else printed):
-            return tyro.cli(
-                Config, default=base, args=overrides, prog=prog, description=_CONFIG_HELP
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        lines = [line.strip(" │") for line in printed.getvalue().splitlines()]
-        said = " ".join(line for line in lines if line and line[0] not in "╭╰─")
-        raise UserError(said or "the options could not be read") from None
+        return _parse(overrides, base)
+    except SystemExit:
+        raise UserError(_first_bad(groups, base)) from None
 
 
 def load_make_model(argv: Sequence[str]) -> Callable[[ModelConfig], Any] | None:
@@ -70,18 +61,18 @@ def load_make_model(argv: Sequence[str]) -> Callable[[ModelConfig], Any] | None:
     Raises:
         UserError: as `load`, of the file.
     """
-    path = _take_config_file(list(argv))[0]
-    return None if path is None else read_make_model(path)
+    given = _given_config(argv)[0]
+    return None if given is None else read_make_model(given)
 
 
-def read_make_model(path: str) -> Callable[[ModelConfig], Any] | None:
+def read_make_model(given: str) -> Callable[[ModelConfig], Any] | None:
     """Return the `make_model` of a config file, which builds a model of one's own; None if none.
 
     Raises:
         UserError: no such file, an exception inside it, or a `make_model` that is no function.
     """
-    with _errors_of(path):
-        make_model = _run(path).get("make_model")
+    path = find_config_file(given)
+    make_model = _run(path).get("make_model")
     if make_model is not None and not isinstance(make_model, types.FunctionType):
         raise UserError(
             f"{path}: make_model is a {type(make_model).__name__}: it has to be a function of a "
@@ -90,33 +81,63 @@ def read_make_model(path: str) -> Callable[[ModelConfig], Any] | None:
     return make_model
 
 
-def read_config_file(path: str) -> Config:
-    """Run the `get_config()` of a Python file.
+def _given_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return what --config names, and the other options."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    given, overrides = parser.parse_known_args(argv)
+    return given.config, overrides
+
+
+def find_config_file(given: str) -> str:
+    """Return the path of a config: a file, or one that ships by its name, such as tiny.
+
+    Raises:
+        UserError: neither; it lists the names that there are.
+    """
+    if Path(given).is_file():
+        return given
+    package = Path(__file__).parents[1]
+    folder = package / "configs"  # of a wheel, see setup.py
+    if not folder.is_dir():
+        folder = package.parent / "configs"  # of a checkout
+    path = folder / f"{given}.py"
+    if path.parent == folder and path.is_file():
+        return str(path)
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    raise UserError(
+        f"--config {given}: no such file{nearest(Path(given).stem, names)}; the configs that ship "
+        f"are {', '.join(names)}"
+    )
+
+
+def read_config_file(given: str) -> Config:
+    """Run the `get_config()` of a Python file, given by its path or as a name that ships.
 
     Raises:
         UserError: no such file, no `get_config`, an exception inside it (with its line), or
             something else than a `Config` returned.
     """
-    with _errors_of(path):
-        get_config = _run(path).get("get_config")
-        if get_config is None:
-            raise UserError(f"{path} defines no get_config()")
-        config = get_config()
+    path = find_config_file(given)
+    names = _run(path)
+    if "get_config" not in names:
+        raise UserError(f"{path} defines no get_config()")
+    with _blaming(path):
+        config = names["get_config"]()
     if not isinstance(config, Config):
         raise UserError(f"{path}: get_config() returned a {type(config).__name__}, not a Config")
     return config
 
 
 def _run(path: str) -> dict[str, Any]:
-    """Run a config file, and return what it defines."""
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
-    return runpy.run_path(path)
+    """Run a config file; return what it defines."""
+    with _blaming(path):
+        return runpy.run_path(path)
 
 
 @contextlib.contextmanager
-def _errors_of(path: str) -> Iterator[None]:
-    """Turn what a config file raises into a UserError with its line."""
+def _blaming(path: str) -> Iterator[None]:
+    """Turn an exception of a config file into a `UserError` that names the file and its line."""
     try:
         yield
     except UserError as error:
@@ -124,7 +145,7 @@ def _errors_of(path: str) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         here = [frame.lineno for frame in frames if frame.filename == path]
-        line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
+        line = error.lineno if isinstance(error, SyntaxError) else None
         where = line or (here[-1] if here else "?")
         raise UserError(f"{path}, line {where}: {type(error).__name__}: {error}") from None
 
@@ -159,14 +180,19 @@ def from_json(text: str, *, where: str = "config.json") -> Config:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error}") from None
-    return _from_record(Config, record, where=where, prefix="")
+    try:
+        return _from_record(Config, record)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def print_config(config: Config, console: Console) -> None:
     """Print the resolved config, a block a section."""
     table = Table.grid(padding=(0, 2))
-    top = {f: getattr(config, f) for f in ("name", "init", "workdir")}
-    for section, part in (("run", top), *_sections(config)):
+    record = dataclasses.asdict(config)
+    sections = {"run": {name: record[name] for name in ("name", "init", "workdir")}}
+    sections |= {name: part for name, part in record.items() if isinstance(part, dict)}
+    for section, part in sections.items():
         text = Text()
         for name, value in part.items():
             shown = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
@@ -186,162 +212,103 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _sections(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    parts = [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)]
-    return [(n, dataclasses.asdict(p)) for n, p in parts if dataclasses.is_dataclass(p)]  # pyright: ignore[reportArgumentType]
+def _parse(args: Sequence[str], base: Config, *, show: bool = False, **texts: Any) -> Config:
+    return tyro.cli(Config, default=base, args=args, console_outputs=show, **texts)
 
 
-def _take_config_file(args: list[str]) -> tuple[str | None, list[str]]:
-    path = None
-    rest: list[str] = []
-    i = 0
-    while i < len(args):
-        name, equals, value = args[i].partition("=")
-        if name != "--config":
-            rest.append(args[i])
-        elif equals:
-            path = value
-        else:
-            i += 1
-            if i == len(args) or args[i].startswith("--"):
-                raise UserError("--config expects a file, such as configs/tiny.py")
-            path = args[i]
-        i += 1
-    return path, rest
-
-
-def _field_types(cls: type, prefix: str = "--") -> dict[str, Any]:
-    """Map each option's name to its type."""
+def _option_types(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Map each option's name to its type; both names of a bool, x and no_x."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        if name not in {f.name for f in dataclasses.fields(cls)}:
-            continue
         if dataclasses.is_dataclass(hint):
-            found |= _field_types(typing.cast(type, hint), f"{prefix}{name}.")
-        else:
-            found[prefix + name] = hint
+            found |= _option_types(hint, f"{prefix}{name}.")
+            continue
+        found[f"--{prefix}{name}"] = hint
+        if hint is bool:
+            found[f"--{prefix}no_{name}"] = hint
     return found
 
 
-def _check_options(args: list[str]) -> None:
-    """Refuse what no field takes, in one line that says which option and what it expects."""
-    hints = _field_types(Config)
-    i = 0
-    while i < len(args):
-        given, equals, value = args[i].partition("=")
-        name = given.replace("-", "_")
-        name = "--" + name[2:] if name.startswith("__") else name
-        hint = hints.get(name)
-        positive = name.replace(".no_", ".").replace("--no_", "--")
-        if hint is None and hints.get(positive) is bool:
-            name, hint = positive, bool
-        if hint is None:
-            if not given.startswith("--"):
-                raise UserError(f"{args[i]!r} belongs to no option; values follow their --option")
-            raise UserError(f"unknown option {given}{nearest(name, list(hints))}")
-        i += 1
-        values = [value] if equals else []
-        if not equals:
-            while i < len(args) and not args[i].startswith("--"):
-                values.append(args[i])
-                i += 1
-        _check_values(name, hint, values)
+def _name(option: str) -> str:
+    return "--" + option[2:].partition("=")[0].replace("-", "_")
 
 
-def _check_values(name: str, hint: Any, values: list[str]) -> None:
-    if hint is bool:
-        if values:
-            off = name.replace(".", ".no_", 1) if "." in name else name.replace("--", "--no_", 1)
-            raise UserError(f"{name} takes no value: write {name} or {off}, not {values[0]!r}")
-        return
-    if typing.get_origin(hint) is tuple:
-        bad = [v for v in values if not _fits(typing.get_args(hint)[0], v)]
-        if bad:
-            raise UserError(f"{name} expects {_expects(hint)}, not {bad[0]!r}")
-        return
-    if not values:
-        raise UserError(f"{name} expects a value: {_expects(hint)}")
-    if len(values) > 1:
-        raise UserError(f"{name} expects one value, not {' '.join(values)!r}")
-    if not _fits(hint, values[0]):
-        raise UserError(f"{name} expects {_expects(hint)}, not {values[0]!r}")
+def _grouped(args: Sequence[str]) -> list[list[str]]:
+    """Group arguments, each option with its values. Raises UserError for one that no field has."""
+    groups: list[list[str]] = []
+    names = list(_option_types())
+    for arg in args:
+        if not arg.startswith("--"):
+            if not groups:
+                raise UserError(f"{arg!r} belongs to no option; values follow their --option")
+            groups[-1].append(arg)
+        elif _name(arg) in names:
+            groups.append([arg])
+        else:
+            given = arg.partition("=")[0]
+            raise UserError(f"unknown option {given}{nearest(_name(arg), names)}")
+    return groups
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    unions = (Union, types.UnionType)
-    return typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,)
+def _first_bad(groups: list[list[str]], base: Config) -> str:
+    """Say in one line which option tyro does not take, and what that option expects."""
+    for option, *values in groups:
+        try:
+            _parse([option, *values], base)
+        except UserError:  # it is well, but not without the others
+            continue
+        except SystemExit:
+            name, (_, equals, value) = _name(option), option.partition("=")
+            given = " ".join([value, *values] if equals else values)
+            hint = _option_types()[name]
+            if hint is bool:
+                on = re.sub(r"\bno_(\w+)$", r"\1", name)
+                off = re.sub(r"(\w+)$", r"no_\1", on)
+                return f"{name} takes no value: write {on} or {off}, not {given!r}"
+            if not given:
+                return f"{name} expects a value: {_expects(hint)}"
+            return f"{name} expects {_expects(hint)}, not {given!r}"
+    return "the options do not go together"  # each alone does
 
 
 def _expects(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "text", types.NoneType: "None"}
-    words[bool] = "true or false"
-    said = []
-    for one in _alternatives(hint):
-        if typing.get_origin(one) is Literal:
-            said.append("one of " * (len(typing.get_args(one)) > 1) + _listed(one))
-        elif typing.get_origin(one) is tuple:
-            numbers = typing.get_args(one)[0] is float
-            said.append("a list of numbers" if numbers else "a list of texts")
-        else:
-            said.append(words[one])
-    return " or ".join(said)
-
-
-def _listed(literal: Any) -> str:
-    return ", ".join(str(choice) for choice in typing.get_args(literal))
-
-
-def _fits(hint: Any, text: str) -> bool:
-    for one in _alternatives(hint):
-        if typing.get_origin(one) is Literal:
-            if text in typing.get_args(one):
-                return True
-        elif one in (int, float):
-            with contextlib.suppress(ValueError):
-                one(text)
-                return True
-        elif one is str or (one is types.NoneType and text == "None"):
-            return True
-    return False
+    """Say in words what values a type has."""
+    kind, choices = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(_expects, choices))
+    if kind is Literal:
+        return "one of " * (len(choices) > 1) + ", ".join(choices)
+    if kind is tuple:
+        return "a list of numbers" if choices[0] is float else "a list of texts"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return words.get(hint, "None")
 
 
 def _is(hint: Any, value: Any) -> bool:
     """Say whether a JSON value is of a field's type."""
-    for one in _alternatives(hint):
-        if typing.get_origin(one) is Literal:
-            ok = value in typing.get_args(one)
-        elif typing.get_origin(one) is tuple:
-            ok = isinstance(value, list) and all(_is(typing.get_args(one)[0], v) for v in value)
-        elif one is float:
-            ok = isinstance(value, int | float) and not isinstance(value, bool)
-        else:
-            ok = isinstance(value, one) and (one is bool or not isinstance(value, bool))
-        if ok:
-            return True
-    return False
+    kind, choices = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_is(choice, value) for choice in choices)
+    if kind is Literal:
+        return value in choices
+    if kind is tuple:
+        return isinstance(value, list) and all(_is(choices[0], v) for v in value)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
-def _from_record(cls: type, record: Any, *, where: str, prefix: str) -> Any:
+def _from_record(cls: Any, record: Any, *, prefix: str = "") -> Any:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} is not a JSON object")
+        raise UserError(f"{prefix.rstrip('.') or 'the file'} is not a JSON object")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
     for name, value in record.items():
-        if name not in names:
-            raise UserError(f"{where}: unknown field {prefix}{name}{nearest(name, names)}")
+        if name not in hints:
+            raise UserError(f"unknown field {prefix}{name}{nearest(name, list(hints))}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            values[name] = _from_record(
-                typing.cast(type, hint), value, where=where, prefix=f"{prefix}{name}."
-            )
+            values[name] = _from_record(hint, value, prefix=f"{prefix}{name}.")
         elif not _is(hint, value):
-            raise UserError(
-                f"{where}: {prefix}{name} is {json.dumps(value)}; expected {_expects(hint)}"
-            )
+            raise UserError(f"{prefix}{name} is {json.dumps(value)}; expected {_expects(hint)}")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    return cls(**values)

@@ -27,7 +27,7 @@ class LoRAConfig:
     # embedding, unembedding; gate_up[3,7], experts[top4] choose experts; or a pattern of paths as
     # in optimizer.only. Empty: nothing, the model itself is trained.
     targets: tuple[str, ...] = ()
-    rank: int = 16
+    rank: int = 16  # of an adapter's two matrices
     alpha: float = 32.0  # an adapter's product counts alpha / rank times
     rslora: bool = False  # alpha / sqrt(rank) instead
 
@@ -62,23 +62,23 @@ class ModelConfig:
     # letter a layer, b or f ("bfbbf").
     layer_pattern: str = "1:1"
     window: int = 128  # W: keys that a banded layer sees, the query's own included
-    sinks: Literal["learned", "zero", "off"] = "learned"
-    norm: Literal["pre", "post"] = "pre"
-    qk_norm: bool = False
-    swiglu_limit: float = 7.0
-    rms_eps: float = 1e-5
-    rope_theta: float = 150_000.0
+    sinks: Literal["learned", "zero", "off"] = "learned"  # a logit a head beside those of the keys
+    norm: Literal["pre", "post"] = "pre"  # a sublayer's norm is on its input or its output
+    qk_norm: bool = False  # normalise each head's queries and keys
+    swiglu_limit: float = 7.0  # where the experts' activations are clamped
+    rms_eps: float = 1e-5  # added to the mean square that a norm divides by
+    rope_theta: float = 150_000.0  # base of RoPE's wavelengths
     # YaRN's factor; 1 is plain RoPE; "auto" is context / initial_context, at least 1.
     rope_factor: float | Literal["auto"] = 32.0
-    rope_beta_fast: float = 32.0
-    rope_beta_slow: float = 1.0
-    initial_context: int = 4_096
+    rope_beta_fast: float = 32.0  # YaRN: pairs that turn more often are not stretched
+    rope_beta_slow: float = 1.0  # YaRN: pairs that turn less often are, by all of it
+    initial_context: int = 4_096  # YaRN: the longest sequence without it
     context: int = 131_072  # the longest sequence
-    init_std: float = 0.02
+    init_std: float = 0.02  # of random weights
 
     experts: Literal["dense", "mxfp4"] = "dense"  # the form of the experts' projections in memory
     dtype: DType = "bfloat16"  # of compute; float16 keeps a float32 residual stream
-    param_dtype: DType = "bfloat16"
+    param_dtype: DType = "bfloat16"  # of the parameters in memory, but for packed experts
     # What the backward pass recomputes: nothing, all but matmul outputs, or every layer; "offload"
     # is every layer, from inputs that wait in the host's memory.
     remat: Literal["none", "dots", "full", "offload"] = "none"
@@ -100,6 +100,7 @@ class ModelConfig:
     # Zero columns that d_expert is filled up with, so that packed blocks divide over mesh.tensor:
     # set from the mesh, and left out of what is saved.
     expert_padding: int = 0
+
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:

@@ -57,8 +57,11 @@ class GRPOConfig:
     group_size: int = 8  # answers to a question, which are compared with each other
     max_tokens: int = 256  # of an answer
     temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
-    clip_low: float = 0.2  # how far the ratio to the sampler's probability may fall,
-    clip_high: float = 0.2  # and rise, before a token's gradient is cut
+    # How far a token's probability may fall under the sampler's, as a share, before its gradient
+    # is cut.
+    clip_low: float = 0.2
+    # How far it may rise above it.
+    clip_high: float = 0.2
     kl: float = 0.0  # weight of the divergence from the base: of a run with adapters alone
     scale_by_std: bool = True  # advantages are divided by the group's standard deviation
     updates: int = 1  # steps on each set of answers
@@ -99,16 +102,17 @@ _KINDS = {
 class ObjectiveConfig:
     """What is optimised, on what kind of data."""
 
-    # sft: the likelihood of data.train's tokens that data.train_on names, chats or plain texts
-    # (continued pre-training). dpo: of pairs of answers, that the chosen one is. distill: that of
-    # a teacher's next tokens. grpo: a reward function of what the model answers.
+    # sft: the likelihood of data.train's tokens that data.train_on names, of chats or plain texts.
+    # dpo: of pairs of answers, that the chosen one is. distill: that of a teacher's next tokens.
+    # grpo: a reward function of what the model answers.
     name: Literal["sft", "dpo", "distill", "grpo"] = "sft"
-    dpo: DPOConfig = field(default_factory=DPOConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     # Of dpo, and of grpo with kl, which compare with the model without its adapters. start: the
     # model that the run begins with, so --init must have none; base: what is below those of --init.
     reference: Literal["start", "base"] = "start"
+
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     @property
     def kind(self) -> Kind:

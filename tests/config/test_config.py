@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptoss_jax.config import Config, ModelConfig, TrainConfig
-from gptoss_jax.config.command_line import from_json, load, to_json
+from gptoss_jax.config.command_line import flat, from_json, load, to_json
 from gptoss_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +37,25 @@ def test_overrides_reach_their_fields():
     assert config.model.d_model == 128  # of the file, not the default
 
 
-@pytest.mark.parametrize("name", ["tiny", "20b", "120b"])
-def test_shipped_configs_load(name):
-    assert load(["--config", str(ROOT / f"configs/{name}.py")]).name == name
+def test_configs_that_ship_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()  # a folder of that name is no config
+    for name in ("tiny", "20b", "120b"):
+        assert load(["--config", name]) == load(["--config", str(ROOT / f"configs/{name}.py")])
+        assert load(["--config", name]).name == name
+    reward = load(["--config=tiny_grpo"]).objective.grpo.reward
+    assert reward and Path(reward).is_file()
+
+
+def test_a_wheel_has_every_module_and_config(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    made = {}
+    monkeypatch.setattr(setuptools, "setup", made.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    folders = {made["package_dir"].get(name, name.replace(".", "/")) for name in made["packages"]}
+    modules = [*Path("gptoss_jax").rglob("*.py"), *Path("configs").rglob("*.py")]
+    assert folders == {str(path.parent) for path in modules}
 
 
 @pytest.mark.parametrize(
@@ -49,14 +67,14 @@ def test_shipped_configs_load(name):
         ("--train.steps x", "--train.steps expects a whole number, not 'x'"),
         ("--train.steps 1.5", "--train.steps expects a whole number, not '1.5'"),
         ("--train.steps", "--train.steps expects a value: a whole number"),
-        ("--train.steps 3 4", "--train.steps expects one value, not '3 4'"),
+        ("--train.steps 3 4", "--train.steps expects a whole number, not '3 4'"),
         ("--model.dtype float8", "expects one of float32, bfloat16, float16, not 'float8'"),
         ("--model.rope_factor much", "expects a number or auto, not 'much'"),
         ("--model.qk_norm True", "takes no value: write --model.qk_norm or --model.no_qk_norm"),
         ("stray", "'stray' belongs to no option"),
         ("--train.steps 0", "train.steps is 0: it must be positive"),
         ("--data.sequence_length 999", "data.sequence_length (999) is longer than model.context"),
-        ("--data.weights 1 x", "--data.weights expects a list of numbers, not 'x'"),
+        ("--data.weights 1 x", "--data.weights expects a list of numbers, not '1 x'"),
         ("--data.weights 0.5 0.5", "data.weights has 2 numbers for the 1 entries of data.train"),
         ("--data.weights -1", "data.weights is -1.0: each must be positive"),
         ("--data.weights nan", "data.weights is nan: each must be positive"),
@@ -108,16 +126,39 @@ def test_bad_config_files_say_what(tmp_path, body, message):
 def test_missing_config_files():
     with pytest.raises(UserError, match=r"nowhere\.py: no such file"):
         load(["--config", "nowhere.py"])
+    with pytest.raises(UserError, match=r"did you mean tiny\?; the configs that ship are 120b, 12"):
+        load(["--config", "tinny"])
+    with pytest.raises(UserError, match="--config: expected one argument"):
+        load(["--config", "--train.steps", "3"])
     with pytest.raises(UserError, match="no --config FILE was given"):
         load(["--train.steps", "3"])
 
 
-def test_help_shows_the_configs_own_defaults(capsys):
+def test_help_says_of_each_option_what_it_is_in_the_order_of_use(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # in one column
     with pytest.raises(SystemExit) as stop:
         load([*TINY, "--help"])
     assert stop.value.code in (0, None)
     shown = capsys.readouterr().out
-    assert "--model.d-model" in shown and "(default: 128)" in shown and "--config" in shown
+    assert "--config FILE" in shown
+    groups, helps, option = [], {}, ""
+    for line in shown.splitlines():
+        if found := re.match(r"\W+((?:[\w.]+ )?)options ", line):
+            groups.append(found[1].strip())
+        elif found := re.match(r"\W -(?:h, -)?-([\w.-]+)", line):
+            option = found[1].replace("-", "_")
+            helps[option] = ""
+        elif re.match(r"\W {7}\S", line):
+            helps[option] += line.strip("│| ") + " "
+    assert [g for g in groups if "." not in g] == [
+        *("", "data", "train", "optimizer", "objective", "model", "mesh", "distributed")
+    ]
+    said = {name: text.partition("(default:")[0] for name, text in helps.items() if text}
+    assert set(flat(Config())) <= set(said)
+    assert [n for n, text in said.items() if not text or list(said.values()).count(text) > 1] == []
+    assert "(default: 128)" in helps["model.d_model"]  # of the file
+    for doc in ("Direct preference", "Distillation", "Group relative policy", "Low-rank adapters"):
+        assert re.search(rf"\W {doc}", shown), "a comment of a field stands over a group"
 
 
 def test_the_command_prints_one_line_and_exits_2():

@@ -211,9 +211,9 @@ def test_a_config_as_a_flat_table_leaves_out_who_one_is():
 
 TALK = """
     import os, sys, time
-    from gptoss_jax import config_cli, distributed
     from gptoss_jax.config import DistributedConfig
     from gptoss_jax.errors import UserError, run_entry
+    from gptoss_jax.parallel.hosts import processes
 
     BODY = sys.argv.pop(1)
 
@@ -225,7 +225,7 @@ TALK = """
         i = int(at["--distributed.process-id"])
         count = int(at["--distributed.num-processes"])
         config = DistributedConfig(at["--distributed.coordinator"], count + OTHER * i, i, WAIT)
-        with distributed.start(config):
+        with processes.start(config):
             exec(BODY, globals() | {"i": i})
 
     run_entry(main)
@@ -244,11 +244,11 @@ def errors(run: Processes, i: int) -> list[str]:
 
 def test_processes_agree_and_fail_together(tmp_path):
     body = (
-        "assert distributed.from_first(lambda: [i]) == [0]\n"
-        "assert distributed.together(lambda: i) == i\n"
-        "try: distributed.from_first(lambda: fail(f'at {i}'))\n"
-        "except UserError as error: print(error, distributed.count(), flush=True)\n"
-        "try: distributed.together(lambda: i and fail(f'by {i}'))\n"
+        "assert processes.from_first(lambda: [i]) == [0]\n"
+        "assert processes.together(lambda: i) == i\n"
+        "try: processes.from_first(lambda: fail(f'at {i}'))\n"
+        "except UserError as error: print(error, processes.count(), flush=True)\n"
+        "try: processes.together(lambda: i and fail(f'by {i}'))\n"
         "except UserError as error: print(error, flush=True)\n"
         "if i: fail('of 1 alone')\n"
         "time.sleep(100)"
@@ -266,7 +266,7 @@ def test_processes_agree_and_fail_together(tmp_path):
         ("pass", [0, 0], [[], []]),
         # What all find is said once.
         ("fail('alike')", [2, 2], [["error: alike"], []]),
-        ("distributed.same({'a': {'b': i}}, 'the config')", [2, 2], [["a is {'b': 0} on"], []]),
+        ("processes.same({'a': {'b': i}}, 'the config')", [2, 2], [["a is {'b': 0} on"], []]),
         ("sys.exit(1)", [1, 1], [[], []]),
         ("1 / i if i == 0 else time.sleep(99)", [1, 1], [["ZeroDivisionError: division"], []]),
     ],
@@ -326,10 +326,10 @@ def open_mpi(i: int) -> dict[str, str]:
 def test_processes_that_a_launcher_started(tmp_path, launcher):
     code = (
         "import jax\n"
-        "from gptoss_jax import distributed\n"
+        "from gptoss_jax.parallel.hosts import processes\n"
         "from gptoss_jax.config import DistributedConfig\n"
-        "with distributed.start(DistributedConfig(wait_seconds=60)):\n"
-        "    print(distributed.index(), distributed.from_first(distributed.count), flush=True)\n"
+        "with processes.start(DistributedConfig(wait_seconds=60)):\n"
+        "    print(processes.index(), processes.from_first(processes.count), flush=True)\n"
         "    print(jax.process_index(), jax.device_count(), jax.local_device_count())\n"
     )
     run = Processes(python("-c", code), folder=tmp_path, count=2, devices=3, launcher=launcher)

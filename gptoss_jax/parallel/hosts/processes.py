@@ -4,6 +4,15 @@ It is `jax.distributed`. What is added: whether it is wanted at all, so that a p
 waits for others; one line for what goes wrong; and that where one process ends with an error, or is
 killed, the others end too. They watch JAX's key-value store for that, and JAX's own heartbeats find
 what died without a word. All of it is for one thread of each process, in the same order on all.
+
+Three things here are not public, and jax 0.10 to 0.12 have nothing public in their place:
+- The client of the key-value store, from `jax._src`. `multihost_utils` passes arrays by programs on
+  the devices: it can't be asked from a second thread, nor before there are devices, and waits for a
+  process that has failed.
+- The handler of SIGABRT, by ctypes. JAX calls `abort` where a process has lost another, in a thread
+  of its own; a handler in Python runs in the main thread alone, which waits for the others.
+- pickle, between the processes of one run alone: what is passed are exceptions, which callers catch
+  by their type, paths, records and arrays.
 """
 
 from __future__ import annotations
@@ -94,7 +103,7 @@ def start(config: DistributedConfig) -> Iterator[None]:
         return
     _handle_abort()
     _initialize(config, kind)
-    from jax._src.distributed import global_state  # what orbax uses too: there is no other way
+    from jax._src.distributed import global_state
 
     _job = _Job(global_state.client, global_state.process_id, int(global_state.num_processes))
     over = threading.Event()
@@ -276,7 +285,6 @@ def _aborted(_: int) -> None:
 
 
 def _handle_abort() -> None:
-    # In C, since Python's own handlers wait for its main thread, which waits for the others.
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
 
 
@@ -308,23 +316,17 @@ def together(do: Callable[[], T]) -> T:
     """
     if _job is None:
         return do()
-    key = _next_key()
+    client, key, number = _job.client, _next_key(), _job.processes
     ok, value = _tried(do)
-    mine = _packed(ok, None if ok else value)
-    if _job.process:
-        _job.client.key_value_set_bytes(f"{key}/{_job.process}", mine)
-        all_ok, error = pickle.loads(_job.client.blocking_key_value_get_bytes(key, _DAY_MS))
-    else:
-        said = [mine] + [
-            _job.client.blocking_key_value_get_bytes(f"{key}/{i}", _DAY_MS)
-            for i in range(1, _job.processes)
-        ]
-        outcomes = [pickle.loads(x) for x in said]
-        all_ok, error = next((x for x in outcomes if not x[0]), (True, None))
-        _job.client.key_value_set_bytes(key, _packed(all_ok, error))
-    if not all_ok:
-        assert error is not None
-        raise error
+    client.key_value_set_bytes(f"{key}/{_job.process}", _packed(ok, None if ok else value))
+
+    def raise_first() -> None:
+        for i in range(number):
+            ok, error = pickle.loads(client.blocking_key_value_get_bytes(f"{key}/{i}", _DAY_MS))
+            if not ok:
+                raise error
+
+    from_first(raise_first)
     return value
 
 
