@@ -37,9 +37,9 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declare the parameters: `layers` stacked [L, ...], whatever a layer's kind."""
         c = self.config
-        self.embedding = Table(c)
-        self.final_norm = RMSNorm(c.d_model, c.rms_eps, c.param_dtype)
-        self.unembedding = Table(c)
+        self.embedding = Table(c, "embedding/weight")
+        self.final_norm = RMSNorm(c, "final_norm/scale")
+        self.unembedding = Table(c, "unembedding/weight")
         if not self.has_variable("params", "layers"):
             self.param("layers", self._init_layers)
         if c.lora.targets and self.is_initializing():

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptoss_jax.config.objective import GRPOConfig
-from gptoss_jax.lora.select import ROOT
+from gptoss_jax.lora.adapters import ROOT
 from gptoss_jax.objectives.reinforcement.rollouts import ADVANTAGES, FRESH, SAMPLED
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, weighted_nll
 from gptoss_jax.types import Batch, Params

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
-from gptoss_jax.lora import select
+from gptoss_jax.lora import adapters, select
 from gptoss_jax.model import Transformer, host_embedding
 from gptoss_jax.model.initial import init_params
 from gptoss_jax.objectives import Objective, first_batches, make_objective
@@ -101,7 +101,7 @@ def make_program(
     def begin(params: Params | None) -> TrainState:
         seed = config.train.seed
         if params is not None:
-            params = select.add(model.config, params, seed=seed)
+            params = adapters.add(model.config, params, seed=seed)
         return init_state(
             model, optimizer, params, seed=seed, frozen_paths=frozen, average=averages
         )
