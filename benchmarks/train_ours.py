@@ -29,7 +29,7 @@ from train_cases import Case  # noqa: E402
 import gptoss_jax  # noqa: E402
 from gptoss_jax import chips  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
-from gptoss_jax.lora import select  # noqa: E402
+from gptoss_jax.lora import fold, select  # noqa: E402
 from gptoss_jax.model import Transformer  # noqa: E402
 from gptoss_jax.objectives import make_objective  # noqa: E402
 from gptoss_jax.optimizer import split_trainable  # noqa: E402
@@ -86,7 +86,7 @@ def write(config: ModelConfig, folder: Path) -> None:
     config = dataclasses.replace(config, experts="mxfp4", **floats)
     params = random_params(config)
     gptoss_jax.save(folder / "mxfp4", Transformer(config), params)
-    dense, decoded = select.decode_experts(config, params)
+    dense, decoded = fold.decode_experts(config, params)
     gptoss_jax.save(folder / "dense", Transformer(dense), decoded)
 
 

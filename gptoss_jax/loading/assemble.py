@@ -16,12 +16,12 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import shards
 from gptoss_jax.ops import moe
-from gptoss_jax.parallel import padding
-from gptoss_jax.parallel import sharding as table
+from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parallel.mesh import AXES
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten, nest, split_layers
 from gptoss_jax.types import MXFP4, Params
-from gptoss_jax.weights.names import PACKABLE, packed_shape
+from gptoss_jax.weights.names import packed_shape
 from gptoss_jax.weights.sources import ParamsSource, pieces, read_as, zeros
 
 
@@ -85,7 +85,7 @@ def adapters(tree: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) 
     if mesh is None:
         return tree["lora"]
     spread = mesh.axis_names == AXES and mesh.size > 1
-    where: Any = table.shardings(tree, mesh) if spread else jax.NamedSharding(mesh, jax.P())
+    where: Any = sharding.shardings(tree, mesh) if spread else jax.NamedSharding(mesh, jax.P())
     return jax.device_put(tree, where)["lora"]
 
 
@@ -104,9 +104,9 @@ def over_mesh(
         stack = (config.num_layers, *shape) if in_layers else shape
         make = partial(zeros, config, path, stack, sharding=None, layout=layout)
         tree = padding.resize(nest({path: jax.eval_shape(make)}), by=config.expert_padding)
-        like, spread = (flatten(t)[path] for t in (tree, table.shardings(tree, mesh)))
+        like, spread = (flatten(t)[path] for t in (tree, sharding.shardings(tree, mesh)))
         made = shards.empty(like, spread)
-        packed = path in PACKABLE and config.experts == "mxfp4"
+        packed = table.row(path).packable and config.experts == "mxfp4"
         relay = partial(moe.relay, path, layout=layout) if packed and layout else None
         for layer in range(config.num_layers) if in_layers else (None,):
             for rows in pieces(path, source.config, config.experts, shape):
@@ -136,7 +136,7 @@ def num_bytes(source: Any, config: ModelConfig) -> int:
 
 
 def _leaf_bytes(config: ModelConfig, path: str, shape: tuple[int, ...]) -> int:
-    if path in PACKABLE and config.experts == "mxfp4":
+    if table.row(path).packable and config.experts == "mxfp4":
         return sum(math.prod(packed_shape(shape, field)) for field in ("blocks", "scales"))
     return math.prod(shape) * jnp.dtype(config.param_dtype).itemsize
 

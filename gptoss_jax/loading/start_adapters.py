@@ -14,10 +14,9 @@ from jaxtyping import Array, Float
 from gptoss_jax.config import Config, LoRAConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters as lora_adapters
-from gptoss_jax.lora import select
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.initial import init_params
-from gptoss_jax.parameters import patterns
+from gptoss_jax.parameters import patterns, table
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
 from gptoss_jax.weights import peft
@@ -69,7 +68,7 @@ def put(
     model, seed = config.model, config.train.seed
     if params is None:
         params = init_params(make_model(model), seed=seed)
-    elif select.ROOT in params:
+    elif lora_adapters.ROOT in params:
         raise UserError(
             f"--init {config.init} has adapters, and --init-adapters {config.init_adapters} others:"
             " give one of them"
@@ -79,11 +78,9 @@ def put(
     given = flatten(own)
     for path in {path.rpartition("/")[0] for path in given}:
         a, b = (given[f"{path}/{part}"] for part in "ab")
-        new[f"{path}/a"] = _filled(
-            a, b, new[f"{path}/a"], stacked=bool(lora_adapters.AXES[path].stack)
-        )
+        new[f"{path}/a"] = _filled(a, b, new[f"{path}/a"], stacked=table.row(path).in_layers)
         new[f"{path}/b"] = jnp.asarray(b)
-    return {**params, select.ROOT: nest(new)}
+    return {**params, lora_adapters.ROOT: nest(new)}
 
 
 def _filled(a: np.ndarray, b: np.ndarray, new: Any, *, stacked: bool) -> Float[Array, "..."]:
@@ -99,7 +96,8 @@ def _options(config: Config, own: LoRAConfig) -> list[str]:
     """Return the options that make `model.lora` fit; none if it does."""
     mine, options = config.model.lora, []
     given = Transformer(config.model).abstract_params()
-    leaves = {path: leaf for path, leaf in flatten(given).items() if path in lora_adapters.AXES}
+    adaptable = lora_adapters.adaptable()
+    leaves = {path: leaf for path, leaf in flatten(given).items() if path in adaptable}
     even = np.ones((config.model.num_layers, config.model.num_experts))
 
     def chosen(of: LoRAConfig) -> dict[str, np.ndarray]:

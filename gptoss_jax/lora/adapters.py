@@ -4,25 +4,19 @@ A weight is adapted by `params["lora"][<the weight's path>]`, which holds `a`, f
 inputs to the rank r, and `b`, from there to its outputs. What is added to the weight is
 scale * A B (`LoRAConfig.scale`). The axes of the two, L the stack of layers:
 
-    weight                       its axes     a            b
-    layers/attention/q_weight    [L,N,H,D]    [L,D,r]      [L,r,N,H]
-    layers/attention/k_weight    [L,K,H,D]    [L,D,r]      [L,r,K,H]
-    layers/attention/v_weight    [L,K,H,D]    [L,D,r]      [L,r,K,H]
-    layers/attention/o_weight    [L,D,N,H]    [L,N,H,r]    [L,r,D]
-    layers/router/weight         [L,E,D]      [L,D,r]      [L,r,E]
-    layers/experts/gate_up_weight [L,E,2,F,D] [L,E,D,r]    [L,E,r,2,F]
-    layers/experts/down_weight   [L,E,D,F]    [L,E,F,r]    [L,E,r,D]
-    embedding/weight             [V,D]        [V,r]        [r,D]
-    unembedding/weight           [V,D]        [D,r]        [r,V]
+    layers/attention/q_weight     W [L,N,H,D]    a [L,D,r]     b [L,r,N,H]
+    layers/experts/down_weight    W [L,E,D,F]    a [L,E,F,r]   b [L,E,r,D]
+    embedding/weight              W [V,D]        a [V,r]       b [r,D]
 
-On a mesh the experts' E is over `expert` and their F over `tensor`, as those of what they adapt;
-N of q and o is over `tensor`; everything else is small, and the same on all devices.
+Which axes of a weight are its inputs, and what of A and B is spread over a mesh, its row in the
+table of parameters says (`Parameter.adapter`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,45 +26,23 @@ from jaxtyping import Array
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops.lora import LowRank
-from gptoss_jax.parameters import patterns
-from gptoss_jax.parameters.tree import nest
+from gptoss_jax.parameters import patterns, table
+from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
 
-
-class Axes(NamedTuple):
-    """Dimension letters of an adapted weight; `C` is the axis of gate and up, of 2."""
-
-    stack: str  # what `a`, `b` and the weight all begin with
-    inputs: str
-    outputs: str
-    weight: str  # the weight's own, without the stack
+ROOT = "lora"  # of the adapters' tree in the parameters
 
 
-AXES: dict[str, Axes] = {
-    "layers/attention/q_weight": Axes("L", "D", "NH", "NHD"),
-    "layers/attention/k_weight": Axes("L", "D", "KH", "KHD"),
-    "layers/attention/v_weight": Axes("L", "D", "KH", "KHD"),
-    "layers/attention/o_weight": Axes("L", "NH", "D", "DNH"),
-    "layers/router/weight": Axes("L", "D", "E", "ED"),
-    "layers/experts/gate_up_weight": Axes("LE", "D", "CF", "CFD"),
-    "layers/experts/down_weight": Axes("LE", "F", "D", "DF"),
-    "embedding/weight": Axes("", "V", "D", "VD"),
-    "unembedding/weight": Axes("", "D", "V", "VD"),
-}
-# What LoRAConfig.targets may name beside patterns of the paths above.
-NAMES: dict[str, str] = {
-    "q": "layers/attention/q_weight",
-    "k": "layers/attention/k_weight",
-    "v": "layers/attention/v_weight",
-    "o": "layers/attention/o_weight",
-    "attention": "layers/attention/*_weight",
-    "gate_up": "layers/experts/gate_up_weight",
-    "down": "layers/experts/down_weight",
-    "experts": "layers/experts/*_weight",
-    "router": "layers/router/weight",
-    "embedding": "embedding/weight",
-    "unembedding": "unembedding/weight",
-}
+def adaptable() -> list[str]:
+    """Return the paths that can take an adapter: in the layers first, then the tables."""
+    rows = [row for row in table.rows() if row.target]
+    return [row.path for row in sorted(rows, key=lambda row: not row.in_layers)]
+
+
+def names() -> dict[str, str]:
+    """Return what LoRAConfig.targets may name beside patterns of paths, and the paths."""
+    groups = {name: f"layers/{name}/*_weight" for name in ("attention", "experts")}
+    return {str(table.row(path).target): path for path in adaptable()} | groups
 
 
 def target_patterns(config: ModelConfig) -> dict[str, str]:
@@ -81,30 +53,30 @@ def target_patterns(config: ModelConfig) -> dict[str, str]:
 def _as_pattern(text: str) -> str:
     """Spell out a name, as gate_up[3,7]: layers/experts[3,7]/gate_up_weight."""
     name, bracket, inside = text.partition("[")
-    if name not in NAMES:
+    if name not in names():
         return text
-    path, chosen = NAMES[name], bracket + inside
+    path, chosen = names()[name], bracket + inside
     return path.replace("experts", f"experts{chosen}") if "experts" in path else path + chosen
 
 
 def adapted(config: ModelConfig) -> list[str]:
-    """Return the paths of the weights that get an adapter, in the order of `AXES`.
+    """Return the paths of the weights that get an adapter, in the order of `adaptable`.
 
     Raises:
         UserError: a target that names nothing that can be adapted, or a rank larger than a side of
             what it adapts.
     """
-    known = ", ".join(NAMES)
+    known = ", ".join(names())
     paths = patterns.named(
         "model.lora.targets",
         target_patterns(config),
-        list(AXES),
+        adaptable(),
         otherwise=f"it names nothing that can be adapted: there are {known}, and patterns of paths",
     )
-    sizes = _sizes(config)
     for path in paths:
-        axes = AXES[path]
-        side = min(math.prod(sizes[x] for x in part) for part in (axes.inputs, axes.outputs))
+        row = table.row(path)
+        sizes = table.sizes(config) | row.sizes
+        side = min(math.prod(sizes[x] for x in part) for part in (row.inputs, row.outputs))
         if config.lora.rank > side:
             raise UserError(
                 f"model.lora.rank is {config.lora.rank}, and {path}, which model.lora.targets "
@@ -115,16 +87,12 @@ def adapted(config: ModelConfig) -> list[str]:
 
 def shapes(config: ModelConfig) -> dict[str, LowRank]:
     """Return path -> the shapes of its adapter, for the paths of `adapted`."""
-    sizes, rank = _sizes(config), (config.lora.rank,)
-
-    def of(letters: str) -> tuple[int, ...]:
-        return tuple(sizes[x] for x in letters)
-
-    found: dict[str, Any] = {}
+    found: dict[str, LowRank] = {}
     for path in adapted(config):
-        axes = AXES[path]
-        a = of(axes.stack) + of(axes.inputs) + rank
-        found[path] = LowRank(a, of(axes.stack) + rank + of(axes.outputs))  # pyright: ignore[reportArgumentType]
+        row = table.row(path)
+        sizes = table.sizes(config) | row.sizes | {"r": config.lora.rank}
+        parts: Any = (tuple(sizes[x] for x in row.adapter(part)[0]) for part in "ab")
+        found[path] = LowRank(*parts)
     return found
 
 
@@ -136,18 +104,41 @@ def init(key: Array, config: ModelConfig) -> Params:
     an update of 1e-3 of a value is lost in bfloat16, and the optimizer would keep a copy anyway.
     """
     flat: dict[str, Array] = {}
-    sizes = _sizes(config) | {"F": config.d_expert, "V": 1}
     for path, shape in shapes(config).items():
         key, own = jax.random.split(key)
-        axes = AXES[path]
-        std = 1 / math.sqrt(math.prod(sizes[x] for x in axes.inputs))
+        row = table.row(path)
+        sizes = table.sizes(config) | row.sizes | {"F": config.d_expert, "V": 1}
+        std = 1 / math.sqrt(math.prod(sizes[x] for x in row.inputs))
         # Made without the padding of F, so that it is the same on any mesh; that stays zero.
-        letters = axes.stack + axes.inputs + "r"
-        pads = [(0, config.expert_padding if x == "F" else 0) for x in letters]
+        pads = [(0, config.expert_padding if x == "F" else 0) for x in row.adapter("a")[0]]
         real: Any = [n - pad for n, (_, pad) in zip(shape.a, pads, strict=True)]
         flat[f"{path}/a"] = jnp.pad(std * jax.random.normal(own, real, jnp.float32), pads)
         flat[f"{path}/b"] = jnp.zeros(shape.b, jnp.float32)
     return nest(flat)
+
+
+def add(model: ModelConfig, params: Params, *, seed: int = 0) -> Params:
+    """Return parameters with new adapters, if the model has any and they have none.
+
+    The adapted model is the same function at first. The same seed gives the same adapters.
+
+    Raises:
+        UserError: parameters with adapters other than the model's.
+    """
+    wanted = jax.eval_shape(partial(init, config=model), jax.random.key(0))
+    there = params.get(ROOT)
+    if there is None:
+        if not model.lora.targets:
+            return params
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return {**params, ROOT: jax.jit(partial(init, config=model))(key)}
+    shapes = [{k: x.shape for k, x in flatten(tree).items()} for tree in (there, wanted)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            "the weights to start from have adapters, and not those of model.lora: give the same "
+            "model.lora, or merge them first (gptoss_jax.lora.fold.merge)"
+        )
+    return params
 
 
 def join(params: Any) -> Params:
@@ -174,18 +165,10 @@ def scaled(adapters: Params, name: str, scale: float) -> LowRank | None:
     if name not in adapters:
         return None
     own = adapters[name]
-    return LowRank(own["a"], own["b"] * scale)
+    return LowRank(own["a"], own["b"]).times(scale)
 
 
 def of_table(params: Any, name: str, model: Any) -> LowRank | None:
     """Return a model's adapter of the embedding or the unembedding; None if it has none."""
     own = params.get("lora", {}).get(name, {})
     return scaled(own, "weight", model.config.lora.scale) if own else None
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    c = config
-    return {
-        "L": c.num_layers, "D": c.d_model, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim,
-        "E": c.num_experts, "F": c.d_expert + c.expert_padding, "V": c.vocab_size, "C": 2,
-    }  # fmt: skip

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.lora import adapters
+from gptoss_jax.model.initial import declare
 from gptoss_jax.ops.attention import attention
 from gptoss_jax.ops.lora import product
 from gptoss_jax.ops.norm import rms_norm
@@ -52,20 +53,16 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Return the layer's output, and the cache, if there was one, with these tokens in it."""
         c = self.config
-        q = self._project("q", x, c.num_heads)
-        k = self._project("k", x, c.num_kv_heads)
-        v = self._project("v", x, c.num_kv_heads)
+        q, k, v = (self._project(name, x) for name in "qkv")
         if c.qk_norm:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         q = rotate(q, sequence.cos, sequence.sin)
         k = rotate(k, sequence.cos, sequence.sin)
         q, k, v = (_by_head(a, decoding=cache is not None) for a in (q, k, v))
         out, cache = _attend(q, k, v, self._sinks(), sequence, window=window, cache=cache)
-        dtype = jnp.dtype(c.param_dtype)
-        init = nn.initializers.normal(c.init_std)
-        weight = self.param("o_weight", init, (c.d_model, c.num_heads, c.head_dim), dtype)
+        weight = declare(self, "layers/attention/o_weight", c)
         weight = sharding.gathered("layers/attention/o_weight", weight)
-        bias = self.param("o_bias", nn.initializers.zeros, (c.d_model,), dtype)
+        bias = declare(self, "layers/attention/o_bias", c)
         flat = weight.reshape(c.d_model, -1).astype(x.dtype)
         heads = out.reshape(*out.shape[:2], -1)
         out = jnp.einsum("BTC,DC->BTD", heads, flat)
@@ -73,30 +70,26 @@ class Attention(nn.Module):
             out = out + product(heads, adapter)
         return out + bias.astype(x.dtype), cache
 
-    def _project(self, name: str, x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T N H"]:
+    def _project(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         c = self.config
-        dtype = jnp.dtype(c.param_dtype)
-        init = nn.initializers.normal(c.init_std)
-        weight = self.param(f"{name}_weight", init, (heads, c.head_dim, c.d_model), dtype)
+        weight = declare(self, f"layers/attention/{name}_weight", c)
         weight = sharding.gathered(f"layers/attention/{name}_weight", weight)
-        bias = self.param(f"{name}_bias", nn.initializers.zeros, (heads, c.head_dim), dtype)
+        bias = declare(self, f"layers/attention/{name}_bias", c)
         # As a matrix: a product with [N, H, D] has XLA transpose the weight at every call.
         flat = weight.reshape(-1, c.d_model).astype(x.dtype)
-        out = jnp.einsum("BTD,CD->BTC", x, flat).reshape(*x.shape[:2], heads, c.head_dim)
+        out = jnp.einsum("BTD,CD->BTC", x, flat).reshape(*x.shape[:2], *bias.shape)
         if (adapter := adapters.adapter(self, f"{name}_weight", c.lora.scale)) is not None:
             out = out + product(x, adapter)
         return out + bias.astype(x.dtype)
 
     def _norm(self, name: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         c = self.config
-        scale = self.param(name, nn.initializers.ones, (c.head_dim,), jnp.dtype(c.param_dtype))
-        return rms_norm(x, scale, eps=c.rms_eps)
+        return rms_norm(x, declare(self, f"layers/attention/{name}", c), eps=c.rms_eps)
 
     def _sinks(self) -> Float[Array, " N"] | None:
         c = self.config
         if c.sinks == "learned":
-            dtype = jnp.dtype(c.param_dtype)
-            return self.param("sinks", nn.initializers.zeros, (c.num_heads,), dtype)
+            return declare(self, "layers/attention/sinks", c)
         return jnp.zeros((c.num_heads,), jnp.float32) if c.sinks == "zero" else None
 
 

@@ -40,10 +40,10 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array], dict[str, Array]]:
         """Return the residual stream, the cache, the router's statistics and what was captured."""
         c = self.config
-        D, dtype = c.d_model, jnp.dtype(c.dtype)
+        dtype = jnp.dtype(c.dtype)
         spread = sharding.tokens if cache is None else sharding.rows
-        attention_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="attention_norm")
-        moe_norm = RMSNorm(D, c.rms_eps, c.param_dtype, name="moe_norm")
+        attention_norm = RMSNorm(c, "layers/attention_norm/scale", name="attention_norm")
+        moe_norm = RMSNorm(c, "layers/moe_norm/scale", name="moe_norm")
         attend = Attention(c, name="attention")
         mask = sequence.segment_ids != 0
         decoding = cache is not None

@@ -1,15 +1,58 @@
-"""Random parameters to begin with."""
+"""Parameters as they begin: declared in modules by their row of the table, random by a seed."""
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.ops import mxfp4
 from gptoss_jax.parallel import mesh, sharding
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten, nest
-from gptoss_jax.types import Params
+from gptoss_jax.types import MXFP4, LayerOf, Params, Relaid
+
+
+def declare(module: nn.Module, path: str, config: ModelConfig) -> Any:
+    """Declare a parameter of a module, by its path in the tree, and return its value.
+
+    Shape and first values are those of its row in the table of parameters, of one layer.
+
+    Raises:
+        ValueError: no row, or one that says that a model of this config has no such parameter.
+    """
+    row = table.row(path)
+    if not row.exists(config):
+        raise ValueError(f"{path}: its row in the table says that this model does not have it")
+    if module.has_variable("params", row.name):
+        value = module.get_variable("params", row.name)
+        # Only an op can read it as it is; Linen would check its arrays.
+        if isinstance(value, Relaid | LayerOf) and value.shape == row.shape(config):
+            return value
+    return module.param(row.name, partial(_begin, row, config))
+
+
+def _begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
+    """Return the first values. Made without the padding of F: the same numbers on any mesh."""
+    init = {
+        "normal": nn.initializers.normal(config.init_std),
+        "zeros": nn.initializers.zeros,
+        "ones": nn.initializers.ones,
+    }[row.init]
+    dtype = jnp.dtype(config.param_dtype)
+    shape, real = (row.shape(c) for c in (config, dataclasses.replace(config, expert_padding=0)))
+    value = init(key, real, jnp.float32 if row.packable else dtype)
+    if shape != real:
+        value = jnp.pad(value, [(0, n - m) for n, m in zip(shape, real, strict=True)])
+    if row.packable and config.experts == "mxfp4":
+        return mxfp4.encode(value)
+    return value.astype(dtype)
 
 
 def init_params(model: Any, *, seed: int = 0) -> Params:

@@ -11,38 +11,35 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.lora import adapters
-from gptoss_jax.ops import moe, mxfp4
+from gptoss_jax.model.initial import declare
+from gptoss_jax.ops import moe
 from gptoss_jax.ops.lora import product
 from gptoss_jax.ops.norm import rms_norm
 from gptoss_jax.parallel import mesh, sharding
-from gptoss_jax.types import LayerOf, Relaid
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale."""
 
-    size: int
-    eps: float
-    param_dtype: str
+    config: ModelConfig
+    parameter: str  # the path of the scale
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis; see `ops.norm.rms_norm`."""
-        scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.dtype(self.param_dtype))
-        return rms_norm(x, scale, eps=self.eps)
+        return rms_norm(x, declare(self, self.parameter, self.config), eps=self.config.rms_eps)
 
 
 class Table(nn.Module):
     """A [V, D] table: of embeddings, or of the unembedding's rows."""
 
     config: ModelConfig
+    parameter: str  # its path
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
         """Return the table, in its own dtype."""
-        c = self.config
-        init = nn.initializers.normal(c.init_std)
-        return self.param("weight", init, (c.vocab_size, c.d_model), jnp.dtype(c.param_dtype))
+        return declare(self, self.parameter, self.config)
 
 
 class Router(nn.Module):
@@ -64,11 +61,9 @@ class Router(nn.Module):
         losses are of what was asked for, not of what was taken.
         """
         c = self.config
-        dtype = jnp.dtype(c.param_dtype)
-        init = nn.initializers.normal(c.init_std)
-        weight = self.param("weight", init, (c.num_experts, c.d_model), dtype)
+        weight = declare(self, "layers/router/weight", c)
         weight = sharding.gathered("layers/router/weight", weight)
-        bias = self.param("bias", nn.initializers.zeros, (c.num_experts,), dtype)
+        bias = declare(self, "layers/router/bias", c)
         logits = jnp.einsum(
             "BTD,ED->BTE", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
         )
@@ -136,31 +131,8 @@ class Experts(nn.Module):
         layer's at a time and the backward pass forms it again wherever it does the layer.
         """
         c = self.config
-        E, D, F = c.num_experts, c.d_model, c.d_expert + c.expert_padding
-        dtype = jnp.dtype(c.param_dtype)
-
-        def projection(key: Array, shape: tuple[int, ...]):
-            # F is axis 2 of both. Made without the padding: the same numbers on any mesh.
-            real = (*shape[:2], c.d_expert, *shape[3:])
-            dense = c.init_std * jax.random.normal(key, real, jnp.float32)
-            dense = jnp.pad(dense, [(0, n - m) for n, m in zip(shape, real, strict=True)])
-            return mxfp4.encode(dense) if c.experts == "mxfp4" else dense.astype(dtype)
-
-        def matrix(name: str, shape: tuple[int, ...]):
-            """Take a weight that only an op can read as it is; Linen would check its arrays."""
-            if self.has_variable("params", name):
-                value = self.get_variable("params", name)
-                if isinstance(value, Relaid | LayerOf) and value.shape == shape:
-                    return value
-            return self.param(name, projection, shape)
-
-        zeros = nn.initializers.zeros
-        parts = {
-            "gate_up_weight": matrix("gate_up_weight", (E, 2, F, D)),
-            "gate_up_bias": self.param("gate_up_bias", zeros, (E, 2, F), dtype),
-            "down_weight": matrix("down_weight", (E, D, F)),
-            "down_bias": self.param("down_bias", zeros, (E, D), dtype),
-        }
+        names = ("gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
+        parts = {name: declare(self, f"layers/experts/{name}", c) for name in names}
         own = [
             adapters.adapter(self, f"{name}_weight", c.lora.scale) for name in ("gate_up", "down")
         ]

@@ -67,5 +67,5 @@ def final_norm(
     config: ModelConfig, params: Params, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
     """Return the hidden states that are unembedded, from the residual stream after all layers."""
-    norm = RMSNorm(config.d_model, config.rms_eps, config.param_dtype)
+    norm = RMSNorm(config, "final_norm/scale")
     return norm.apply({"params": params}, x).astype(jnp.dtype(config.dtype))  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.lora.adapters import scaled
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.ops.lora import LowRank
-from gptoss_jax.ops.moe.quantised import merged
+from gptoss_jax.ops.lora import LowRank, fold
+from gptoss_jax.parameters import table
 from gptoss_jax.types import MXFP4, Params, Relaid
 
-_MATRICES = ("gate_up_weight", "down_weight")
+_MATRICES = [row.name for row in table.rows() if row.packable]
 
 
 def pack(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
@@ -68,5 +68,5 @@ def _pack(weight: Any, adapter: LowRank | None) -> Any:
 @jax.jit
 def _pack_layer(weight: Any, adapter: LowRank | None) -> MXFP4:
     if adapter is not None:
-        weight = merged(weight, adapter)
+        weight = fold(weight, adapter, experts=True)
     return mxfp4.encode(weight, scale_rule="least_error")

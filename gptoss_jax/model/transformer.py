@@ -39,9 +39,9 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Declare the parameters: `layers` stacked [L, ...], whatever a layer's kind."""
         c = self.config
-        self.embedding = Table(c)
-        self.final_norm = RMSNorm(c.d_model, c.rms_eps, c.param_dtype)
-        self.unembedding = Table(c)
+        self.embedding = Table(c, "embedding/weight")
+        self.final_norm = RMSNorm(c, "final_norm/scale")
+        self.unembedding = Table(c, "unembedding/weight")
         if not self.has_variable("params", "layers"):
             self.param("layers", self._init_layers)
         if c.lora.targets and self.is_initializing():
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
     @nn.nowrap
     def abstract_params(self) -> Params:
         """Return the shapes and dtypes of the parameters without making them."""
-        return jax.tree.map(lambda leaf: leaf, _abstract_params(self))  # the caller's own dicts
+        return jax.tree.map(lambda x: x, _abstract_params(self))  # a copy  # pyright: ignore[reportArgumentType]
 
     @nn.nowrap
     def num_parameters(self) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.config import Config
 from gptoss_jax.config.objective import GRPOConfig
-from gptoss_jax.lora.select import ROOT
+from gptoss_jax.lora.adapters import ROOT
 from gptoss_jax.objectives import sft
 from gptoss_jax.objectives.objective import Objective
 from gptoss_jax.objectives.reinforcement import rollouts

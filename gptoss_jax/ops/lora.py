@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.ops import mxfp4
+from gptoss_jax.types import MXFP4, Relaid
+
 
 class LowRank(NamedTuple):
     """What is added to a weight: `a` from its inputs to the rank r, `b` from there to its outputs.
@@ -18,6 +21,10 @@ class LowRank(NamedTuple):
 
     a: Float[Array, "*E *C r"]
     b: Float[Array, "*E r *N"]
+
+    def times(self, scale: float) -> LowRank:
+        """Return the adapter with its product multiplied, in B."""
+        return self._replace(b=self.b * scale)
 
 
 def product(
@@ -45,14 +52,35 @@ def rows_of(ids: Int[Array, "*lead"], adapter: LowRank, dtype: DTypeLike) -> Arr
     return out.astype(dtype)
 
 
-def dense(adapter: LowRank, *, experts: bool = False) -> Float[Array, "*E *C *N"]:
-    """Return A B in full, float32: the inputs' axes, then the outputs'."""
+def update(
+    adapter: LowRank, *, experts: bool = False, lookup: bool = False
+) -> Float[Array, "*E *N *C"]:
+    """Return A B in full, float32, its axes as the weight's: [*N, *C]; with `lookup` [*C, *N]."""
     a, b = (x.astype(jnp.float32) for x in adapter)
     lead = a.shape[:1] if experts else ()
     inputs, outputs = a.shape[len(lead) : -1], b.shape[len(lead) + 1 :]
     a = a.reshape(*lead, math.prod(inputs), a.shape[-1])
     b = b.reshape(*lead, a.shape[-1], math.prod(outputs))
-    return jnp.matmul(a, b, precision="highest").reshape(*lead, *inputs, *outputs)
+    product = jnp.matmul(a, b, precision="highest").reshape(*lead, *inputs, *outputs)
+    if lookup:
+        return product
+    sides = range(len(lead), len(lead) + len(inputs)), range(len(lead) + len(inputs), product.ndim)
+    return product.transpose(*range(len(lead)), *sides[1], *sides[0])
+
+
+def fold(
+    weight: Array | MXFP4 | Relaid, adapter: LowRank, *, experts: bool = False, lookup: bool = False
+) -> Float[Array, "*E *N *C"]:
+    """Return W + A B of a layer, where B holds the scale. Nothing else forms this sum.
+
+    So merging, training with `qat` and packing agree to the bit. The sum is in float32; that is
+    kept for a packed W, and else rounded to the dtype of W. An export takes `update` by itself, to
+    measure it, and adds it in float32 as well.
+    """
+    added = update(adapter, experts=experts, lookup=lookup)
+    if isinstance(weight, MXFP4 | Relaid):
+        return mxfp4.decode(weight, jnp.float32) + added
+    return (weight.astype(jnp.float32) + added).astype(weight.dtype)
 
 
 def widen(

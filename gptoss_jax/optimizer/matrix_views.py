@@ -1,7 +1,8 @@
 """Optimizers that see a parameter as matrices: Adafactor and Muon on stacked parameters.
 
-A stack of layers and experts is many matrices, each with its own statistics. Which axes are which
-is said by one table, for parameters are kept as [L, N, H, D] and the like.
+A stack of layers and experts is many matrices, each with its own statistics. Which axes stack, and
+which are a matrix's rows, the table of parameters says. Weights are [out..., in...]: rows are
+outputs.
 """
 
 from __future__ import annotations
@@ -14,25 +15,9 @@ import optax
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import path_name
 from gptoss_jax.types import Params
-
-# Axes that stack matrices, and axes that are a matrix's rows; the others are its columns. Weights
-# are [out..., in...]: rows are outputs.
-_MATRICES = {
-    "embedding/weight": (0, 1),  # [V, D]
-    "unembedding/weight": (0, 1),
-    "layers/router/weight": (1, 1),  # [L, E, D]
-    "layers/attention/q_weight": (1, 2),  # [L, N, H, D]
-    "layers/attention/k_weight": (1, 2),
-    "layers/attention/v_weight": (1, 2),
-    "layers/attention/o_weight": (1, 1),  # [L, D, N, H]
-    "layers/experts/gate_up_weight": (3, 1),  # [L, E, 2, F, D]
-    "layers/experts/down_weight": (2, 1),  # [L, E, D, F]
-}
-# What Muon orthogonalises: the hidden matrices. Embedding and unembedding have a row a token, and
-# the router has one an expert: they, and all vectors, are AdamW's.
-_HIDDEN = {p for p in _MATRICES if p.startswith(("layers/attention/", "layers/experts/"))}
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:
@@ -81,22 +66,20 @@ def scale_by_adafactor() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
+def _groups(path: tuple[Any, ...]) -> tuple[int, int]:
+    """Return how many axes of a parameter stack, and how many after them are rows."""
+    row, part, _ = table.place(path_name(path))
+    if part:  # a [stack..., inputs..., r] or b [stack..., r, outputs...]
+        return len(row.lead), len(row.inputs) if part == "a" else 1
+    stack, rows, _ = row.groups
+    return len(stack), len(rows)
+
+
 def _view(path: tuple[Any, ...], x: jax.Array) -> tuple[jax.Array, int]:
     """Return a parameter as [stacked..., rows, columns] or [stacked..., n], and how many stack."""
-    name, shape = path_name(path), x.shape
-    if name in _MATRICES:
-        batch, rows = _MATRICES[name]
-        rows, columns = shape[batch : batch + rows], shape[batch + rows :]
-        return x.reshape(*shape[:batch], math.prod(rows), math.prod(columns)), batch
-    if name.startswith("lora/"):  # a [stacked..., inputs..., r] or b [stacked..., r, outputs...]
-        batch = 2 if "/experts/" in name else 1 if "/layers/" in name else 0
-        rows = -1 if name.endswith("/a") else shape[batch]
-        columns = shape[-1] if name.endswith("/a") else -1
-        return x.reshape(*shape[:batch], rows, columns), batch
-    if not name.startswith("layers/"):
-        return x, 0
-    batch = {"layers/experts/gate_up_bias": 3, "layers/experts/down_bias": 2}.get(name, 1)
-    return x.reshape(*shape[:batch], -1), batch
+    stack, rows = _groups(path)
+    sides = x.shape[stack : stack + rows], x.shape[stack + rows :]
+    return x.reshape(*x.shape[:stack], *(math.prod(side) for side in sides if side)), stack
 
 
 def scale_by_muon_or_adam(
@@ -124,19 +107,24 @@ def scale_by_muon_or_adam(
             "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moment_dtype),
         },
         lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: "muon" if path_name(path) in _HIDDEN else "adam", params
+            lambda path, _: "muon" if _is_muons(table.place(path_name(path))) else "adam", params
         ),
     )
+
+
+def _is_muons(place: table.Place) -> bool:
+    """Say whether Muon updates a parameter; adapters and the rest are Adam's."""
+    return place.row.muon and not place.part
 
 
 def _dimension_numbers(params: Any) -> Any:
     """Say for each matrix which axes are its rows and which its columns; others are stacked."""
 
     def of_leaf(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers:
-        batch, rows = _MATRICES[path_name(path)]
-        middle = batch + rows
+        stack, rows = _groups(path)
+        middle = stack + rows
         return MuonDimensionNumbers(
-            reduction_axis=tuple(range(middle, x.ndim)), output_axis=tuple(range(batch, middle))
+            reduction_axis=tuple(range(middle, x.ndim)), output_axis=tuple(range(stack, middle))
         )
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)

@@ -35,12 +35,18 @@ from gptoss_jax.parallel.exchange import (
     send,
     spread,
 )
-from gptoss_jax.parallel.mesh import EXPERT, ROWS, current
-from gptoss_jax.parallel.sharding import TABLE
+from gptoss_jax.parallel.mesh import ROWS, current
+from gptoss_jax.parameters import table
+from gptoss_jax.parameters.table import EXPERT
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
 
 # The axis of a layer's matrix that is stored split over EXPERT: F, and D.
-STORED = {"gate_up_weight": 2, "down_weight": 1}
+STORED = {
+    row.name: axis
+    for row in (table.row(f"layers/experts/{name}_weight") for name in ("gate_up", "down"))
+    for axis, split in enumerate(row.mesh_axes)
+    if isinstance(split, tuple) and split[-len(EXPERT) :] == EXPERT
+}
 # For a policy of `jax.checkpoint`: what it is called that was gathered and need not be kept.
 GATHERED = "gathered_experts"
 
@@ -202,7 +208,7 @@ def _specs(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _spec(name: str, weight: Any) -> Any:
     """Return how a weight is spread; for packed ones the spec of their arrays' first axes."""
-    axes = TABLE[f"layers/experts/{name}"]
+    axes = table.row(f"layers/experts/{name}").mesh_axes
     if isinstance(_held(weight), Relaid):
         axes = axes[:1]
     if isinstance(weight, LayerOf):

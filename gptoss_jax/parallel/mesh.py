@@ -20,10 +20,6 @@ from gptoss_jax.errors import UserError
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 # What the rows of a batch are spread over. The tokens of a row are spread over "context".
 ROWS = ("data", "fsdp", "expert")
-# What parameters are spread over beside what their op splits them by (FSDP): experts' matrices,
-# which are split over "expert" already, and all others.
-EXPERT = ("fsdp", "context")
-DENSE = ("fsdp", "expert", "context")
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

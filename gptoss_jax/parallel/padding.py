@@ -11,38 +11,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import path_name
 from gptoss_jax.types import MXFP4_BLOCK
-
-# The axis of F, with that of layers in front, and how many columns an entry stands for.
-_HIDDEN = {
-    "lora/layers/experts/gate_up_weight/b": 4,  # [L, E, r, 2, F]
-    "lora/layers/experts/down_weight/a": 2,  # [L, E, F, r]
-    "layers/experts/gate_up_weight": 3,  # [L, E, 2, F, ...]
-    "layers/experts/gate_up_bias": 3,
-    "layers/experts/down_weight": 3,  # [L, E, D, F], packed [L, E, D, F/32, ...]
-}
 
 
 def resize(tree: Any, *, by: int) -> Any:
     """Add `by` zero columns to experts' hidden dimension, or take as many away if negative.
 
     The tree is of parameters, stacked [L, ...] or as tuples of L, or a state with such trees in it:
-    what is no expert's stays. Works on arrays and on `jax.ShapeDtypeStruct`s.
+    what has no hidden dimension stays. Works on arrays and on `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: a path that the table of parameters does not know.
     """
     if not by:
         return tree
 
     def one(path: tuple[Any, ...], x: Any) -> Any:
-        full = f"/{path_name(path)}/"
-        name = next((name for name in _HIDDEN if f"/{name}/" in full), None)
-        if name is None or ("/lora/" in full and not name.startswith("lora/")):
+        place = table.place_in_state(path_name(path), x.ndim)
+        if place is None or "F" not in place.letters:
             return x
-        rest = full.split(f"/{name}/", 1)[1].strip("/").split("/")
-        axis = _HIDDEN[name] - rest[0].isdigit()  # of a tuple of layers
+        rest = place.rest.split("/")
+        axis = place.letters.index("F") - rest[0].isdigit()  # of a tuple of layers
         if x.ndim <= axis:
             return x
-        in_blocks = name.endswith("down_weight") and rest[-1] in ("blocks", "scales")
+        in_blocks = place.letters.endswith("F") and rest[-1] in ("blocks", "scales")
         size = x.shape[axis] + by // (MXFP4_BLOCK if in_blocks else 1)
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)

@@ -1,8 +1,8 @@
-"""The one table of what is spread how over the mesh: parameters, optimizer state, cache, batch.
+"""How arrays are spread over the mesh: parameters, optimizer state, cache, batch.
 
-An entry says for each axis of a parameter (without the axis of layers) which mesh axes it is split
-over. What an op needs whole along `fsdp` (and the axes that FSDP goes over besides, see
-`mesh.DENSE`) is gathered where it is used, a layer at a time, and its gradient is summed and
+The table of parameters (`parameters/table.py`) says over which mesh axes each axis of a parameter
+is split. What an op needs whole along `fsdp` (and the axes that FSDP goes over besides, see
+`table.DENSE`) is gathered where it is used, a layer at a time, and its gradient is summed and
 scattered again.
 """
 
@@ -19,96 +19,41 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.parallel import heads
-from gptoss_jax.parallel.mesh import DENSE, EXPERT, ROWS, current
+from gptoss_jax.parallel.mesh import ROWS, current
+from gptoss_jax.parameters import table
+from gptoss_jax.parameters.table import DENSE, EXPERT, Axis
 from gptoss_jax.parameters.tree import path_name
 from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache
 
-# An axis of an array: not split, or split over one or several mesh axes.
-Axis = str | tuple[str, ...] | None
-Spec = tuple[Axis, ...]
-
 HEADS = "tensor"
 VOCABULARY = ("tensor", *DENSE)
-TABLE: dict[str, Spec] = {
-    "embedding/weight": ("tensor", DENSE),  # [V, D]
-    "unembedding/weight": (VOCABULARY, None),
-    "final_norm/scale": (None,),
-    "layers/attention_norm/scale": (None,),
-    "layers/moe_norm/scale": (None,),
-    "layers/attention/q_weight": (HEADS, None, DENSE),  # [N, H, D]
-    "layers/attention/k_weight": (HEADS, None, DENSE),  # [K, H, D]; see `_fits`
-    "layers/attention/v_weight": (HEADS, None, DENSE),
-    "layers/attention/o_weight": (DENSE, HEADS, None),  # [D, N, H]
-    "layers/attention/q_bias": (HEADS, None),
-    "layers/attention/k_bias": (HEADS, None),
-    "layers/attention/v_bias": (HEADS, None),
-    "layers/attention/o_bias": (None,),
-    "layers/attention/sinks": (HEADS,),
-    "layers/attention/q_norm": (None,),
-    "layers/attention/k_norm": (None,),
-    "layers/router/weight": (None, DENSE),  # [E, D]
-    "layers/router/bias": (None,),
-    "layers/experts/gate_up_weight": ("expert", None, ("tensor", *EXPERT), None),  # [E, 2, F, D]
-    "layers/experts/gate_up_bias": ("expert", None, "tensor"),
-    "layers/experts/down_weight": ("expert", EXPERT, "tensor"),  # [E, D, F]
-    "layers/experts/down_bias": ("expert", None),
-    # Adapters (see `model/lora.py`), r their rank: small, and split only as their op is.
-    "lora/layers/attention/q_weight/a": (None, None),  # [D, r]
-    "lora/layers/attention/q_weight/b": (None, HEADS, None),  # [r, N, H]
-    "lora/layers/attention/k_weight/a": (None, None),
-    "lora/layers/attention/k_weight/b": (None, None, None),  # [r, K, H]
-    "lora/layers/attention/v_weight/a": (None, None),
-    "lora/layers/attention/v_weight/b": (None, None, None),
-    "lora/layers/attention/o_weight/a": (HEADS, None, None),  # [N, H, r]
-    "lora/layers/attention/o_weight/b": (None, None),
-    "lora/layers/router/weight/a": (None, None),
-    "lora/layers/router/weight/b": (None, None),
-    "lora/layers/experts/gate_up_weight/a": ("expert", None, None),  # [E, D, r]
-    "lora/layers/experts/gate_up_weight/b": ("expert", None, None, "tensor"),  # [E, r, 2, F]
-    "lora/layers/experts/down_weight/a": ("expert", "tensor", None),  # [E, F, r]
-    "lora/layers/experts/down_weight/b": ("expert", None, None),  # [E, r, D]
-    "lora/embedding/weight/a": (None, None),
-    "lora/embedding/weight/b": (None, None),
-    "lora/unembedding/weight/a": (None, None),
-    "lora/unembedding/weight/b": (None, None),
-}
-# With more tensor shards than kv heads these are the same on all of them.
-_KV = tuple(f"layers/attention/{x}_{part}" for x in "kv" for part in ("weight", "bias"))
 _PACKED = ("blocks", "scales")  # of MXFP4: an axis of blocks, and one of their bytes, at the end
 _RELAID = ("codes", "scales")
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Return how an array is spread, by the parameter's path that its own path holds.
+    """Return how an array is spread, by what its path speaks of (`table.place`).
 
-    The path may be longer at both ends: that of an optimizer's moment begins with the optimizer's
-    own names, that of a packed weight ends in `blocks`. A moment with other axes than its parameter
-    (Adafactor's rows and columns) is split over layers and experts alone; a number or a short
-    vector that belongs to no parameter not at all.
+    A moment with other axes than its parameter (Adafactor's rows and columns) is split over layers
+    and experts alone; a number or a short vector that belongs to no parameter not at all.
 
     Raises:
         ValueError: a path that the table does not know.
         UserError: an axis that the mesh does not divide.
     """
-    name = max((name for name in TABLE if f"/{name}/" in f"/{path}/"), key=len, default=None)
-    if name is None:
-        if len(shape) <= 1 and not path.startswith(("params/", "layers/", "lora/")):
-            return PartitionSpec()
-        raise ValueError(f"the sharding table (gptoss_jax/parallel/sharding.py) has no {path}")
-    axes = TABLE[name]
-    if name.startswith(("layers/", "lora/layers/")):
-        axes = (None, *axes)
-    rest = f"/{path}/".split(f"/{name}/", 1)[1].strip("/")
-    is_expert = "/experts/" in name
-    if not rest and path in (name, f"params/{name}") and len(shape) != len(axes):
-        raise ValueError(f"{path} has {len(shape)} axes, and the sharding table {len(axes)}")
+    place = table.place_in_state(path, len(shape))
+    if place is None:
+        return PartitionSpec()
+    axes, rest = place.mesh_axes, place.rest
+    if path in (place.path, f"params/{place.path}") and len(shape) != len(axes):
+        raise ValueError(f"{path} has {len(shape)} axes, and the table of parameters {len(axes)}")
     if rest in _PACKED and len(shape) in (len(axes), len(axes) + 1):
         axes = (*axes, None)[: len(shape)]
     elif rest in (*_PACKED, *_RELAID) or len(shape) != len(axes):
-        axes = (None, "expert") if is_expert and len(shape) > 1 else ()
-    kv_heads = shape[1:2] if name in _KV and len(shape) == len(axes) else ()
-    if any(n % mesh.shape["tensor"] for n in kv_heads):
-        axes = tuple(None if axis == HEADS else axis for axis in axes)
+        axes = (None, "expert") if "E" in place.row.lead and len(shape) > 1 else ()
+    kv = place.letters.find("K")
+    if 0 <= kv < len(axes) == len(shape) and shape[kv] % mesh.shape["tensor"]:
+        axes = (*axes[:kv], None, *axes[kv + 1 :])  # with fewer kv heads than shards: whole
     if rest in ("", *_PACKED, *_RELAID):
         _check(path, shape, axes, mesh)
     else:  # Adafactor's; what it does not need is one zero
@@ -125,7 +70,7 @@ def _parts(axis: Axis, mesh: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _check(path: str, shape: tuple[int, ...], axes: Spec, mesh: Any) -> None:
+def _check(path: str, shape: tuple[int, ...], axes: tuple[Axis, ...], mesh: Any) -> None:
     for i, axis in enumerate(axes):
         names = () if axis is None else (axis,) if isinstance(axis, str) else axis
         if shape[i] % _parts(axis, mesh):
@@ -139,7 +84,7 @@ def _check(path: str, shape: tuple[int, ...], axes: Spec, mesh: Any) -> None:
 def specs(tree: Any, mesh: Any) -> Any:
     """Return the `spec` of each array of a tree: parameters, or a state that holds some."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: spec(path_name(path), x.shape, mesh) if x.ndim else PartitionSpec(), tree
+        lambda path, x: spec(path_name(path), x.shape, mesh), tree
     )
 
 
@@ -284,8 +229,8 @@ def gathered(path: str, weight: Any) -> Any:
     mesh = current()
     if mesh is None:
         return weight
-    axes = TABLE[path]
-    if path in _KV and weight.shape[0] % mesh.shape["tensor"]:
-        axes = (None,) * len(axes)
-    kept = tuple("tensor" if axis == HEADS else None for axis in axes)
+    kept = [
+        HEADS if axis == HEADS and size % mesh.shape[HEADS] == 0 else None
+        for axis, size in zip(table.row(path).mesh_axes, weight.shape, strict=True)
+    ]
     return constrain(weight, *kept)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.ops.cross_entropy import sharded
 from gptoss_jax.ops.divergence import Mix, chunk_rows, chunk_sums
 from gptoss_jax.parallel.collectives import sum_once
-from gptoss_jax.parallel.mesh import DENSE, ROWS
-from gptoss_jax.parallel.sharding import TABLE
+from gptoss_jax.parallel.mesh import ROWS
+from gptoss_jax.parameters.table import DENSE, row
 
 GATHERED_ROWS = 16_384  # hidden states that a group gathers at a time
 
@@ -52,7 +52,7 @@ def embed(
         assert DENSE[-1] == "context"
     return jax.shard_map(
         local,
-        in_specs=(P(*TABLE["embedding/weight"]), where),
+        in_specs=(P(*row("embedding/weight").mesh_axes), where),
         out_specs=P(*where, None),
         check_vma=False,
     )(table, tokens)
@@ -97,7 +97,7 @@ def cross_entropy(
 
     return jax.shard_map(
         local,
-        in_specs=(P(*tokens, None), P(*TABLE["unembedding/weight"]), tokens, tokens),
+        in_specs=(P(*tokens, None), P(*row("unembedding/weight").mesh_axes), tokens, tokens),
         out_specs=(P(), tokens),
         check_vma=False,
     )(hidden, table, targets, weights)
@@ -115,7 +115,7 @@ def divergence(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Return the sums of `ops.divergence`, with a vocabulary that is spread on both sides."""
     tokens, shards = P(ROWS, "context"), ("tensor", *DENSE)
-    tables = P(*TABLE["unembedding/weight"])
+    tables = P(*row("unembedding/weight").mesh_axes)
 
     def local(hidden: Array, table: Array, taught: Array, taught_table: Array, *rest: Array):
         rows, group = rest[0].size, math.prod(lax.axis_size(axis) for axis in DENSE)

@@ -17,6 +17,7 @@ from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import Transformer, host_embedding, pack_experts
 from gptoss_jax.ops import moe
 from gptoss_jax.parallel import mesh
+from gptoss_jax.parameters.table import EXPERT
 from gptoss_jax.parameters.tree import is_weight, split_layers
 from gptoss_jax.sampler.decode import Options, State, decode, prefill
 from gptoss_jax.sampler.rules import Rules
@@ -319,7 +320,7 @@ def _is_apart(layers: Params) -> bool:
 
 def _can_relay(model: Transformer) -> bool:
     """Say whether the chip has a layout, and the mesh splits packed experts by expert alone."""
-    packed = model.config.experts == "mxfp4" and mesh.size("tensor", *mesh.EXPERT) == 1
+    packed = model.config.experts == "mxfp4" and mesh.size("tensor", *EXPERT) == 1
     return packed and moe.layout_for_chip() is not None
 
 

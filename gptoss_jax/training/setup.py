@@ -18,7 +18,7 @@ from jaxtyping import Float
 from gptoss_jax import data
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
-from gptoss_jax.lora import select
+from gptoss_jax.lora import adapters, select
 from gptoss_jax.model import Transformer, host_embedding
 from gptoss_jax.model.initial import add_missing, init_params
 from gptoss_jax.objectives import Objective
@@ -146,7 +146,7 @@ def first_state(
     """
     if params is not None:
         params = add_missing(model, params, seed=config.train.seed)
-        params = select.add(model.config, params, seed=config.train.seed)
+        params = adapters.add(model.config, params, seed=config.train.seed)
     return init_state(
         model,
         optimizer,

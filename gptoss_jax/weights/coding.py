@@ -14,9 +14,10 @@ import numpy as np
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import mxfp4
+from gptoss_jax.parameters import table
 from gptoss_jax.types import MXFP4
 from gptoss_jax.weights.merged import Cost, Merged, Report
-from gptoss_jax.weights.names import PACKABLE, Form, Part, Tensor, shapes
+from gptoss_jax.weights.names import Form, Part, Tensor, shapes
 from gptoss_jax.weights.sources import Source, decode_piece, is_finite, pieces, read_as
 
 
@@ -52,8 +53,8 @@ class Coder:
                 yield piece
             if cost.weight:
                 self.report.costs.append(cost)
-                trained = self.source.config.qat and part.path in PACKABLE  # what is written
-                if not self.force and not trained:
+                trains_packed = self.source.config.qat and table.row(part.path).packable
+                if not self.force and not trains_packed:  # else it is what was trained
                     self.report.check(cost)
 
     def _cut(self, part: Part) -> list[range]:
@@ -71,7 +72,7 @@ class Coder:
         update = None
         if isinstance(self.source, Merged):
             update = self.source.update(part.path, part.layer, start=rows.start, stop=rows.stop)
-        config, packs = self.source.config, part.path in PACKABLE
+        config, packs = self.source.config, table.row(part.path).packable
         quantises = packs and config.qat and config.experts == "dense"
         recodes = quantises or (packs and self.form != config.experts)
         if update is None and not recodes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.parameters import table
 from gptoss_jax.weights.names import Form, Layout
 
 MODULES_NOT_CONVERTED = [
@@ -290,6 +291,12 @@ def refuse_inexpressible(config: ModelConfig, layout: Layout) -> None:
             raise UserError(f"model.{name}={value} can't be expressed in {where}")
     if config.sinks == "off":
         raise UserError(f"model.sinks=off can't be expressed in {where}: every head has a sink")
+    for row in table.rows(config):
+        if row.tensor(layout) is None:
+            raise UserError(
+                f"{row.path} can't be expressed in {where}: its row in the table of parameters "
+                "names no tensor there"
+            )
     if layout == "hf":
         return
     alternating = tuple(config.window if n % 2 == 0 else None for n in range(config.num_layers))

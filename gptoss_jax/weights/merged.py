@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ import numpy as np
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters as lora_adapters
-from gptoss_jax.ops.lora import LowRank, dense
+from gptoss_jax.ops.lora import LowRank, update
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.types import Params
 from gptoss_jax.weights.names import Field
@@ -83,27 +83,24 @@ class Merged:
         """
         if f"{path}/a" not in self.leaves:
             return None
-        axes = lora_adapters.AXES[path]
-        stack, rows = axes.stack[1:], (axes.stack[1:] + axes.weight)[0]
+        row = table.row(path)
+        experts = "E" in row.lead
         cut = {"start": start, "size": stop - start}
         a, b = (self.leaves[f"{path}/{part}"] for part in "ab")
         depth = 0 if layer is None else 1
         whole = [{"start": 0, "size": x.shape[depth]} for x in (a, b)]
-        in_a, in_b = rows in stack + axes.inputs[:1], rows in stack
+        in_a, in_b = experts or row.lookup, experts  # else rows are those of the outputs
         a = rows_of(a, layer, **(cut if in_a else whole[0]))
         b = rows_of(b, layer, **(cut if in_b else whole[1]))
         if not in_a:
             b = b[:, start:stop]
         if not b.any():
             return None
-        # As `lora.scaled` does it, so that a run with `qat` gets the sum that it computed with.
-        order = [(stack + axes.inputs + axes.outputs).index(x) for x in stack + axes.weight]
-        return np.asarray(_product(a, b * np.float32(self.scale), bool(stack), tuple(order)))
+        adapter = LowRank(a, b).times(self.scale)  # pyright: ignore[reportArgumentType]
+        return np.asarray(_update(adapter, experts=experts, lookup=row.lookup))
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _product(a: Any, b: Any, experts: bool, order: tuple[int, ...]) -> jax.Array:
-    return dense(LowRank(a, b), experts=experts).transpose(order)
+_update = jax.jit(update, static_argnames=("experts", "lookup"))
 
 
 def with_adapters(source: ParamsSource) -> Source:

@@ -1,4 +1,4 @@
-"""The one name table: which tensor of which layout holds which leaf of our tree, and how.
+"""Which tensor of which layout holds which leaf of our tree, and how: read from the table.
 
 Both layouts name the same numbers. `original/` joins q, k and v into one tensor and, like the
 Hugging Face one, interleaves the rows of gate and up (0::2 gate, 1::2 up); the Hugging Face form
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.parameters import table
 from gptoss_jax.types import MXFP4_BLOCK
 
 Layout = Literal["hf", "openai"]
@@ -22,70 +23,21 @@ Form = Literal["dense", "mxfp4"]  # of the experts' projections
 Field = Literal["value", "blocks", "scales"]
 Order = Literal["plain", "interleaved", "transposed", "transposed_interleaved"]
 
-# Leaf of our tree, tensor of `original/`, tensor of the Hugging Face layout. Neighbours that share
-# a tensor lie in it one after another.
-_TABLE = (
-    ("embedding/weight", "embedding.weight", "model.embed_tokens.weight"),
-    ("layers/attention_norm/scale", "block.{n}.attn.norm.scale", "{hf}.input_layernorm.weight"),
-    ("layers/attention/q_weight", "block.{n}.attn.qkv.weight", "{hf}.self_attn.q_proj.weight"),
-    ("layers/attention/k_weight", "block.{n}.attn.qkv.weight", "{hf}.self_attn.k_proj.weight"),
-    ("layers/attention/v_weight", "block.{n}.attn.qkv.weight", "{hf}.self_attn.v_proj.weight"),
-    ("layers/attention/q_bias", "block.{n}.attn.qkv.bias", "{hf}.self_attn.q_proj.bias"),
-    ("layers/attention/k_bias", "block.{n}.attn.qkv.bias", "{hf}.self_attn.k_proj.bias"),
-    ("layers/attention/v_bias", "block.{n}.attn.qkv.bias", "{hf}.self_attn.v_proj.bias"),
-    ("layers/attention/sinks", "block.{n}.attn.sinks", "{hf}.self_attn.sinks"),
-    ("layers/attention/o_weight", "block.{n}.attn.out.weight", "{hf}.self_attn.o_proj.weight"),
-    ("layers/attention/o_bias", "block.{n}.attn.out.bias", "{hf}.self_attn.o_proj.bias"),
-    ("layers/moe_norm/scale", "block.{n}.mlp.norm.scale", "{hf}.post_attention_layernorm.weight"),
-    ("layers/router/weight", "block.{n}.mlp.gate.weight", "{hf}.mlp.router.weight"),
-    ("layers/router/bias", "block.{n}.mlp.gate.bias", "{hf}.mlp.router.bias"),
-    (
-        "layers/experts/gate_up_weight",
-        "block.{n}.mlp.mlp1_weight",
-        "{hf}.mlp.experts.gate_up_proj",
-    ),
-    (
-        "layers/experts/gate_up_bias",
-        "block.{n}.mlp.mlp1_bias",
-        "{hf}.mlp.experts.gate_up_proj_bias",
-    ),
-    ("layers/experts/down_weight", "block.{n}.mlp.mlp2_weight", "{hf}.mlp.experts.down_proj"),
-    ("layers/experts/down_bias", "block.{n}.mlp.mlp2_bias", "{hf}.mlp.experts.down_proj_bias"),
-    ("final_norm/scale", "norm.scale", "model.norm.weight"),
-    ("unembedding/weight", "unembedding.weight", "lm_head.weight"),
-)
-PACKABLE = ("layers/experts/gate_up_weight", "layers/experts/down_weight")
 _SUFFIX = {"hf": {"blocks": "_blocks", "scales": "_scales", "value": ""}} | {
     "openai": {"blocks": ".blocks", "scales": ".scales", "value": ""}
 }
+SINKS = "layers/attention/sinks"
+
+
+def rows(config: ModelConfig) -> list[table.Parameter]:
+    """Return the rows of what files hold: sinks that are fixed at zero are written as such."""
+    there = [row for row in table.rows() if row.exists(config) or row.path == SINKS]
+    return [row for row in there if any(row.files)]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each leaf that a file holds, of one layer (no L) under `layers/`."""
-    d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-    e, f, v = config.num_experts, config.d_expert, config.vocab_size
-    return {
-        "embedding/weight": (v, d),
-        "layers/attention_norm/scale": (d,),
-        "layers/attention/q_weight": (n, h, d),
-        "layers/attention/k_weight": (k, h, d),
-        "layers/attention/v_weight": (k, h, d),
-        "layers/attention/o_weight": (d, n, h),
-        "layers/attention/q_bias": (n, h),
-        "layers/attention/k_bias": (k, h),
-        "layers/attention/v_bias": (k, h),
-        "layers/attention/o_bias": (d,),
-        "layers/attention/sinks": (n,),
-        "layers/moe_norm/scale": (d,),
-        "layers/router/weight": (e, d),
-        "layers/router/bias": (e,),
-        "layers/experts/gate_up_weight": (e, 2, f, d),
-        "layers/experts/gate_up_bias": (e, 2, f),
-        "layers/experts/down_weight": (e, d, f),
-        "layers/experts/down_bias": (e, d),
-        "final_norm/scale": (d,),
-        "unembedding/weight": (v, d),
-    }
+    return {row.path: row.shape(config) for row in rows(config)}
 
 
 def packed_shape(shape: tuple[int, ...], field: Field) -> tuple[int, ...]:
@@ -121,11 +73,11 @@ class Part:
             return (s[0], s[2], s[1])
         if self.order == "transposed_interleaved":
             return (s[0], s[3], 2 * s[2])
-        if self.path == "layers/attention/o_weight":
-            return (s[0], s[1] * s[2])
-        if self.path.startswith("layers/attention/"):
-            return (math.prod(s[:2]), *s[2:])  # [N, H, D] is [N*H, D]; a vector stays one
-        return s
+        stack, rows, columns = (len(group) for group in table.row(self.path).groups)
+        first = stack - (self.layer is not None)  # of the rows: files have them as one axis
+        last = first + rows
+        rest = (math.prod(s[last:]),) if columns > 1 else s[last:]
+        return (*s[:first], math.prod(s[first:last]), *rest)
 
     @property
     def file_rows(self) -> int:
@@ -171,45 +123,43 @@ class Tensor:
         return self.parts[0].field != "value"
 
 
-def _order(path: str, layout: Layout, form: Form) -> Order:
-    if path == "layers/experts/gate_up_bias":
-        return "interleaved"
-    if path not in PACKABLE:
-        return "plain"
-    gate_up = path == "layers/experts/gate_up_weight"
-    if layout == "hf" and form == "dense":
-        return "transposed_interleaved" if gate_up else "transposed"
-    return "interleaved" if gate_up else "plain"
+def _order(row: table.Parameter, layout: Layout, form: Form) -> Order:
+    interleaved = "C" in row.letters
+    if row.packable and layout == "hf" and form == "dense":
+        return "transposed_interleaved" if interleaved else "transposed"
+    return "interleaved" if interleaved else "plain"
 
 
-def _rows(config: ModelConfig, layout: Layout, form: Form) -> Iterator[tuple[str, Part]]:
+def _parts(config: ModelConfig, layout: Layout, form: Form) -> Iterator[tuple[str, Part]]:
     """Yield (tensor name, part) in the order of the table, layer by layer."""
-    shape_of = shapes(config)
 
-    def row(path: str, name: str, layer: int | None) -> Iterator[tuple[str, Part]]:
-        packed = form == "mxfp4" and path in PACKABLE
-        fields: tuple[Field, ...] = ("blocks", "scales") if packed else ("value",)
+    def parts(row: table.Parameter, layer: int | None) -> Iterator[tuple[str, Part]]:
+        name = row.tensor(layout)
+        assert name is not None, row.path  # `config_io.refuse_inexpressible`
+        fields: tuple[Field, ...] = ("value",)
+        if form == "mxfp4" and row.packable:
+            fields = ("blocks", "scales")
         for field in fields:
-            shape = packed_shape(shape_of[path], field)
-            part = Part(path, layer, field, shape, _order(path, layout, form))
-            yield name + _SUFFIX[layout][field], part
+            shape = packed_shape(row.shape(config), field)
+            part = Part(row.path, layer, field, shape, _order(row, layout, form))
+            yield name.format(n=layer) + _SUFFIX[layout][field], part
 
-    column = {"openai": 1, "hf": 2}[layout]
-    in_layers = [entry for entry in _TABLE if entry[0].startswith("layers/")]
-    first, last = _TABLE[:1], _TABLE[-2:]
-    for entry in first:
-        yield from row(entry[0], entry[column], None)
+    every = rows(config)
+    in_layers = [row for row in every if row.in_layers]
+    first = every.index(in_layers[0])
+    for row in every[:first]:
+        yield from parts(row, None)
     for n in range(config.num_layers):
-        for entry in in_layers:
-            name = entry[column].format(n=n, hf=f"model.layers.{n}")
-            yield from row(entry[0], name, n)
-    for entry in last:
-        yield from row(entry[0], entry[column], None)
+        for row in in_layers:
+            yield from parts(row, n)
+    for row in every[first:]:
+        if not row.in_layers:
+            yield from parts(row, None)
 
 
 def tensors(config: ModelConfig, layout: Layout, form: Form) -> list[Tensor]:
     """Return the tensors of a whole checkpoint in `layout`, its experts stored in `form`."""
     by_name: dict[str, list[Part]] = {}
-    for name, part in _rows(config, layout, form):
+    for name, part in _parts(config, layout, form):
         by_name.setdefault(name, []).append(part)
     return [Tensor(name, tuple(parts)) for name, parts in by_name.items()]

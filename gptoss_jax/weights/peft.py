@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 from gptoss_jax.config import LoRAConfig, ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters as lora_adapters
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
 from gptoss_jax.weights import config_io, safetensors_io
@@ -32,15 +34,7 @@ from gptoss_jax.weights import config_io, safetensors_io
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Weight -> module of transformers' model that holds it. Those of the router are parameters of it.
-_MODULES = {
-    "layers/attention/q_weight": "model.layers.{n}.self_attn.q_proj",
-    "layers/attention/k_weight": "model.layers.{n}.self_attn.k_proj",
-    "layers/attention/v_weight": "model.layers.{n}.self_attn.v_proj",
-    "layers/attention/o_weight": "model.layers.{n}.self_attn.o_proj",
-    "layers/router/weight": "model.layers.{n}.mlp.router",
-    "unembedding/weight": "lm_head",
-}
+# What is no module there, but a parameter of one.
 _PARAMETERS = {"layers/router/weight": "mlp.router.weight"}
 # What changes the function beyond A B, or the base itself, and the value that does not.
 _PLAIN = {
@@ -52,11 +46,21 @@ _PLAIN = {
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def _modules() -> dict[str, str]:
+    """Return weight -> module of transformers' model that holds it, for what PEFT has a place."""
+    names = {path: table.row(path).tensor("hf") or "" for path in lora_adapters.adaptable()}
+    return {
+        path: name.removesuffix(".weight")
+        for path, name in names.items()
+        if name.endswith(".weight") and not table.row(path).lookup
+    }
+
+
 def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
     """Return adapter_config.json; `base` is the name or folder that PEFT loads the model from."""
     paths = lora_adapters.adapted(config)
     _refuse(paths)
-    modules = [_MODULES[path].rpartition(".")[2] for path in paths if path not in _PARAMETERS]
+    modules = [_modules()[path].rpartition(".")[2] for path in paths if path not in _PARAMETERS]
     return {
         "base_model_name_or_path": base or None,
         "bias": "none",
@@ -85,26 +89,26 @@ def tensors_of(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
     leaves = flatten(adapters)
     out: dict[str, np.ndarray] = {}
     for path in paths:
-        stacked = bool(lora_adapters.AXES[path].stack)
+        module, stacked = _modules()[path], table.row(path).in_layers
         for part, letter in (("a", "A"), ("b", "B")):
             stack = np.asarray(leaves[f"{path}/{part}"], np.float32)
             for n, leaf in enumerate(stack if stacked else stack[None]):
                 rank = config.lora.rank
                 # [*inputs, r] -> [r, inputs]; [r, *outputs] -> [outputs, r]
                 flat = leaf.reshape(-1, rank) if part == "a" else leaf.reshape(rank, -1)
-                name = f"{_PREFIX}{_MODULES[path].format(n=n)}.lora_{letter}.weight"
+                name = f"{_PREFIX}{module.format(n=n)}.lora_{letter}.weight"
                 out[name] = np.ascontiguousarray(flat.T)
     return out
 
 
 def _refuse(paths: list[str]) -> None:
-    names = {path: name for name, path in lora_adapters.NAMES.items()}
+    names = {path: name for name, path in lora_adapters.names().items()}
     for path in paths:
-        if path not in _MODULES:
+        if path not in _modules():
             raise UserError(
                 f"{path} ({names[path]} of model.lora.targets) has adapters that PEFT's layout has "
                 "no fixed place for: merge them into the model (--to hf or --to openai), or tune "
-                f"only {', '.join(names[p] for p in _MODULES)}"
+                f"only {', '.join(names[p] for p in _modules())}"
             )
 
 
@@ -130,7 +134,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
     rank = max(a.shape[0] for a, _ in pairs.values())
     rslora, alpha = bool(raw.get("use_rslora")), _number(file, raw, "lora_alpha")
     config = LoRAConfig(rank=rank, alpha=alpha, rslora=rslora)
-    full = dataclasses.replace(config, targets=tuple(lora_adapters.AXES))
+    full = dataclasses.replace(config, targets=tuple(lora_adapters.adaptable()))
     shapes = lora_adapters.shapes(dataclasses.replace(model, lora=full, expert_padding=0))
     adapters: dict[str, np.ndarray] = {}
     layers: dict[str, list[int]] = {}
@@ -145,7 +149,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
             else:
                 at.reshape(rank, -1)[:own] = x * np.float32(its_scale / config.scale)
         layers.setdefault(path, []).append(0 if n is None else n)
-    order = [path for path in lora_adapters.AXES if path in layers]
+    order = [path for path in lora_adapters.adaptable() if path in layers]
     targets = [_target(path, sorted(layers[path]), model.num_layers) for path in order]
     leaves = {f"{path}/{part}": adapters[f"{path}/{part}"] for path in order for part in "ab"}
     return dataclasses.replace(config, targets=tuple(targets)), nest(leaves)
@@ -154,7 +158,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
 def _target(path: str, layers: list[int], count: int) -> str:
     """Return what `model.lora.targets` calls a weight in these layers."""
     if not path.startswith("layers/") or len(layers) == count:
-        return next(name for name, pattern in lora_adapters.NAMES.items() if pattern == path)
+        return next(name for name, pattern in lora_adapters.names().items() if pattern == path)
     return path.replace("layers", f"layers[{','.join(map(str, layers))}]", 1)
 
 
@@ -185,7 +189,7 @@ def _number(file: Path, raw: dict[str, Any], name: str) -> float:
 
 def _of_pattern(raw: dict[str, Any], name: str, path: str, n: int | None, default: float) -> float:
     """Return what a pattern of PEFT says of a module: the first that its name ends in."""
-    module = _MODULES[path].format(n=n)
+    module = _modules()[path].format(n=n)
     for pattern, value in (raw.get(name) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)
@@ -197,11 +201,9 @@ def _pairs(
 ) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
     """Return (weight, layer) -> A and B as PEFT has them, checked against the model's sizes."""
     modules: dict[str, tuple[str, int | None]] = {}
-    for path, module in _MODULES.items():
+    for path, module in _modules().items():
         layers = range(model.num_layers) if "{n}" in module else [None]
         modules |= {module.format(n=n): (path, n) for n in layers}
-    sizes = {"D": model.d_model, "N": model.num_heads, "K": model.num_kv_heads}
-    sizes |= {"H": model.head_dim, "E": model.num_experts, "V": model.vocab_size}
     parts: dict[tuple[str, int | None], dict[str, np.ndarray]] = {}
     for name, entry in safetensors_io.read_header(file).items():
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
@@ -212,8 +214,9 @@ def _pairs(
                 "with PEFT (merge_and_unload) and convert the whole model"
             )
         where, letter = modules[match[1]], match[2]
-        axes = lora_adapters.AXES[where[0]]
-        side = int(np.prod([sizes[x] for x in (axes.inputs if letter == "A" else axes.outputs)]))
+        row = table.row(where[0])
+        size = table.sizes(model) | row.sizes
+        side = math.prod(size[x] for x in (row.inputs if letter == "A" else row.outputs))
         axis = 1 if letter == "A" else 0
         if len(entry.shape) != 2 or entry.shape[axis] != side:
             raise UserError(
@@ -227,7 +230,7 @@ def _pairs(
     if not parts:
         raise UserError(f"{file}: there are no adapters in it")
     for (path, n), pair in parts.items():
-        module = _MODULES[path].format(n=n)
+        module = _modules()[path].format(n=n)
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise UserError(f"{file}: lora_A and lora_B of {module} are not a pair of one rank")
     return {where: (pair["A"], pair["B"]) for where, pair in parts.items()}

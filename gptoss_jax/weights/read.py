@@ -11,8 +11,9 @@ import numpy as np
 
 from gptoss_jax.config import DType, ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.parameters import table
 from gptoss_jax.weights import config_io, safetensors_io
-from gptoss_jax.weights.names import PACKABLE, Field, Form, Layout, Part, Tensor, shapes, tensors
+from gptoss_jax.weights.names import Field, Form, Layout, Part, Tensor, shapes, tensors
 from gptoss_jax.weights.safetensors_io import Entry
 from gptoss_jax.weights.sources import check_packable, check_scales
 
@@ -54,7 +55,7 @@ class Stored:
         return f"{entry.file}: tensor {entry.name!r}"
 
     def _entry(self, path: str, layer: int | None, field: Field | None = None) -> Entry:
-        packed = path in PACKABLE and self.config.experts == "mxfp4"
+        packed = table.row(path).packable and self.config.experts == "mxfp4"
         return self.where[path, layer, field or ("blocks" if packed else "value")][1]
 
 
@@ -83,15 +84,15 @@ def open_checkpoint(folder: Path) -> Stored:
             check_packable(config)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
-    table = tensors(config, layout, stored)
-    _check(folder, table, entries, config)
+    wanted = tensors(config, layout, stored)
+    _check(folder, wanted, entries, config)
     where = {}
-    for tensor in table:
+    for tensor in wanted:
         row = 0
         for part in tensor.parts:
             where[part.key] = (part, entries[tensor.name], row)
             row += part.file_shape[0]
-    name = cast(DType, entries[table[0].name].dtype.name)
+    name = cast(DType, entries[wanted[0].name].dtype.name)
     config = dataclasses.replace(config, experts=stored, dtype=name, param_dtype=name)
     return Stored(folder, layout, config, entries, where)
 
@@ -124,7 +125,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
 
 
 def _check(
-    folder: Path, table: list[Tensor], entries: dict[str, Entry], config: ModelConfig
+    folder: Path, wanted: list[Tensor], entries: dict[str, Entry], config: ModelConfig
 ) -> None:
     """Hold the tensors that are there against those that config.json asks for."""
     says = f"config.json says {config.num_layers} layers"
@@ -132,15 +133,15 @@ def _check(
     def more(names: list[str]) -> str:
         return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
-    missing = [tensor.name for tensor in table if tensor.name not in entries]
+    missing = [tensor.name for tensor in wanted if tensor.name not in entries]
     if missing:
         raise UserError(f"{folder}: tensor {missing[0]!r} is missing{more(missing)}; {says}")
-    names = {tensor.name for tensor in table}
+    names = {tensor.name for tensor in wanted}
     extra = [name for name in entries if name not in names]
     if extra:
         file = entries[extra[0]].file
         raise UserError(f"{file}: tensor {extra[0]!r} is extra{more(extra)}; {says}")
-    for tensor in table:
+    for tensor in wanted:
         entry = entries[tensor.name]
         if entry.shape != tensor.shape:
             raise UserError(
@@ -148,5 +149,5 @@ def _check(
                 f"config.json makes it {list(tensor.shape)}"
             )
         if tensor.packed != (entry.dtype == np.uint8):
-            wanted = "U8" if tensor.packed else "a float dtype"
-            raise UserError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}, not {wanted}")
+            kind = "U8" if tensor.packed else "a float dtype"
+            raise UserError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}, not {kind}")

@@ -22,9 +22,10 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.parallel import padding
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, Relaid
-from gptoss_jax.weights.names import PACKABLE, Field, Form, packed_shape, shapes
+from gptoss_jax.weights.names import SINKS, Field, Form, packed_shape
 
 _PIECE = 1 << 24  # bytes of a piece, in float32 where its values are floats
 _PROGRESS_FROM = 1 << 30  # bytes: below, no bar
@@ -55,7 +56,7 @@ class Source(Protocol):
 
 def pieces(path: str, config: ModelConfig, form: Form, shape: tuple[int, ...]) -> list[range]:
     """Cut the rows of a leaf of `config`'s model, wanted in `form`, into pieces."""
-    stays_packed = path in PACKABLE and config.experts == form == "mxfp4"
+    stays_packed = table.row(path).packable and config.experts == form == "mxfp4"
     values = _PIECE * 2 if stays_packed else _PIECE // 4
     rows = max(1, values // math.prod(shape[1:]))
     return [range(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
@@ -70,7 +71,7 @@ def read_as(
     source's.
     """
     read = partial(source.read, path, layer, start=rows.start, stop=rows.stop)
-    if path not in PACKABLE:
+    if not table.row(path).packable:
         return read("value")
     if source.config.experts == "mxfp4":
         value = MXFP4(read("blocks"), read("scales"))  # pyright: ignore[reportArgumentType]
@@ -134,7 +135,7 @@ class ParamsSource:
         self, path: str, layer: int | None, field: Field, *, start: int, stop: int
     ) -> np.ndarray:
         """See `Source`."""
-        if path == "layers/attention/sinks" and self.config.sinks == "zero":
+        if path == SINKS and self.config.sinks == "zero":
             return np.zeros(stop - start, self.dtype(path, layer))
         leaf = self.leaves[path]
         if isinstance(leaf, tuple):
@@ -205,7 +206,7 @@ def zeros(
 ) -> Any:
     """Return a leaf of zeros: of a layer or of a stack of them, as `shape` says."""
     make = partial(jnp.zeros, device=sharding)
-    if path in PACKABLE and config.experts == "mxfp4":
+    if table.row(path).packable and config.experts == "mxfp4":
         blocks, scales = (packed_shape(shape, field) for field in ("blocks", "scales"))
         if layout is None:
             return MXFP4(make(blocks, jnp.uint8), make(scales, jnp.uint8))
@@ -216,13 +217,8 @@ def zeros(
 
 
 def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
-    """Raise UserError, naming the leaf, unless the leaves are those that files can hold."""
-    expected = shapes(config)
-    if config.sinks != "learned":
-        expected.pop("layers/attention/sinks")
-    if config.qk_norm:  # no file can hold them, but a workdir can
-        norms = ("layers/attention/q_norm", "layers/attention/k_norm")
-        expected |= dict.fromkeys(norms, (config.head_dim,))
+    """Raise UserError, naming the leaf, unless the leaves are those of the model's rows."""
+    expected = {row.path: row.shape(config) for row in table.rows(config)}
     for path in [*expected, *leaves]:
         if path not in leaves or path not in expected:
             what = "lacks" if path not in leaves else "has the unknown leaf"
@@ -230,7 +226,7 @@ def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
         leaf, shape = leaves[path], expected[path]
         in_layers = path.startswith("layers/")
         copies = leaf if isinstance(leaf, tuple) else (leaf,)
-        packed = path in PACKABLE and config.experts == "mxfp4"
+        packed = table.row(path).packable and config.experts == "mxfp4"
         if isinstance(leaf, tuple):
             wrong = len(leaf) != config.num_layers or not in_layers
         else:

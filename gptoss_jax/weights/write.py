@@ -24,12 +24,13 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.parameters import table
 from gptoss_jax.types import Params
 from gptoss_jax.weights import config_io, peft
 from gptoss_jax.weights.coding import Coder
 from gptoss_jax.weights.compare import compare_file, hashed
 from gptoss_jax.weights.merged import Report, with_adapters
-from gptoss_jax.weights.names import PACKABLE, Form, Layout, Tensor, tensors
+from gptoss_jax.weights.names import Form, Layout, Tensor, tensors
 from gptoss_jax.weights.safetensors_io import Plan, write_file
 from gptoss_jax.weights.sources import ParamsSource, Source, check_packable, progress
 
@@ -193,9 +194,9 @@ def _dtype(source: Source, tensor: Tensor, *, dtype: Any, dense_dtype: Any) -> n
     if dtype is not None:
         return np.dtype(jnp.dtype(dtype))
     path = tensor.parts[0].path
-    if path in PACKABLE and dense_dtype is not None:
+    if table.row(path).packable and dense_dtype is not None:
         return np.dtype(jnp.dtype(dense_dtype))
-    if path in PACKABLE and source.config.experts == "mxfp4":
+    if table.row(path).packable and source.config.experts == "mxfp4":
         return source.dtype("embedding/weight", None)
     found = {source.dtype(part.path, part.layer) for part in tensor.parts}
     return functools.reduce(np.promote_types, found)

@@ -17,7 +17,7 @@ from gptoss_jax.config import MeshConfig
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel.experts import experts
 from gptoss_jax.parallel.mesh import ROWS
-from gptoss_jax.parallel.sharding import TABLE
+from gptoss_jax.parameters import table
 
 B, T, A, E, D, F = 8, 64, 4, 16, 384, 256
 SHAPES = {
@@ -40,7 +40,7 @@ def compiled(target: str, exchange: str, **sizes: int) -> str:
         shape((B, T, D), jnp.bfloat16, *rows, None),
         shape((B, T, A), jnp.float32, *rows, None),
         {
-            name: shape(dims, jnp.bfloat16, *TABLE[f"layers/experts/{name}"])
+            name: shape(dims, jnp.bfloat16, *table.row(f"layers/experts/{name}").mesh_axes)
             for name, dims in SHAPES.items()
         },
     )

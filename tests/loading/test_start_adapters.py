@@ -68,7 +68,7 @@ def merged(folder: Path, model: ModelConfig, params: Params) -> tuple[ModelConfi
     modules = {"router": "mlp.router"} | {x: f"self_attn.{x}_proj" for x in "qkvo"}
     found = 0
     for name, outputs in OUTPUTS.items():
-        path = adapters.NAMES[name]
+        path = adapters.names()[name]
         layered = name != "unembedding"
         for n in range(model.num_layers if layered else 1):
             module = f"model.layers.{n}.{modules[name]}" if layered else "lm_head"

@@ -19,7 +19,7 @@ from gptoss_jax.config import LoRAConfig, MeshConfig, OptimizerConfig, command_l
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import checkpoint
 from gptoss_jax.loading.convert import convert
-from gptoss_jax.lora import select
+from gptoss_jax.lora import adapters, fold, select
 from gptoss_jax.lora.adapters import adapted as lora_paths
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
@@ -166,15 +166,15 @@ def test_adapters_are_added_to_weights_that_have_none():
     config = config_of(*LORA).model
     plain = dataclasses.replace(config, lora=LoRAConfig())
     base = init_params(Transformer(plain))
-    one, two, other = (select.add(config, base, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (adapters.add(config, base, seed=seed) for seed in (1, 1, 2))
     chex.assert_trees_all_equal(one, two)
     assert np.any(flatten(one["lora"])["layers/attention/q_weight/a"] !=
                   flatten(other["lora"])["layers/attention/q_weight/a"])  # fmt: skip
-    assert select.add(config, one) is one
-    assert select.add(plain, base) is base
+    assert adapters.add(config, one) is one
+    assert adapters.add(plain, base) is base
     for wrong in (plain, dataclasses.replace(config, lora=LoRAConfig(("q",), rank=3))):
         with pytest.raises(UserError, match="have adapters, and not those"):
-            select.add(wrong, one)
+            adapters.add(wrong, one)
 
 
 def test_bad_input_ends_with_one_line(chats, tmp_path, capsys, monkeypatch):
@@ -265,10 +265,10 @@ def test_a_run_is_exported_merged(ran, tmp_path):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
     gptoss_jax.save(tmp_path / "dense", model, params, experts="dense")
-    same(tmp_path / "dense", *select.merge(*select.decode_experts(model.config, params)))
+    same(tmp_path / "dense", *fold.merge(*fold.decode_experts(model.config, params)))
     report = convert(ran[0], tmp_path / "packed", to="hf", force=True)
     assert {cost.path for cost in report.costs} == set(lora_paths(model.config))
-    same(tmp_path / "packed", *select.merge(model.config, params))
+    same(tmp_path / "packed", *fold.merge(model.config, params))
     with pytest.raises(UserError, match=r"gate_up_weight .* no fixed place for"):
         convert(ran[0], tmp_path / "peft", to="peft")
     assert not (tmp_path / "peft").exists()

@@ -14,7 +14,7 @@ import pytest
 from gptoss_jax.config import LoRAConfig, ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters as lora_adapters
-from gptoss_jax.lora import select
+from gptoss_jax.lora import fold
 from gptoss_jax.model import Transformer
 from gptoss_jax.objectives.token_loss import loss_fn
 from gptoss_jax.ops import mxfp4
@@ -155,7 +155,7 @@ def test_gradients_through_packed_experts_are_those_through_the_same_decoded() -
     batch = a_batch()
     packed = model_with(*EVERY, experts="mxfp4")
     params = make(packed)
-    config, decoded = select.decode_experts(packed.config, params)
+    config, decoded = fold.decode_experts(packed.config, params)
     dense = Transformer(config)
     assert not any(isinstance(leaf, MXFP4) for leaf in flatten(decoded).values())
 
@@ -198,7 +198,7 @@ def test_merged_logits_are_the_adapted_ones() -> None:
     model = model_with(*EVERY)
     params = make(model)
     tokens = a_batch().tokens
-    config, merged = select.merge(model.config, params)
+    config, merged = fold.merge(model.config, params)
     assert config == TINY and "lora" not in merged
     want = logits(model, params, tokens)
     close(logits(Transformer(config), merged, tokens), want)
@@ -209,16 +209,16 @@ def test_packed_experts_are_merged_dense_or_encoded_again() -> None:
     model = model_with("experts", "q", experts="mxfp4")
     params = make(model)
     tokens = a_batch().tokens
-    config, merged = select.merge(*select.decode_experts(model.config, params))
+    config, merged = fold.merge(*fold.decode_experts(model.config, params))
     want = logits(model, params, tokens)
     close(logits(Transformer(config), merged, tokens), want)
-    config, packed = select.merge(model.config, params)
+    config, packed = fold.merge(model.config, params)
     assert config.experts == "mxfp4"
     for name in ("gate_up_weight", "down_weight"):
         found, exact = packed["layers"]["experts"][name], merged["layers"]["experts"][name]
         chex.assert_trees_all_equal(found, mxfp4.encode(exact, scale_rule="least_error"))
     with pytest.raises(UserError, match="no adapters to merge"):
-        select.merge(config, packed)
+        fold.merge(config, packed)
 
 
 @pytest.mark.parametrize("form", [pytest.param("dense", marks=pytest.mark.slow), "mxfp4"])
@@ -226,9 +226,9 @@ def test_sampling_with_adapters_is_sampling_from_the_merged_model(form) -> None:
     model = model_with(*EVERY, experts=form)
     params = make(model)
     if form == "mxfp4":
-        config, merged = select.merge(*select.decode_experts(model.config, params))
+        config, merged = fold.merge(*fold.decode_experts(model.config, params))
     else:
-        config, merged = select.merge(model.config, params)
+        config, merged = fold.merge(model.config, params)
     prompts = [[5, 3, 8, 1, 1, 20, 33], [7, 9]]
     options = {"max_tokens": 6, "stop_ids": []}
     got = Sampler(model, params).generate(prompts, **options)

@@ -23,7 +23,7 @@ from gptoss_jax.parallel import exchange as exchange_module
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel.experts import experts
 from gptoss_jax.parallel.mesh import ROWS
-from gptoss_jax.parallel.sharding import TABLE
+from gptoss_jax.parameters import table
 from gptoss_jax.types import MXFP4, LayerOf
 
 B, T, A, E, D, F, LIMIT = 8, 12, 3, 16, 96, 128, 1.5  # a limit that many activations meet
@@ -74,7 +74,7 @@ def place(mesh: Any, args: tuple, row_axes: tuple = (ROWS, "context")) -> tuple:
 
     rows = P(*row_axes)
     weights = {
-        k: w if k == "adapters" else put(w, P(*TABLE[f"layers/experts/{k}"]))
+        k: w if k == "adapters" else put(w, P(*table.row(f"layers/experts/{k}").mesh_axes))
         for k, w in weights.items()
     }
     return *(put(a, rows) for a in (x, ids, shares)), weights, put(mask, rows)
@@ -248,7 +248,7 @@ def test_layers_of_stacks(sizes: dict, layout: str | None, exchange: str) -> Non
 
     def layer(name: str) -> Any:
         weight = weights[name]
-        axes: tuple = (None, *TABLE[f"layers/experts/{name}"])
+        axes: tuple = (None, *table.row(f"layers/experts/{name}").mesh_axes)
         if layout:
             weight = moe.relay(name, weight, layout=layout)
             axes = axes[:2]

@@ -68,7 +68,7 @@ def test_a_path_that_is_not_in_the_table_and_a_wrong_rank_raise():
         sharding.spec("params/layers/attention/z_weight", (3, 4), mesh)
     with pytest.raises(ValueError, match="has no opt_state/of/something"):
         sharding.spec("opt_state/of/something", (3, 4), mesh)
-    with pytest.raises(ValueError, match="has 2 axes, and the sharding table 4"):
+    with pytest.raises(ValueError, match="has 2 axes, and the table of parameters 4"):
         sharding.spec("params/layers/attention/q_weight", (3, 4), mesh)
 
 

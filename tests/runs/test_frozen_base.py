@@ -23,7 +23,7 @@ from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import checkpoint, resume
 from gptoss_jax.loading import frozen_base as begun_base
 from gptoss_jax.loading.convert import convert
-from gptoss_jax.lora import select
+from gptoss_jax.lora import fold, select
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
 from gptoss_jax.parallel import mesh as meshes
@@ -357,8 +357,8 @@ def test_convert_takes_base_and_adapters(whole, tmp_path):
     convert(whole, tmp_path / "hf", to="hf", experts="dense")
     got = flatten(loading.load(tmp_path / "hf", dtype=jnp.float32)[1])
     model, params = gptoss_jax.load(whole, dtype=jnp.float32)
-    base = flatten(select.decode_experts(model.config, params)[1])
-    want = flatten(select.merge(*select.decode_experts(model.config, params))[1])
+    base = flatten(fold.decode_experts(model.config, params)[1])
+    want = flatten(fold.merge(*fold.decode_experts(model.config, params))[1])
     for path, x in got.items():
         if path not in ("layers/attention/q_weight", *EXPERTS):
             np.testing.assert_array_equal(x, want[path])

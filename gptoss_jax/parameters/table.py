@@ -1,0 +1,314 @@
+"""The table of parameters: what a parameter is, in one row.
+
+A parameter is a row here and a line in `model/` that declares it (docs/add_a_parameter.md). Shapes,
+first values, sharding, tensors of files, padding, LoRA and the optimizers' matrices all follow from
+the row. A path without a row raises ValueError in each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from gptoss_jax.config import ModelConfig
+
+# Mesh axes that an axis of an array is split over: none, one, or several.
+Axis = str | tuple[str, ...] | None
+# What parameters are split over beside what their op splits them by (FSDP): experts' matrices,
+# which are split over "expert" already, and all others.
+EXPERT = ("fsdp", "context")
+DENSE = ("fsdp", "expert", "context")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row. Only `path` and `axes` are required.
+
+    `axes` are dimension letters (see `types.py`; `C` is the axis of gate and up, of 2) in three
+    groups: "stack rows|columns". Optimizers see a stack of matrices, or "L NH", a stack of vectors.
+    The stack of what is under `layers/` begins with L. In memory the axes are in this order.
+    """
+
+    path: str
+    axes: str
+    split: tuple[Axis, ...] = ()  # mesh axes of each axis after L; those left out are not split
+    # Tensors of OpenAI's and of the Hugging Face layout, without the layer's prefix. Neighbours in
+    # the table that share a tensor lie in it one after another. None: the layout can't hold it.
+    files: tuple[str | None, str | None] = (None, None)
+    init: Literal["normal", "zeros", "ones"] = "normal"  # "normal": times `ModelConfig.init_std`
+    target: str | None = None  # its name in `LoRAConfig.targets`; None: it takes no adapter
+    lookup: bool = False  # rows are looked up: they are the inputs, and not the columns
+    muon: bool = False  # Muon orthogonalises it; else Adam updates it
+    packable: bool = False  # may be MXFP4, in blocks along its last axis
+    exists: Callable[[ModelConfig], bool] = field(default=lambda _: True, compare=False)
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of letters that ModelConfig lacks
+
+    def __post_init__(self) -> None:
+        """Refuse axes that contradict the path or the split."""
+        if self.in_layers != self.axes.startswith("L"):
+            raise ValueError(f"{self.path}: L is the first axis under layers/, and only there")
+        if len(self.split) > len(self.letters) - self.in_layers:
+            raise ValueError(f"{self.path}: split has more axes than {self.axes!r} after L")
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether each layer has one."""
+        return self.path.startswith("layers/")
+
+    @property
+    def name(self) -> str:
+        """The name in its module."""
+        return self.path.rpartition("/")[2]
+
+    @cached_property
+    def groups(self) -> tuple[str, str, str]:
+        """The letters of stack, rows and columns; a vector has no columns."""
+        stack, _, matrix = self.axes.rpartition(" ")
+        rows, _, columns = matrix.partition("|")
+        return stack, rows, columns
+
+    @property
+    def letters(self) -> str:
+        """The letters of all axes."""
+        return "".join(self.groups)
+
+    @property
+    def mesh_axes(self) -> tuple[Axis, ...]:
+        """What each axis after L is split over."""
+        whole = len(self.letters) - self.in_layers - len(self.split)
+        return (*self.split, *(None,) * whole)
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Return the shape, of one layer (no L) under `layers/`."""
+        size = {**sizes(config), **self.sizes}
+        return tuple(size[x] for x in self.letters[self.in_layers :])
+
+    def tensor(self, layout: Literal["openai", "hf"]) -> str | None:
+        """Return the name of its tensor in a layout, with {n} for the layer."""
+        name = self.files[0 if layout == "openai" else 1]
+        prefix = {"openai": "block.{n}.", "hf": "model.layers.{n}."}[layout]
+        return prefix + name if name and self.in_layers else name
+
+    @property
+    def lead(self) -> str:
+        """The axes with which a weight and its adapter's A and B all begin: layers, experts."""
+        return self.groups[0].replace("C", "")
+
+    @property
+    def inputs(self) -> str:
+        """The axes of the weight's inputs."""
+        return self.groups[1 if self.lookup else 2]
+
+    @property
+    def outputs(self) -> str:
+        """The axes of the weight's outputs."""
+        gate_and_up = self.groups[0][len(self.lead) :]
+        return gate_and_up + self.groups[2 if self.lookup else 1]
+
+    def adapter(self, part: str) -> tuple[str, tuple[Axis, ...]]:
+        """Return letters and mesh axes (L included) of its adapter's A, "a", or B, "b".
+
+        They are small, and split only as the op is. With more shards than kv heads, and in a table
+        of the vocabulary, they are whole.
+        """
+        after_l = zip(self.letters[self.in_layers :], self.mesh_axes, strict=True)
+        own = [*(None,) * self.in_layers, *(_of_op(x, axis) for x, axis in after_l)]
+        lead, columns = len(self.lead), len(self.letters) - len(self.groups[2])
+        sides = own[lead:columns], own[columns:]
+        outputs, inputs = sides[::-1] if self.lookup else sides
+        if part == "a":
+            return f"{self.lead}{self.inputs}r", (*own[:lead], *inputs, None)
+        return f"{self.lead}r{self.outputs}", (*own[:lead], None, *outputs)
+
+
+class Place(NamedTuple):
+    """What a path of a tree speaks of: a parameter or its adapter, and what of it."""
+
+    row: Parameter
+    part: str  # of an adapter: "a" or "b"; of the parameter itself: ""
+    rest: str  # of the path: "blocks", "v_row", "3" of a tuple of layers
+
+    @property
+    def path(self) -> str:
+        """The path among the parameters."""
+        return f"lora/{self.row.path}/{self.part}" if self.part else self.row.path
+
+    @property
+    def letters(self) -> str:
+        """The letters of its axes; r is an adapter's rank."""
+        return self.row.adapter(self.part)[0] if self.part else self.row.letters
+
+    @property
+    def mesh_axes(self) -> tuple[Axis, ...]:
+        """What each axis, L included, is split over."""
+        if self.part:
+            return self.row.adapter(self.part)[1]
+        return (*(None,) * self.row.in_layers, *self.row.mesh_axes)
+
+
+def row(path: str) -> Parameter:
+    """Return the row of a parameter. Raises ValueError if there is none."""
+    if path not in _ROWS:
+        raise _unknown(path)
+    return _ROWS[path]
+
+
+def rows(config: ModelConfig | None = None) -> list[Parameter]:
+    """Return the rows in the order of the table; with a config those that its model has."""
+    return [x for x in _ROWS.values() if config is None or x.exists(config)]
+
+
+def add(parameter: Parameter) -> None:
+    """Add a row, for this process: for an experiment with a model of its own.
+
+    Raises:
+        ValueError: there is another row of that path.
+    """
+    if _ROWS.setdefault(parameter.path, parameter) != parameter:
+        raise ValueError(f"{_NAME} has another row for {parameter.path}")
+
+
+def place(path: str) -> Place:
+    """Return what an array's path in a tree of parameters, or in a state that holds some, is of.
+
+    The path may be longer than the parameter's at both ends: that of a moment begins with the
+    optimizer's own names, that of a packed weight ends in `blocks`.
+
+    Raises:
+        ValueError: no parameter of the table is in it.
+    """
+    inside = [name for name in _ROWS if f"/{name}/" in f"/{path}/"]
+    name = max(inside, key=len, default="")
+    before, _, rest = f"/{path}/".partition(f"/{name}/")
+    found, part, rest = _ROWS.get(name), "", rest.strip("/")
+    if f"{before}/".endswith("/lora/"):
+        part, _, rest = rest.partition("/")
+    if found is None or part not in ("", "a", "b"):
+        raise _unknown(path)
+    return Place(found, part, rest)
+
+
+def place_in_state(path: str, ndim: int) -> Place | None:
+    """Return `place`; None for a number or a short vector of a state that is of no parameter."""
+    try:
+        return place(path)
+    except ValueError:
+        if ndim > 1 or path.startswith(("params/", "layers/", "lora/")):
+            raise
+        return None
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the size of each letter, F with a mesh's padding."""
+    c = config
+    return {
+        "V": c.vocab_size, "L": c.num_layers, "D": c.d_model, "N": c.num_heads,
+        "K": c.num_kv_heads, "H": c.head_dim, "E": c.num_experts, "C": 2,
+        "F": c.d_expert + c.expert_padding,
+    }  # fmt: skip
+
+
+def _of_op(letter: str, axis: Axis) -> str | None:
+    """Return what an op splits an axis over, apart from FSDP; see `Parameter.adapter`."""
+    first = axis[0] if isinstance(axis, tuple) else axis
+    return first if first in ("tensor", "expert") and letter not in "VK" else None
+
+
+def _unknown(path: str) -> ValueError:
+    return ValueError(f"{_NAME} has no {path}: add a row (docs/add_a_parameter.md)")
+
+
+_NAME = "the table of parameters (gptoss_jax/parameters/table.py)"
+# In the order in which files hold them.
+_ROWS: dict[str, Parameter] = {
+    parameter.path: parameter
+    for parameter in (
+        Parameter(
+            "embedding/weight", "V|D", ("tensor", DENSE),
+            ("embedding.weight", "model.embed_tokens.weight"), target="embedding", lookup=True,
+        ),
+        Parameter(
+            "layers/attention_norm/scale", "L D",
+            files=("attn.norm.scale", "input_layernorm.weight"), init="ones",
+        ),
+        Parameter(
+            "layers/attention/q_weight", "L NH|D", ("tensor", None, DENSE),
+            ("attn.qkv.weight", "self_attn.q_proj.weight"), target="q", muon=True,
+        ),
+        Parameter(
+            "layers/attention/k_weight", "L KH|D", ("tensor", None, DENSE),
+            ("attn.qkv.weight", "self_attn.k_proj.weight"), target="k", muon=True,
+        ),
+        Parameter(
+            "layers/attention/v_weight", "L KH|D", ("tensor", None, DENSE),
+            ("attn.qkv.weight", "self_attn.v_proj.weight"), target="v", muon=True,
+        ),
+        Parameter(
+            "layers/attention/q_bias", "L NH", ("tensor",),
+            ("attn.qkv.bias", "self_attn.q_proj.bias"), init="zeros",
+        ),
+        Parameter(
+            "layers/attention/k_bias", "L KH", ("tensor",),
+            ("attn.qkv.bias", "self_attn.k_proj.bias"), init="zeros",
+        ),
+        Parameter(
+            "layers/attention/v_bias", "L KH", ("tensor",),
+            ("attn.qkv.bias", "self_attn.v_proj.bias"), init="zeros",
+        ),
+        Parameter(
+            "layers/attention/q_norm", "L H", init="ones", exists=lambda c: c.qk_norm,
+        ),
+        Parameter(
+            "layers/attention/k_norm", "L H", init="ones", exists=lambda c: c.qk_norm,
+        ),
+        Parameter(
+            "layers/attention/sinks", "L N", ("tensor",), ("attn.sinks", "self_attn.sinks"),
+            init="zeros", exists=lambda c: c.sinks == "learned",
+        ),
+        Parameter(
+            "layers/attention/o_weight", "L D|NH", (DENSE, "tensor"),
+            ("attn.out.weight", "self_attn.o_proj.weight"), target="o", muon=True,
+        ),
+        Parameter(
+            "layers/attention/o_bias", "L D",
+            files=("attn.out.bias", "self_attn.o_proj.bias"), init="zeros",
+        ),
+        Parameter(
+            "layers/moe_norm/scale", "L D",
+            files=("mlp.norm.scale", "post_attention_layernorm.weight"), init="ones",
+        ),
+        # The router is the head that chooses experts: to Muon it is like the unembedding.
+        Parameter(
+            "layers/router/weight", "L E|D", (None, DENSE),
+            ("mlp.gate.weight", "mlp.router.weight"), target="router",
+        ),
+        Parameter(
+            "layers/router/bias", "L E",
+            files=("mlp.gate.bias", "mlp.router.bias"), init="zeros",
+        ),
+        Parameter(
+            "layers/experts/gate_up_weight", "LEC F|D", ("expert", None, ("tensor", *EXPERT)),
+            ("mlp.mlp1_weight", "mlp.experts.gate_up_proj"),
+            target="gate_up", muon=True, packable=True,
+        ),
+        Parameter(
+            "layers/experts/gate_up_bias", "LEC F", ("expert", None, "tensor"),
+            ("mlp.mlp1_bias", "mlp.experts.gate_up_proj_bias"), init="zeros",
+        ),
+        Parameter(
+            "layers/experts/down_weight", "LE D|F", ("expert", EXPERT, "tensor"),
+            ("mlp.mlp2_weight", "mlp.experts.down_proj"), target="down", muon=True, packable=True,
+        ),
+        Parameter(
+            "layers/experts/down_bias", "LE D", ("expert",),
+            ("mlp.mlp2_bias", "mlp.experts.down_proj_bias"), init="zeros",
+        ),
+        Parameter("final_norm/scale", "D", files=("norm.scale", "model.norm.weight"), init="ones"),
+        Parameter(
+            "unembedding/weight", "V|D", (("tensor", *DENSE),),
+            ("unembedding.weight", "lm_head.weight"), target="unembedding",
+        ),
+    )
+}  # fmt: skip
