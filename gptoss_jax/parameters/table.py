@@ -182,12 +182,11 @@ def place(path: str) -> Place:
     inside = [name for name in _ROWS if f"/{name}/" in f"/{path}/"]
     name = max(inside, key=len, default="")
     before, _, rest = f"/{path}/".partition(f"/{name}/")
-    found, part, rest = _ROWS.get(name), "", rest.strip("/")
-    if f"{before}/".endswith("/lora/"):
-        part, _, rest = rest.partition("/")
-    if found is None or part not in ("", "a", "b"):
+    in_lora = f"{before}/".endswith("/lora/")
+    part, _, rest = rest.strip("/").partition("/") if in_lora else ("", "", rest.strip("/"))
+    if name not in _ROWS or (in_lora and part not in ("a", "b")):
         raise _unknown(path)
-    return Place(found, part, rest)
+    return Place(_ROWS[name], part, rest)
 
 
 def place_in_state(path: str, ndim: int) -> Place | None:
