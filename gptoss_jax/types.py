@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 MXFP4_BLOCK = 32  # values that share one scale byte (OCP Microscaling Formats v1.0, section 5.1)
 
-# A nested dict of arrays and `MXFP4` values. The paths are the same in memory, in the sharding
-# table, in the weight map and in checkpoints.
+# A nested dict of arrays and `MXFP4` values. The paths are the same in memory, in the table
+# of parameters and in checkpoints.
 Params = dict[str, Any]
 
 

@@ -105,6 +105,8 @@ def load(
             params = assemble.on_device(
                 source, config, sharding=everywhere, split=split, layout=layout, advance=advance
             )
+    if isinstance(source, Stored):
+        params = assemble.begin_others(params, config, mesh, split=split)
     if isinstance(source, ParamsSource) and source.adapters is not None:
         params["lora"] = assemble.adapters(source.adapters, config, mesh)
     return make_model(config), params

@@ -35,11 +35,14 @@ def declare(module: nn.Module, path: str, config: ModelConfig) -> Any:
         # Only an op can read it as it is; Linen would check its arrays.
         if isinstance(value, Relaid | LayerOf) and value.shape == row.shape(config):
             return value
-    return module.param(row.name, partial(_begin, row, config))
+    return module.param(row.name, partial(begin, row, config))
 
 
-def _begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
-    """Return the first values. Made without the padding of F: the same numbers on any mesh."""
+def begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
+    """Return a parameter's first values, of one layer.
+
+    Made without the padding of F: the same numbers on any mesh.
+    """
     init = {
         "normal": nn.initializers.normal(config.init_std),
         "zeros": nn.initializers.zeros,

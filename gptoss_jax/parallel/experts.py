@@ -23,6 +23,7 @@ from gptoss_jax import chips
 from gptoss_jax.errors import UserError
 from gptoss_jax.ops import moe
 from gptoss_jax.ops.grouped_matmul.weights import is_packed, layer_of
+from gptoss_jax.ops.lora import LowRank
 from gptoss_jax.parallel.collectives import sum_once
 from gptoss_jax.parallel.exchange import (
     Exchange,
@@ -67,7 +68,7 @@ def experts(
 ) -> Float[Array, "B T D"]:
     """Return `ops.moe.experts` of global arrays that are spread over the current mesh.
 
-    `weights` are that op's four, in any form it takes, spread as the sharding table says; a layer
+    `weights` are that op's four, in any form it takes, spread as their rows say; a layer
     of a stack with the axis of layers in front, not split. `Relaid` ones can be split by expert
     only. The op's `adapters` may be among them. `row_axes` are the mesh axes of B and T, `ROWS` and
     "context" by default; along axes that they leave out, rows are the same everywhere.
@@ -199,11 +200,11 @@ def _specs(weights: dict[str, Any]) -> dict[str, Any]:
     specs = {name: _spec(name, w) for name, w in weights.items() if name != "adapters"}
     if weights.get("adapters") is None:
         return specs
-    hidden = P("expert", None, None, "tensor"), P("expert", "tensor")  # F in B of one, A of other
-    gate_up, down = weights["adapters"]
-    gate_up = gate_up and gate_up._replace(a=P("expert"), b=hidden[0])
-    down = down and down._replace(a=hidden[1], b=P("expert"))
-    return {**specs, "adapters": weights["adapters"]._replace(gate_up=gate_up, down=down)}
+    found: dict[str, Any] = {}
+    for name, own in weights["adapters"]._asdict().items():
+        axes = (table.row(f"layers/experts/{name}_weight").adapter(part)[1] for part in "ab")
+        found[name] = own and LowRank(*(P(*each[1:]) for each in axes))  # pyright: ignore[reportArgumentType]
+    return {**specs, "adapters": moe.Adapters(**found)}
 
 
 def _spec(name: str, weight: Any) -> Any:

@@ -21,12 +21,12 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.parallel import heads
 from gptoss_jax.parallel.mesh import ROWS, current
 from gptoss_jax.parameters import table
-from gptoss_jax.parameters.table import DENSE, EXPERT, Axis
+from gptoss_jax.parameters.table import EXPERT, Axis
 from gptoss_jax.parameters.tree import path_name
 from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache
 
 HEADS = "tensor"
-VOCABULARY = ("tensor", *DENSE)
+VOCABULARY = table.row("unembedding/weight").mesh_axes[0]
 _PACKED = ("blocks", "scales")  # of MXFP4: an axis of blocks, and one of their bytes, at the end
 _RELAID = ("codes", "scales")
 

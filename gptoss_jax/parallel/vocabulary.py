@@ -29,7 +29,7 @@ GATHERED_ROWS = 16_384  # hidden states that a group gathers at a time
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, whole_rows: bool = False
 ) -> Float[Array, "B T D"]:
-    """Look tokens up in a table that is spread by the sharding table, in the table's dtype.
+    """Look tokens up in a table that is spread as its row says, in the table's dtype.
 
     With `whole_rows` tokens are not split over `context`, as in decoding.
     """

@@ -1,5 +1,6 @@
 """What parameters a model has, and how one speaks of them.
 
-`tree` has the parameter tree and its paths, `patterns` chooses among them. Imports: types, errors,
-chips, config. Every room that handles parameters takes these.
+`table` says all that there is to say of each one, `tree` has the parameter tree and its paths,
+`patterns` chooses among them. Imports: types, errors, chips, config. Every room that handles
+parameters takes these.
 """

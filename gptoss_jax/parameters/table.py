@@ -182,12 +182,11 @@ def place(path: str) -> Place:
     inside = [name for name in _ROWS if f"/{name}/" in f"/{path}/"]
     name = max(inside, key=len, default="")
     before, _, rest = f"/{path}/".partition(f"/{name}/")
-    found, part, rest = _ROWS.get(name), "", rest.strip("/")
-    if f"{before}/".endswith("/lora/"):
-        part, _, rest = rest.partition("/")
-    if found is None or part not in ("", "a", "b"):
+    in_lora = f"{before}/".endswith("/lora/")
+    part, _, rest = rest.strip("/").partition("/") if in_lora else ("", "", rest.strip("/"))
+    if name not in _ROWS or (in_lora and part not in ("a", "b")):
         raise _unknown(path)
-    return Place(found, part, rest)
+    return Place(_ROWS[name], part, rest)
 
 
 def place_in_state(path: str, ndim: int) -> Place | None:
@@ -222,93 +221,50 @@ def _unknown(path: str) -> ValueError:
 
 _NAME = "the table of parameters (gptoss_jax/parameters/table.py)"
 # In the order in which files hold them.
-_ROWS: dict[str, Parameter] = {
-    parameter.path: parameter
-    for parameter in (
-        Parameter(
-            "embedding/weight", "V|D", ("tensor", DENSE),
-            ("embedding.weight", "model.embed_tokens.weight"), target="embedding", lookup=True,
-        ),
-        Parameter(
-            "layers/attention_norm/scale", "L D",
-            files=("attn.norm.scale", "input_layernorm.weight"), init="ones",
-        ),
-        Parameter(
-            "layers/attention/q_weight", "L NH|D", ("tensor", None, DENSE),
-            ("attn.qkv.weight", "self_attn.q_proj.weight"), target="q", muon=True,
-        ),
-        Parameter(
-            "layers/attention/k_weight", "L KH|D", ("tensor", None, DENSE),
-            ("attn.qkv.weight", "self_attn.k_proj.weight"), target="k", muon=True,
-        ),
-        Parameter(
-            "layers/attention/v_weight", "L KH|D", ("tensor", None, DENSE),
-            ("attn.qkv.weight", "self_attn.v_proj.weight"), target="v", muon=True,
-        ),
-        Parameter(
-            "layers/attention/q_bias", "L NH", ("tensor",),
-            ("attn.qkv.bias", "self_attn.q_proj.bias"), init="zeros",
-        ),
-        Parameter(
-            "layers/attention/k_bias", "L KH", ("tensor",),
-            ("attn.qkv.bias", "self_attn.k_proj.bias"), init="zeros",
-        ),
-        Parameter(
-            "layers/attention/v_bias", "L KH", ("tensor",),
-            ("attn.qkv.bias", "self_attn.v_proj.bias"), init="zeros",
-        ),
-        Parameter(
-            "layers/attention/q_norm", "L H", init="ones", exists=lambda c: c.qk_norm,
-        ),
-        Parameter(
-            "layers/attention/k_norm", "L H", init="ones", exists=lambda c: c.qk_norm,
-        ),
-        Parameter(
-            "layers/attention/sinks", "L N", ("tensor",), ("attn.sinks", "self_attn.sinks"),
-            init="zeros", exists=lambda c: c.sinks == "learned",
-        ),
-        Parameter(
-            "layers/attention/o_weight", "L D|NH", (DENSE, "tensor"),
-            ("attn.out.weight", "self_attn.o_proj.weight"), target="o", muon=True,
-        ),
-        Parameter(
-            "layers/attention/o_bias", "L D",
-            files=("attn.out.bias", "self_attn.o_proj.bias"), init="zeros",
-        ),
-        Parameter(
-            "layers/moe_norm/scale", "L D",
-            files=("mlp.norm.scale", "post_attention_layernorm.weight"), init="ones",
-        ),
-        # The router is the head that chooses experts: to Muon it is like the unembedding.
-        Parameter(
-            "layers/router/weight", "L E|D", (None, DENSE),
-            ("mlp.gate.weight", "mlp.router.weight"), target="router",
-        ),
-        Parameter(
-            "layers/router/bias", "L E",
-            files=("mlp.gate.bias", "mlp.router.bias"), init="zeros",
-        ),
-        Parameter(
-            "layers/experts/gate_up_weight", "LEC F|D", ("expert", None, ("tensor", *EXPERT)),
-            ("mlp.mlp1_weight", "mlp.experts.gate_up_proj"),
-            target="gate_up", muon=True, packable=True,
-        ),
-        Parameter(
-            "layers/experts/gate_up_bias", "LEC F", ("expert", None, "tensor"),
-            ("mlp.mlp1_bias", "mlp.experts.gate_up_proj_bias"), init="zeros",
-        ),
-        Parameter(
-            "layers/experts/down_weight", "LE D|F", ("expert", EXPERT, "tensor"),
-            ("mlp.mlp2_weight", "mlp.experts.down_proj"), target="down", muon=True, packable=True,
-        ),
-        Parameter(
-            "layers/experts/down_bias", "LE D", ("expert",),
-            ("mlp.mlp2_bias", "mlp.experts.down_proj_bias"), init="zeros",
-        ),
-        Parameter("final_norm/scale", "D", files=("norm.scale", "model.norm.weight"), init="ones"),
-        Parameter(
-            "unembedding/weight", "V|D", (("tensor", *DENSE),),
-            ("unembedding.weight", "lm_head.weight"), target="unembedding",
-        ),
-    )
-}  # fmt: skip
+_TABLE = (
+    Parameter("embedding/weight", "V|D", ("tensor", DENSE),
+              ("embedding.weight", "model.embed_tokens.weight"), target="embedding", lookup=True),
+    Parameter("layers/attention_norm/scale", "L D",
+              files=("attn.norm.scale", "input_layernorm.weight"), init="ones"),
+    Parameter("layers/attention/q_weight", "L NH|D", ("tensor", None, DENSE),
+              ("attn.qkv.weight", "self_attn.q_proj.weight"), target="q", muon=True),
+    Parameter("layers/attention/k_weight", "L KH|D", ("tensor", None, DENSE),
+              ("attn.qkv.weight", "self_attn.k_proj.weight"), target="k", muon=True),
+    Parameter("layers/attention/v_weight", "L KH|D", ("tensor", None, DENSE),
+              ("attn.qkv.weight", "self_attn.v_proj.weight"), target="v", muon=True),
+    Parameter("layers/attention/q_bias", "L NH", ("tensor",),
+              ("attn.qkv.bias", "self_attn.q_proj.bias"), init="zeros"),
+    Parameter("layers/attention/k_bias", "L KH", ("tensor",),
+              ("attn.qkv.bias", "self_attn.k_proj.bias"), init="zeros"),
+    Parameter("layers/attention/v_bias", "L KH", ("tensor",),
+              ("attn.qkv.bias", "self_attn.v_proj.bias"), init="zeros"),
+    Parameter("layers/attention/q_norm", "L H", init="ones", exists=lambda c: c.qk_norm),
+    Parameter("layers/attention/k_norm", "L H", init="ones", exists=lambda c: c.qk_norm),
+    Parameter("layers/attention/sinks", "L N", ("tensor",), ("attn.sinks", "self_attn.sinks"),
+              init="zeros", exists=lambda c: c.sinks == "learned"),
+    Parameter("layers/attention/o_weight", "L D|NH", (DENSE, "tensor"),
+              ("attn.out.weight", "self_attn.o_proj.weight"), target="o", muon=True),
+    Parameter("layers/attention/o_bias", "L D",
+              files=("attn.out.bias", "self_attn.o_proj.bias"), init="zeros"),
+    Parameter("layers/moe_norm/scale", "L D",
+              files=("mlp.norm.scale", "post_attention_layernorm.weight"), init="ones"),
+    # The router is the head that chooses experts: to Muon it is like the unembedding.
+    Parameter("layers/router/weight", "L E|D", (None, DENSE),
+              ("mlp.gate.weight", "mlp.router.weight"), target="router"),
+    Parameter("layers/router/bias", "L E",
+              files=("mlp.gate.bias", "mlp.router.bias"), init="zeros"),
+    Parameter("layers/experts/gate_up_weight", "LEC F|D", ("expert", None, ("tensor", *EXPERT)),
+              ("mlp.mlp1_weight", "mlp.experts.gate_up_proj"),
+              target="gate_up", muon=True, packable=True),
+    Parameter("layers/experts/gate_up_bias", "LEC F", ("expert", None, "tensor"),
+              ("mlp.mlp1_bias", "mlp.experts.gate_up_proj_bias"), init="zeros"),
+    Parameter("layers/experts/down_weight", "LE D|F", ("expert", EXPERT, "tensor"),
+              ("mlp.mlp2_weight", "mlp.experts.down_proj"),
+              target="down", muon=True, packable=True),
+    Parameter("layers/experts/down_bias", "LE D", ("expert",),
+              ("mlp.mlp2_bias", "mlp.experts.down_proj_bias"), init="zeros"),
+    Parameter("final_norm/scale", "D", files=("norm.scale", "model.norm.weight"), init="ones"),
+    Parameter("unembedding/weight", "V|D", (("tensor", *DENSE),),
+              ("unembedding.weight", "lm_head.weight"), target="unembedding"),
+)  # fmt: skip
+_ROWS = {parameter.path: parameter for parameter in _TABLE}
