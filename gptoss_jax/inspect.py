@@ -50,7 +50,10 @@ def main(argv: list[str]) -> None:
     if args.html is None:
         show(Console(), batches, **how)
         return
-    write_page(Path(args.html), batches, **how)
+    try:
+        write_page(Path(args.html), batches, **how)
+    except OSError as error:
+        raise UserError(f"--html {Path(args.html)}: {error.strerror or error}") from None
     print(Path(args.html))
 
 

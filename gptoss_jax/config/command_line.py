@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptoss_jax.config import Config, ModelConfig
-from gptoss_jax.errors import Parser, UserError
+from gptoss_jax.errors import Parser, UserError, command_name
 
 _CONFIG_HELP = """A run: what get_config() of --config FILE returns, with every field an option.
 
@@ -30,7 +30,7 @@ _CONFIG_HELP = """A run: what get_config() of --config FILE returns, with every 
 """
 
 
-def load(argv: Sequence[str], *, prog: str = "python -m gptoss_jax.train") -> Config:
+def load(argv: Sequence[str], *, prog: str | None = None) -> Config:
     """Make the `Config` that a command line asks for.
 
     `--config FILE` names a Python file with `get_config()`, or a config that ships; every other
@@ -47,6 +47,7 @@ def load(argv: Sequence[str], *, prog: str = "python -m gptoss_jax.train") -> Co
         raise UserError("no --config FILE was given; configs/tiny.py is one to start from")
     base = Config() if given is None else read_config_file(given)
     if wants_help:
+        prog = prog or command_name("train")
         return _parse(["--help"], base, show=True, prog=prog, description=_CONFIG_HELP)
     groups = _grouped(overrides)
     try:

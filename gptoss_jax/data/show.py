@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 from gptoss_jax.data.preferences import SIDES
-from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.types import Batch
 
@@ -57,7 +56,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45;
 def show(
     console: Console, batches: list[Batch], *, encoding: tiktoken.Encoding, **how: Any
 ) -> None:
-    """Print batches as `describe` tells of them, with its options."""
+    """Print batches as `describe` says them, with its options; a terminal has colours."""
     for text in describe(batches, encoding, plain=not console.is_terminal, **how):
         console.print(text, soft_wrap=True)
 
@@ -65,16 +64,10 @@ def show(
 def write_page(
     path: Path, batches: list[Batch], *, encoding: tiktoken.Encoding, **how: Any
 ) -> None:
-    """Write a page, with its style in it, of what `show` prints in colours.
-
-    Raises UserError for a path that can't be written.
-    """
+    """Write a page, with its style in it, of what `show` prints in colours."""
     page = Console(file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
     show(page, batches, encoding=encoding, **how)
-    try:
-        path.write_text(page.export_html(code_format=_PAGE), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html {path}: {error.strerror or error}") from None
+    path.write_text(page.export_html(code_format=_PAGE), encoding="utf-8")
 
 
 def describe(
