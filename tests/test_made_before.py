@@ -1,0 +1,236 @@
+"""Runs, exports and answers of the code as it was: the code of today reads them and does the same.
+
+tests/fixtures/before.tar.gz holds a data set, a base and the checkpoints of three runs, and
+expected.json what the code that wrote them went on to compute, write and print. Both were made by
+tests/fixtures/make_fixtures.py, which shows the commands. Bits are compared on the version of JAX
+and the kind of CPU that they were made on; elsewhere numbers, to a few digits. What has come since
+may be more: fields, options and lines are looked for, and others beside them are no difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import gptoss_jax
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+BEFORE = json.loads((FIXTURES / "expected.json").read_text())
+KEPT = BEFORE["kept"]
+RTOL = {"plain": 1e-5, "lora": 2e-2, "state": 2e-2}  # two of them in bfloat16
+CALCULATED = ("lora_hf",)  # of the exports: sums; the others are numbers as they are
+TIMES = ("tokens_per_second", "flops_per_second", "step_seconds", "mfu")
+
+# Several commands one after the other: importing JAX takes longer than most of them.
+MANY = """
+import json, runpy, sys
+for module, *args in json.loads(sys.argv[1]):
+    sys.argv = [module, *args]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("\\f", flush=True)
+"""
+
+
+def is_same_place() -> bool:
+    """Say whether sums have the bits that they had where the fixtures were made."""
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.is_file() else set()
+    vectors = sorted(w for w in words if re.fullmatch(r"avx\w*|fma|amx\w*|f16c", w))
+    here = {"jax": jax.__version__, "machine": platform.machine(), "vectors": vectors}
+    return here == BEFORE["made"]
+
+
+EXACT = is_same_place()
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory) -> Path:
+    """Return the folder of the unpacked fixtures, which nothing is written to."""
+    folder = tmp_path_factory.mktemp("before")
+    with tarfile.open(FIXTURES / "before.tar.gz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory) -> dict[str, str]:
+    """Return the environment that commands had then, with what is compiled shared among them."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "GPTOSS_"))}
+    compiled = str(tmp_path_factory.mktemp("compiled"))
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    more = {"JAX_COMPILATION_CACHE_DIR": compiled, "PYTHONPATH": paths}
+    return clean | BEFORE["env"] | more
+
+
+def command(*args: str, env: dict[str, str]) -> str:
+    run = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def commands(lines: list[list[str]], *, env: dict[str, str]) -> list[str]:
+    said = command("-c", MANY, json.dumps(lines), env=env).split("\f\n")
+    assert len(said) == len(lines) + 1
+    return said[:-1]
+
+
+def fill(args: list[str], **places: Path) -> list[str]:
+    """Put folders in the places that the arguments name."""
+    for name, path in places.items():
+        args = [arg.replace("{" + name + "}", str(path)) for arg in args]
+    return args
+
+
+def check_printed(text: str, then: list[str], places: dict[Path, str]) -> None:
+    """Hold all lines that there were to be there still, in their order; times apart."""
+    for path, name in places.items():
+        text = text.replace(str(path), name)
+    text = re.sub(r"  [\d,]+ tokens/s|  left [\d:]+|^time .*$", "", text, flags=re.M)
+    text = re.sub(r"of [\d.,]+ .B that this device has", "of what this device has", text)
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    if not EXACT:
+        lines, then = ([re.sub(r"[\d.,e+-]+", "#", s) for s in some] for some in (lines, then))
+    rest = iter(lines)
+    gone = [line for line in then if not any(_is_line(line, new) for new in rest)][:1]
+    assert not gone, f"not printed, or not in its place: {gone[0]}\n" + "\n".join(lines)
+
+
+def _is_line(then: str, now: str) -> bool:
+    """Say whether a line is the one that it was, or a list of settings with more of them."""
+    if "=" not in then:
+        return then == now
+    words = iter(now.split())
+    return all(word in words for word in then.split())
+
+
+def check_within(then: Any, now: Any, *, rtol: float, at: str = "") -> None:
+    """Hold a record to what it was; it may have more fields."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key, value in then.items():
+            assert key in now, f"{at}/{key} is gone"
+            if EXACT or key not in ("checksums", "rng"):
+                check_within(value, now[key], rtol=rtol, at=f"{at}/{key}")
+    elif isinstance(then, list) and isinstance(now, list):
+        assert len(then) == len(now), at
+        for i, (a, b) in enumerate(zip(then, now, strict=True)):
+            check_within(a, b, rtol=rtol, at=f"{at}/{i}")
+    elif isinstance(then, float) and not EXACT:
+        np.testing.assert_allclose(now, then, rtol=rtol, atol=rtol / 10, err_msg=at)
+    else:
+        assert then == now, at
+
+
+def check_run(name: str, workdir: Path, here: Path) -> None:
+    """Hold what a run wrote to what it wrote then, to the bit where that can be."""
+    then, end = BEFORE["runs"][name], BEFORE["runs"][name]["record"]["step"]
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in values.items() if k not in TIMES} for values in log]
+    check_within(then["metrics"], log, rtol=RTOL[name], at="metrics")
+    samples = workdir / "samples.jsonl"
+    if EXACT:
+        assert then["samples"] == (samples.read_text().splitlines() if samples.exists() else [])
+    text = (workdir / "checkpoints" / str(end) / "record" / "metadata").read_text()
+    text = text.replace(str(workdir), "{here}/" + name).replace(str(here), "{here}")
+    check_within(then["record"], json.loads(text), rtol=RTOL[name], at="record")
+    there = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "metrics.jsonl", "report.html", "curves.png", "tensorboard"} <= there
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("name", BEFORE["loaded"])
+def test_parameters_are_loaded_as_before(name, before):
+    more = {"base": str(before / "base")} if name == "lora" else {}
+    _, params = gptoss_jax.load(before / name, **more)
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        x = np.asarray(x)
+        what = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()[:16]
+        found[jax.tree_util.keystr(path)] = f"{x.dtype.name}{list(x.shape)} {what}"
+    assert found == BEFORE["loaded"][name]
+
+
+def test_a_base_is_saved_as_it_was(before, tmp_path):
+    model, params = gptoss_jax.load(before / "base")
+    gptoss_jax.save(tmp_path / "out", model, params, to="hf")
+    assert hashes(tmp_path / "out") == hashes(before / "base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEFORE["runs"])
+def test_a_run_goes_on_as_before(name, before, tmp_path, env):
+    workdir = tmp_path / name
+    shutil.copytree(before / name, workdir)
+    args = fill(BEFORE["runs"][name]["args"], here=before)
+    said = command("-m", "gptoss_jax.train", *args, "--workdir", str(workdir), env=env)
+    places = {workdir: "{here}/" + name, before: "{here}"}
+    check_printed(said, BEFORE["runs"][name]["again"], places)
+    check_run(name, workdir, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEFORE["runs"])
+def test_a_new_run_is_as_before(name, before, tmp_path, env):
+    workdir = tmp_path / name
+    args = fill(BEFORE["runs"][name]["args"], here=before)
+    said = command("-m", "gptoss_jax.train", *args, "--workdir", str(workdir), env=env)
+    places = {workdir: "{here}/" + name, before: "{here}"}
+    check_printed(said, BEFORE["runs"][name]["first"], places)
+    check_run(name, workdir, before)
+    kept = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert str(KEPT) in kept
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_what_it_printed(before, env):
+    args = fill(BEFORE["dry_run"]["args"], here=before)
+    said = command("-m", "gptoss_jax.train", *args, env=env)
+    check_printed(said, BEFORE["dry_run"]["printed"], {before: "{here}"})
+
+
+@pytest.mark.slow
+def test_answers_are_as_before(before, env):
+    then = BEFORE["samples"]
+    lines = [["gptoss_jax.sample", *fill(x["args"], here=before), "--json"] for x in then.values()]
+    for name, said in zip(then, commands(lines, env=env), strict=True):
+        now = json.loads(said)
+        rtol = RTOL[name.partition("_")[0]]
+        check_within(then[name]["said"], now, rtol=rtol, at=name)
+
+
+@pytest.mark.slow
+def test_exports_are_as_before(before, tmp_path, env):
+    then = BEFORE["exports"]
+    lines = [
+        ["gptoss_jax.convert", *fill(x["args"], here=before, out=tmp_path / name)]
+        for name, x in then.items()
+    ]
+    for name, said in zip(then, commands(lines, env=env), strict=True):
+        found = hashes(tmp_path / name)
+        if EXACT or name not in CALCULATED:
+            assert found == then[name]["files"], name
+        assert found.keys() == then[name]["files"].keys(), name
+        places = {tmp_path: "{here}/exports", before: "{here}"}
+        check_printed(said, then[name]["printed"], places)
+        if "--to peft" not in " ".join(then[name]["args"]):
+            gptoss_jax.load(tmp_path / name)
