@@ -163,25 +163,23 @@ def run(
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
         if base is not None:
             frozen = patterns.frozen_paths(factors)
-            if from_init:  # a model of one's own may have more than --init holds
-                frozen = [path for path in frozen if path in from_init]
-            base = frozen_base.measure(
-                base, state.params, frozen_paths=frozen, expert_padding=padding
-            )
+            # A model of one's own may have more than --init holds: checkpoints hold that.
+            frozen = [path for path in frozen if not from_init or path in from_init]
+            base = frozen_base.measure(base, state.params, frozen_paths=frozen, expert_padding=padding)
     del params  # the state's, and given up to the first step
     total, active = model.num_parameters()
     console.print(
         f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active; {came_from}"
     )
-    if source is not None:
-        console.print(f"          built by make_model() of {source.file}", soft_wrap=True)
-    for line in setup.describe_trained(model, factors):
-        console.print(line, soft_wrap=True)
+    lines = [] if source is None else [f"          built by make_model() of {source.file}"]
+    lines += setup.describe_trained(model, factors)
     if given_adapters is not None:
         text = start_adapters.describe(given_adapters[0])
-        console.print(f"begins    as {config.init_adapters}: {text}", soft_wrap=True)
+        lines.append(f"begins    as {config.init_adapters}: {text}")
     if base is not None:
-        console.print(f"base      {base.describe()}; not in the checkpoints", soft_wrap=True)
+        lines.append(f"base      {base.describe()}; not in the checkpoints")
+    for line in lines:
+        console.print(line, soft_wrap=True)
     console.print(f"mesh      {meshes.describe(mesh)}, {jax.devices()[0].device_kind}")
     console.print(f"workdir   {workdir}\n")
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ import numpy as np
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import shards
-from gptoss_jax.model.initial import begin
 from gptoss_jax.ops import moe
 from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parallel.mesh import AXES
@@ -120,26 +118,6 @@ def over_mesh(
                     raise UserError(f"{name} has NaN or infinity as {config.param_dtype}")
                 advance(_leaf_bytes(config, path, (len(rows), *shape[1:])))
         leaves[path] = shards.join(made, like, spread)
-    return nest(leaves)
-
-
-def begin_others(
-    params: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None, *, split: bool
-) -> Params:
-    """Add what no file holds: a parameter whose row names no tensor begins as the row says."""
-    leaves = flatten(params)
-    for row in table.rows(config):
-        if any(row.files):
-            continue
-        key = jax.random.fold_in(jax.random.key(0), crc32(row.path.encode()))
-        one = partial(begin, row, config)
-        keys = jax.random.split(key, config.num_layers)
-        value: Any = jax.vmap(one)(keys) if row.in_layers else one(key)
-        if mesh is not None:
-            spread = mesh.axis_names == AXES and mesh.size > 1
-            spec = sharding.spec(row.path, value.shape, mesh) if spread else jax.P()
-            value = jax.device_put(value, jax.NamedSharding(mesh, spec))
-        leaves[row.path] = tuple(value) if split and row.in_layers else value
     return nest(leaves)
 
 

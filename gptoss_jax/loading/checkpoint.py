@@ -27,7 +27,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.loading import assemble
 from gptoss_jax.loading.folders import find_folder, read_config
 from gptoss_jax.model import MakeModel, Transformer
-from gptoss_jax.model.initial import init_params
+from gptoss_jax.model.initial import add_missing, init_params
 from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parallel.mesh import AXES
 from gptoss_jax.parameters.tree import nest, overlay, path_name, split_layers
@@ -92,24 +92,41 @@ def load(
     )
     if spread and layout is not None:
         sharding.check_layout(mesh)
+    how: dict[str, Any] = {"split": split, "layout": layout}
     with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:
-        if mesh is not None and spread:
-            with jax.set_mesh(mesh):
-                config = sharding.padded(config)
-            with assemble.no_mesh():
-                params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
-            if split:
-                params["layers"] = split_layers(params["layers"], config.num_layers)
-        else:
-            everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
-            params = assemble.on_device(
-                source, config, sharding=everywhere, split=split, layout=layout, advance=advance
-            )
-    if isinstance(source, Stored):
-        params = assemble.begin_others(params, config, mesh, split=split)
+        config, params = _assemble(source, config, mesh, spread=spread, advance=advance, **how)
+    model = make_model(config)
+    if isinstance(source, Stored):  # what no file can hold begins anew
+        with jax.set_mesh(mesh) if mesh is not None and spread else assemble.no_mesh():
+            params = add_missing(model, params, split=split)
     if isinstance(source, ParamsSource) and source.adapters is not None:
         params["lora"] = assemble.adapters(source.adapters, config, mesh)
-    return make_model(config), params
+    return model, params
+
+
+def _assemble(
+    source: Stored | ParamsSource,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    *,
+    spread: bool,
+    split: bool,
+    layout: str | None,
+    advance: Any,
+) -> tuple[ModelConfig, Params]:
+    """Read all leaves onto the device, or into the shards of a mesh; return the padded config."""
+    if mesh is None or not spread:
+        everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+        return config, assemble.on_device(
+            source, config, sharding=everywhere, split=split, layout=layout, advance=advance
+        )
+    with jax.set_mesh(mesh):
+        config = sharding.padded(config)
+    with assemble.no_mesh():
+        params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
+    if split:
+        params["layers"] = split_layers(params["layers"], config.num_layers)
+    return config, params
 
 
 def _check_form(dtype: Any, experts: Form | None) -> str:

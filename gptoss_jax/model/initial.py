@@ -35,10 +35,10 @@ def declare(module: nn.Module, path: str, config: ModelConfig) -> Any:
         # Only an op can read it as it is; Linen would check its arrays.
         if isinstance(value, Relaid | LayerOf) and value.shape == row.shape(config):
             return value
-    return module.param(row.name, partial(begin, row, config))
+    return module.param(row.name, partial(_begin, row, config))
 
 
-def begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
+def _begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
     """Return a parameter's first values, of one layer.
 
     Made without the padding of F: the same numbers on any mesh.
@@ -70,11 +70,11 @@ def init_params(model: Any, *, seed: int = 0) -> Params:
     return jax.jit(init)(key)
 
 
-def add_missing(model: Any, params: Params, *, seed: int = 0) -> Params:
+def add_missing(model: Any, params: Params, *, seed: int = 0, split: bool = False) -> Params:
     """Add the parameters that a model has and a tree lacks, as `init_params` makes them.
 
-    So a model with parameters of its own starts from weights that have none. Adapters are left to
-    `lora.adapters.add`.
+    So a model with parameters of its own starts from weights that have none. With `split` stacks
+    are tuples of a layer's arrays. Adapters are left to `lora.adapters.add`.
     """
     there = flatten(params)
     wanted = [path for path in flatten(model.abstract_params()) if not path.startswith("lora/")]
@@ -88,4 +88,7 @@ def add_missing(model: Any, params: Params, *, seed: int = 0) -> Params:
             made = flatten(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
         return sharding.constrain_tree(nest({path: made[path] for path in missing}))
 
-    return nest(there | flatten(jax.jit(init)(key)))
+    made = flatten(jax.jit(init)(key))
+    if split:
+        made = {path: tuple(x) if path.startswith("layers/") else x for path, x in made.items()}
+    return nest(there | made)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gptoss_jax.training.program import make_program
 from jax.sharding import PartitionSpec as P
+from programs import make_program
 
 from gptoss_jax import loading, weights
 from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
