@@ -64,11 +64,12 @@ class Processes:
         end = time.monotonic() + seconds
         while not reached():
             ended = [i for i, p in enumerate(self.all) if p.poll() is not None]
-            assert not ended, (
-                f"process {ended[0]} ended with {self.all[ended[0]].returncode}: "
-                f"{self.said(ended[0])[-3000:]}"
-            )
-            assert time.monotonic() < end, f"nothing in {seconds} s: {self.said(0)[-3000:]}"
+            if ended or time.monotonic() > end:
+                for p in self.all:
+                    p.kill()
+                i = ended[0] if ended else 0
+                what = f"process {i} ended" if ended else f"nothing in {seconds} s"
+                raise AssertionError(f"{what}: {self.said(i)[-3000:]}")
             time.sleep(0.05)
 
     def codes(self, *, seconds: float = 240) -> list[int]:

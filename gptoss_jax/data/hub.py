@@ -8,6 +8,10 @@ where their names tell the split (`train.jsonl`, `data/train-00000-of-00002.parq
 own conversion to parquet (the branch refs/convert/parquet). `huggingface_hub` keeps them in its
 cache, from where they come without a network; its variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE)
 hold.
+
+Why not `datasets`: it needs pandas and 96 MB more, copies what it reads to Arrow files of its own,
+uncompressed, before the first record, and without a network finds only what it has so copied, not
+what is in the hub's cache. The files themselves are what a run reads by row groups and resumes on.
 """
 
 from __future__ import annotations
@@ -53,12 +57,12 @@ def fetch(text: str, field: str) -> list[Path]:
     """
     wanted = _parse(text, field)
     files, revision = _choose(wanted, field)
-    folder = _download(wanted, revision, patterns=[glob.escape(name) for name in files])
-    paths = [folder / name for name in files]
-    missing = [name for name, path in zip(files, paths, strict=True) if not path.is_file()]
-    if missing:
-        raise UserError(f"{field}: {text}: {missing[0]} was not downloaded; try again")
-    return paths
+    only = [glob.escape(name) for name in files]
+    folder = _ask(wanted, lambda: _snapshot(wanted, revision, allow_patterns=only))
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{field}: {text}: {name} was not downloaded; try again")
+    return [folder / name for name in files]
 
 
 def _parse(text: str, field: str) -> _Wanted:
@@ -73,29 +77,28 @@ def _parse(text: str, field: str) -> _Wanted:
 
 def _choose(wanted: _Wanted, field: str) -> tuple[list[str], str]:
     """Return the files of the split, and the revision that they are of."""
-    revision = wanted.revision or "main"
-    failed, own = None, {}
-    try:
-        own = splits(_list(wanted, revision))
-    except UserError as error:  # without a network: the cache may hold the conversion alone
-        failed = error
-    found = _select(wanted, own, field)
-    if found is None and wanted.revision is None:
+    failed: UserError | None = None
+    there: Splits = {}
+    for revision in [wanted.revision] if wanted.revision else ["main", CONVERTED]:
         try:
-            converted = splits(_list(wanted, CONVERTED))
-        except UserError:  # it has none, as private data sets and large ones
-            converted = {}
-        found, revision = _select(wanted, converted, field), CONVERTED
-        own |= converted
-    if found is None and failed is not None:
+            found = splits(_ask(wanted, lambda at=revision: _list(wanted, at)))
+        except UserError as error:
+            # Without a network the cache may hold the conversion alone; and with one there may be
+            # no conversion, as of private data sets and large ones.
+            failed = failed if revision == CONVERTED else error
+            continue
+        there |= found
+        files = _select(wanted, found, field)
+        if files:
+            _check_shards(wanted, files, field)
+            return files, revision
+    if failed is not None:
         raise failed
-    if found is None:
-        there = ", ".join(_spell(key) for key in sorted(own)[:12]) or "no .parquet, .jsonl or .txt"
-        config = f" of config {wanted.config}" if wanted.config else ""
-        raise UserError(
-            f"{field}: {wanted.text}: there is no split {wanted.split}{config}; it has {there}"
-        )
-    return _check_shards(wanted, found, field), revision
+    names = ", ".join(_spell(key) for key in sorted(there)[:12]) or "no .parquet, .jsonl or .txt"
+    config = f" of config {wanted.config}" if wanted.config else ""
+    raise UserError(
+        f"{field}: {wanted.text}: there is no split {wanted.split}{config}; it has {names}"
+    )
 
 
 def _spell(key: tuple[str, str]) -> str:
@@ -137,7 +140,7 @@ def splits(files: Iterable[str]) -> Splits:
     return found
 
 
-def _check_shards(wanted: _Wanted, files: list[str], field: str) -> list[str]:
+def _check_shards(wanted: _Wanted, files: list[str], field: str) -> None:
     """Refuse a part of a split, as an interrupted download leaves it in the cache."""
     for name in files:
         shard = _SHARD.search(PurePosixPath(name).stem)
@@ -146,45 +149,32 @@ def _check_shards(wanted: _Wanted, files: list[str], field: str) -> list[str]:
                 f"{field}: {wanted.text}: {len(files)} of the {int(shard[1])} files are there; "
                 "download the rest with a network"
             )
-    return files
 
 
 def _list(wanted: _Wanted, revision: str) -> list[str]:
     """Return the names of all files; without a network, of those in the cache."""
     import huggingface_hub
 
-    def ask() -> list[str]:
-        api = huggingface_hub.HfApi()
-        try:
-            api.dataset_info(wanted.repo, revision=revision)  # without a network fails at once
-            return api.list_repo_files(wanted.repo, revision=revision, repo_type="dataset")
-        except Exception as error:
-            if not _is_no_answer(error):
-                raise
-            # A pattern that no file has: what is in the cache counts, not what is missing there.
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    wanted.repo,
-                    repo_type="dataset",
-                    revision=revision,
-                    local_files_only=True,
-                    allow_patterns=["?/"],
-                )
-            )
-            return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-
-    return _ask(wanted, ask)
+    api = huggingface_hub.HfApi()
+    try:
+        api.dataset_info(wanted.repo, revision=revision)  # without a network fails at once
+        return api.list_repo_files(wanted.repo, revision=revision, repo_type="dataset")
+    except Exception as error:
+        if not _is_no_answer(error):
+            raise
+    # A pattern that no file has: what is in the cache counts, not what is missing there.
+    folder = _snapshot(wanted, revision, allow_patterns=["?/"], local_files_only=True)
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
 
 
-def _download(wanted: _Wanted, revision: str, *, patterns: list[str]) -> Path:
+def _snapshot(wanted: _Wanted, revision: str, **which: Any) -> Path:
     import huggingface_hub
 
-    def ask() -> str:
-        return huggingface_hub.snapshot_download(
-            wanted.repo, repo_type="dataset", revision=revision, allow_patterns=patterns
+    return Path(
+        huggingface_hub.snapshot_download(
+            wanted.repo, repo_type="dataset", revision=revision, **which
         )
-
-    return Path(_ask(wanted, ask))
+    )
 
 
 def _is_no_answer(error: Exception) -> bool:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax.config import Config, command_line
@@ -42,6 +41,9 @@ from gptoss_jax.runs.records import (
 )
 from gptoss_jax.types import Params, TrainState
 
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp  # as long to import as jax: where it writes alone
+
 
 class _Keep:
     """Keeps the newest checkpoints, and the one with the lowest held-out loss."""
@@ -65,6 +67,8 @@ def open_manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager
     Keeps the `keep` newest and, beside them, the one with the lowest held-out loss. What a killed
     run left half-written is removed.
     """
+    import orbax.checkpoint as ocp
+
     quiet()
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True, preservation_policy=_Keep(workdir, keep)
@@ -92,6 +96,8 @@ def save(
     says so, and whoever reads it leaves it out, or has as much of it as another mesh needs. What is
     in the `base` is not written.
     """
+    import orbax.checkpoint as ocp
+
     items: dict[str, Any] = {
         "params": split_held(state.params, base)[0],
         # With the step, since orbax refuses the empty state that some optimizers have.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.parallel.hosts import processes
@@ -94,22 +93,21 @@ def read_arrays(folder: Path, target: Any, *, resize: bool = False) -> Any:
     Raises:
         UnreadableError: whatever goes wrong.
     """
+    import orbax.checkpoint as ocp  # as long to import as jax, and a folder of weights needs none
+
     quiet()
     for _ in range(60):  # a network's file systems may show late what another host wrote
         if folder.is_dir() or processes.is_first():
             break
         time.sleep(1)
+    # Kept from orbax's barriers: one process may find damage that the others do not see.
+    me = processes.index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     try:
-        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
             return reader.restore(folder, jax.tree.map(_abstract, target), strict=not resize)
     except Exception as error:
         raise UnreadableError(error) from None
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Keep orbax from its barriers: one process may find damage that the others do not see."""
-    me = processes.index()
-    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

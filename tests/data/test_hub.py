@@ -102,17 +102,11 @@ for text, field in json.loads(sys.argv[1]):
 
 def ask(names, cache, endpoint, **variables):
     """Fetch in a process of its own, since huggingface_hub reads its variables when imported."""
-    names = [name if isinstance(name, tuple) else (name, "data.train") for name in names]
-    env = {
-        **os.environ,
-        "HF_HOME": str(cache),
-        "HF_ENDPOINT": endpoint,
-        "HF_TOKEN": "",
-        **variables,
-    }
-    env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    full = [name if isinstance(name, tuple) else (name, "data.train") for name in names]
+    env = {**os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_TOKEN": ""}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(names)],
+        [sys.executable, "-c", SCRIPT, json.dumps(full)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -124,105 +118,73 @@ def ask(names, cache, endpoint, **variables):
     return {name: json.loads(line)[2] for name, line in zip(names, lines, strict=True)}
 
 
+PLAIN = REPOS["me/plain"]["main"]
+LOGIN = "`hf auth login` or set HF_TOKEN"
+NO_SPLIT = "data.train: {}: there is no split {}; it has {}"
+# What each name gives: files with their contents, or what is said.
+ANSWERS = {
+    "hf:me/plain": {name: body for name, body in PLAIN.items() if "train" in name},
+    "hf:me/plain@v1": {"train.txt": b"old"},
+    ("hf:me/plain:test", "data.held_out"): {"data/test-00000-of-00001.jsonl": LINE * 3},
+    "hf:me/configs:en:dev": {"en/dev.jsonl": LINE},
+    # What the hub converted, where the names of the files themselves tell no split.
+    "hf:me/json": {"default/train/0000.parquet": b"PAR1"},
+    "hf:me/plain:dev": NO_SPLIT.format("hf:me/plain:dev", "dev", "test, train"),
+    "hf:me/plain@v1:test": NO_SPLIT.format("hf:me/plain@v1:test", "test", "train"),
+    "hf:me/plain@v9": "hf:me/plain@v9: it has no revision v9",
+    "hf:me/configs": (
+        "data.train: hf:me/configs: 2 configs have the split train (de, en); name one: "
+        "hf:me/configs:CONFIG:train"
+    ),
+    "hf:me/configs:fr:train": NO_SPLIT.format(
+        "hf:me/configs:fr:train", "train of config fr", "de:dev, de:train, en:dev, en:train"
+    ),
+    "hf:me/json:test": NO_SPLIT.format("hf:me/json:test", "test", "partial-test, train"),
+    "hf:me/pictures": NO_SPLIT.format("hf:me/pictures", "train", "no .parquet, .jsonl or .txt"),
+    "hf:me/gated": (
+        "hf:me/gated: it is gated: accept its terms on https://huggingface.co/datasets/me/gated, "
+        f"then {LOGIN}"
+    ),
+    "hf:me/unknown": f"hf:me/unknown: the hub has no such data set, or it is private: {LOGIN}",
+}
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """What each name gave, and the cache that this left."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     cache = tmp_path_factory.mktemp("hub")
-    names = [
-        "hf:me/plain",
-        "hf:me/plain@v1",
-        ("hf:me/plain:test", "data.held_out"),
-        "hf:me/plain:dev",
-        "hf:me/plain@v1:test",
-        "hf:me/plain@v9",
-        "hf:me/configs",
-        "hf:me/configs:en:dev",
-        "hf:me/configs:fr:train",
-        "hf:me/json",
-        "hf:me/json:test",
-        "hf:me/pictures",
-        "hf:me/gated",
-        "hf:me/unknown",
-    ]
-    yield ask(names, cache, f"http://127.0.0.1:{server.server_port}"), cache
+    yield ask(ANSWERS, cache, f"http://127.0.0.1:{server.server_port}"), cache
     server.shutdown()
 
 
-def contents(said):
-    assert isinstance(said, list), said
-    return [(path.split("/snapshots/")[1][41:], text.encode()) for path, text in said]
-
-
-def test_the_files_of_a_split_are_downloaded(served):
+@pytest.mark.parametrize("name", ANSWERS, ids=str)
+def test_a_split_is_downloaded_or_what_the_hub_lacks_is_said(served, name):
     answers, _ = served
-    plain = REPOS["me/plain"]["main"]
-    train = [name for name in plain if "train" in name]
-    assert contents(answers["hf:me/plain", "data.train"]) == [(n, plain[n]) for n in train]
-    assert contents(answers["hf:me/plain:test", "data.held_out"]) == [
-        ("data/test-00000-of-00001.jsonl", LINE * 3)
-    ]
-    assert contents(answers["hf:me/plain@v1", "data.train"]) == [("train.txt", b"old")]
-    assert contents(answers["hf:me/configs:en:dev", "data.train"]) == [("en/dev.jsonl", LINE)]
-    # What the hub converted, where the names of the files themselves tell no split.
-    assert contents(answers["hf:me/json", "data.train"]) == [
-        ("default/train/0000.parquet", b"PAR1")
-    ]
-
-
-def test_what_the_hub_lacks_is_said_in_a_line(served):
-    answers, _ = served
-    login = "`hf auth login` or set HF_TOKEN"
-    gated = "accept its terms on https://huggingface.co/datasets/me/gated, then"
-    for name, expected in {
-        "hf:me/plain:dev": (
-            "data.train: hf:me/plain:dev: there is no split dev; it has test, train"
-        ),
-        "hf:me/plain@v1:test": (
-            "data.train: hf:me/plain@v1:test: there is no split test; it has train"
-        ),
-        "hf:me/plain@v9": "hf:me/plain@v9: it has no revision v9",
-        "hf:me/configs": (
-            "data.train: hf:me/configs: 2 configs have the split train (de, en); name one: "
-            "hf:me/configs:CONFIG:train"
-        ),
-        "hf:me/configs:fr:train": (
-            "data.train: hf:me/configs:fr:train: there is no split train of config fr; it has "
-            "de:dev, de:train, en:dev, en:train"
-        ),
-        "hf:me/json:test": (
-            "data.train: hf:me/json:test: there is no split test; it has partial-test, train"
-        ),
-        "hf:me/pictures": (
-            "data.train: hf:me/pictures: there is no split train; it has no .parquet, .jsonl or "
-            ".txt"
-        ),
-        "hf:me/gated": f"hf:me/gated: it is gated: {gated} {login}",
-        "hf:me/unknown": (
-            f"hf:me/unknown: the hub has no such data set, or it is private: {login}"
-        ),
-    }.items():
-        assert answers[name, "data.train"] == expected
+    expected, found = ANSWERS[name], answers[name]
+    if isinstance(expected, dict):
+        assert isinstance(found, list), found
+        found = {path.split("/snapshots/")[1][41:]: text.encode() for path, text in found}
+        assert list(found) == list(expected)
+    assert found == expected
 
 
 def test_the_cache_serves_without_a_network(served):
     answers, cache = served
-    offline = {"HF_HUB_OFFLINE": "1"}
     nowhere = "http://127.0.0.1:9"
     names = ["hf:me/plain", "hf:me/json", "hf:me/plain@v1", "hf:me/other", "hf:me/plain:dev"]
-    again = ask(names, cache, nowhere, **offline)
-    for name in names[:3]:
-        assert again[name, "data.train"] == answers[name, "data.train"]
-    lacks = (
-        "the hub can't be reached and its cache here lacks it: connect, or give the path of its "
-        "files"
-    )
-    assert again["hf:me/other", "data.train"] == f"hf:me/other: {lacks}"
-    assert "there is no split dev; it has" in again["hf:me/plain:dev", "data.train"]
+    again = ask(names, cache, nowhere, HF_HUB_OFFLINE="1")
     unreached = ask(["hf:me/plain", "hf:me/other"], cache, nowhere)
-    assert unreached["hf:me/plain", "data.train"] == answers["hf:me/plain", "data.train"]
-    assert unreached["hf:me/other", "data.train"] == f"hf:me/other: {lacks}"
+    for name in names[:3]:
+        assert again[name] == answers[name]
+    assert unreached["hf:me/plain"] == answers["hf:me/plain"]
+    assert "there is no split dev; it has" in again["hf:me/plain:dev"]
+    assert again["hf:me/other"] == unreached["hf:me/other"]
+    assert again["hf:me/other"] == (
+        "hf:me/other: the hub can't be reached and its cache here lacks it: connect, or give the "
+        "path of its files"
+    )
 
 
 def test_part_of_a_split_in_the_cache_is_refused(served):
