@@ -14,6 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# Compiled code is shared by all processes: xdist's workers and the runs that tests start. A folder
+# of this environment keeps it, so that the next session (a later tier, too) finds it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(sys.prefix) / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # The parity tests share a mapping that is no package.
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
@@ -64,24 +69,3 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Share compiled code between the runs of this file, in this process and in others."""
-    import jax
-
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    names = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    old = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]

@@ -23,7 +23,6 @@ from gptoss_jax.runs import metrics, records
 from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parameters.patterns import frozen_paths
 from gptoss_jax.runs import metrics, records
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_once")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 MODEL = "--model.experts mxfp4 --model.num_layers 1 --model.layer_pattern b --model.d_expert 96 "

@@ -38,7 +38,6 @@ LORA = ["--model.lora.targets", "attention", "experts", "--model.lora.rank", "3"
 EVERY = ["attention", "experts", "router", "embedding", "unembedding"]
 FEW = ["--data.held_out", "--train.steps", "4", "--train.eval_questions", "0"]
 L, E = 2, 4
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ LORA = ["--init", "random", "--model.lora.targets", "attention", "embedding"]
 LORA += ["--model.lora.rank", "3", "--model.layer_pattern", "full"]
 ON_HOST = "--model.embedding_on_host"
 B, T = 6, 24
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(autouse=True)

@@ -216,7 +216,7 @@ def test_a_teacher_that_cannot_teach_is_refused(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tiny_config_nears_its_teacher(tmp_path, compile_once):
+def test_the_tiny_config_nears_its_teacher(tmp_path):
     small = "--model.d_model 64 --data.sequence_length 256 --data.batch_size 4 --train.log_every 5"
     small += " --train.eval_questions 0 --train.eval_batches 2"
     taught = ["--config", "configs/tiny.py", "--workdir", str(tmp_path / "teacher")]

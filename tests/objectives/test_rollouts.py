@@ -24,7 +24,6 @@ from gptoss_jax.runs import metrics
 
 ROOT = Path(__file__).parents[2]
 SUMS = ROOT / "configs" / "rewards" / "sums.py"
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 # 2 questions a step, 3 answers each; a prompt has some 190 tokens of this vocabulary.
 GRPO = str.split(

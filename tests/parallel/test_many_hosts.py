@@ -20,7 +20,6 @@ from gptoss_jax.runs import metrics, records
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.usefixtures("compile_once"),
 ]
 
 TRAIN = python("-m", "gptoss_jax.train")

@@ -26,8 +26,6 @@ from gptoss_jax.runs import checkpoints, metrics, records
 from gptoss_jax.runs.workdir import Hold
 from gptoss_jax.training import held_out
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "-m", "gptoss_jax.train"]
 POISONED = [sys.executable, str(ROOT / "tests/poisoned.py")]

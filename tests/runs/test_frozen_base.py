@@ -32,8 +32,6 @@ from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.runs import checkpoints, metrics, records
 from gptoss_jax.runs import frozen_base as bases
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 ROOT = Path(__file__).parents[2]
 MODEL = "--model.experts mxfp4 --model.num_layers 1 --model.layer_pattern b --model.d_expert 96 "
 MODEL += "--model.num_heads 4 --model.num_kv_heads 2 --data.sequence_length 192 --data.batch_size 4"

@@ -138,7 +138,6 @@ def test_chosen_experts_of_chosen_layers_are_trained_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_once")
 def test_a_run_with_capacity_drops_in_training_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     chats = str(write_chats(tmp_path / "a.jsonl", 12))
@@ -162,7 +161,6 @@ def test_a_run_with_capacity_drops_in_training_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_once")
 def test_balancing_prevents_a_collapse(tmp_path, monkeypatch):
     """As in experiments/balancing: without any it collapses, and each method keeps it even."""
     monkeypatch.chdir(ROOT)

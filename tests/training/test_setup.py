@@ -22,7 +22,6 @@ from gptoss_jax.training import held_out, setup
 from gptoss_jax.training.step import averaged_params
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(autouse=True)
