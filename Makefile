@@ -7,6 +7,9 @@ DEMO := runs/demo
 AOT := .venv-aot
 AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3) python3.12)
 
+# Each process takes a run of neighbours, so that a file's fixtures are made once.
+TESTS := -m pytest -n 2 --dist worksteal
+
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -30,14 +33,14 @@ demo: $(VENV)/installed
 	@echo "Ask it yourself:  $(RUN) -m gptoss_jax.sample --checkpoint $(DEMO) --prompt 'sort 3 1 2' --reasoning low"
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --quick -m "not slow and not aot and not exhaustive"
+	$(RUN) $(TESTS) --quick -m "not slow and not aot and not exhaustive"
 
 slow: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) $(TESTS) --quick -m slow
 
 # jax 0.11.2 with the compilers for TPU and H200, on Python 3.12 where there is one.
 test-aot: $(AOT)/installed
-	$(AOT)/bin/python -m pytest -n 2 -m aot tests/aot
+	$(AOT)/bin/python $(TESTS) -m aot tests/aot
 
 # Does it fit? make plan ARGS="--config configs/20b_v5e_4x8.py --target v5e:4x8"
 plan: $(AOT)/installed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 
 import flax.linen as nn
 import jax
@@ -226,12 +226,7 @@ class Transformer(nn.Module):
     @nn.nowrap
     def abstract_params(self) -> Params:
         """Return the shapes and dtypes of the parameters without making them."""
-
-        def init() -> Params:
-            return dict(self.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-
-        with mesh.alone():
-            return jax.eval_shape(init)
+        return jax.tree.map(lambda leaf: leaf, _abstract_params(self))  # the caller's own dicts
 
     @nn.nowrap
     def num_parameters(self) -> tuple[int, int]:
@@ -249,6 +244,15 @@ class Transformer(nn.Module):
                 share = self.config.active_experts / self.config.num_experts
                 active += round(size * share) if "experts" in names else size
         return total, active
+
+
+@lru_cache(maxsize=32)  # one run asks five times, and tracing takes half a second
+def _abstract_params(model: Transformer) -> Params:
+    def init() -> Params:
+        return dict(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+    with mesh.alone():
+        return jax.eval_shape(init)
 
 
 def restarting_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
