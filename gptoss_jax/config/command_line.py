@@ -108,9 +108,12 @@ def read_config_file(path: str) -> Config:
 
 
 def _run(path: str) -> dict[str, Any]:
-    """Run a config file, and return what it defines."""
+    """Run a config file, which may import what lies beside it or here; return what it defines."""
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file")
+    for folder in (Path(path).resolve().parent, Path.cwd()):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     return runpy.run_path(path)
 
 
