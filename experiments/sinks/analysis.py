@@ -46,9 +46,7 @@ def attention_weights(
     return jnp.stack(weights), jnp.stack(on_sink)
 
 
-def attention_logits(
-    model: Transformer, params: Params, batch: Batch
-) -> Float[Array, "L B N T S"]:
+def attention_logits(model: Transformer, params: Params, batch: Batch) -> Float[Array, "L B N T S"]:
     """Return the logits of every head, `MASKED` for what it does not see.
 
     The model keeps them to itself; they are made again from the residual stream that it captures.

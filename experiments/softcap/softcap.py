@@ -1,6 +1,6 @@
 """The variant `softcap`: the same config, another model.
 
-    python -m gptoss_jax.train --config experiments/softcap/softcap.py
+python -m gptoss_jax.train --config experiments/softcap/softcap.py
 """
 
 from experiments.softcap.config import get_config as get_config

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptoss_jax.config import ModelConfig
 from experiments.softcap.model.attention import Attention, LayerCache, Sequence
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import Experts, RMSNorm, Router
 from gptoss_jax.parallel import sharding
 

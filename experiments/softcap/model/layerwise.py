@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax import chips
-from gptoss_jax.config import ModelConfig
 from experiments.softcap.model.attention import Sequence
 from experiments.softcap.model.block import Block
+from gptoss_jax import chips
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
 from gptoss_jax.parameters.tree import point_at_layer, take_layer

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from gptoss_jax import chips
-from gptoss_jax.config import ModelConfig
 from experiments.softcap.model.attention import LayerCache, Sequence
 from experiments.softcap.model.block import Block
+from gptoss_jax import chips
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.parallel import mesh
 from gptoss_jax.parameters.tree import is_weight, point_at_layer, take_layer
 from gptoss_jax.types import MXFP4, KVCache, Params, Relaid

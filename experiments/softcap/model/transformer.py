@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.lora import adapters
 from experiments.softcap.model import layerwise, scan
 from experiments.softcap.model.attention import Sequence
 from experiments.softcap.model.block import CAPTURES, Block
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.lora import adapters
 from gptoss_jax.model.layers import RMSNorm, Table
 from gptoss_jax.ops.lora import product, rows_of
 from gptoss_jax.ops.rope import cos_sin, inverse_frequencies
