@@ -18,9 +18,12 @@ import pytest
 from tiny_training import TINY, write_chats
 
 from gptoss_jax import loading, train
-from gptoss_jax.config import command_line
+from gptoss_jax.config import MeshConfig, command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
+from gptoss_jax.parallel import mesh as meshes
+from gptoss_jax.planning import programs
+from gptoss_jax.planning.programs import Sampling
 from gptoss_jax.runs import metrics, model_source, records
 from gptoss_jax.training import setup
 
@@ -37,7 +40,7 @@ from my_model import Transformer
 def make_model(config):
     return Transformer(config)
 """
-SMALL = [*TINY[2:], "--data.sequence_length", "128", "--train.eval_max_tokens", "2"]
+SMALL = [*TINY[2:], "--train.eval_max_tokens", "2"]
 IDS = ["--prompt-ids", "5,3,8,1", "--max-tokens", "6", "--json"]
 
 
@@ -69,6 +72,20 @@ def config_file(tmp_path_factory):
 def make_model(config_file):
     os.chdir(ROOT)
     return command_line.read_make_model(str(config_file))
+
+
+@pytest.fixture
+def calls(make_model, monkeypatch):
+    """The functions of the copy that are traced: how it runs its layers."""
+    scan, found = sys.modules["my_model.scan"], []
+
+    def spy(name):
+        real = getattr(scan, name)
+        return lambda *args, **options: found.append(name) or real(*args, **options)
+
+    for name in ("scanned", "unrolled"):
+        monkeypatch.setattr(scan, name, spy(name))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +184,7 @@ def test_a_crashed_run_resumes_to_equal_losses_with_a_note_of_what_changed(
     assert losses(tmp_path) == losses(whole)
     out, error = capsys.readouterr()
     assert f"built by make_model() of {config_file}" in out
+    assert f"--checkpoint {tmp_path} --config {config_file} --prompt" in out
     (note,) = [line for line in error.splitlines() if line.startswith("note: ")]
     assert "another version of its model" in note and "(my_model/attention.py)" in note
     copies = list((tmp_path / model_source.FOLDER).iterdir())
@@ -230,7 +248,7 @@ def test_adapters_are_trained_on_it_and_resume(
     assert "note:" not in capsys.readouterr().err
 
 
-def test_grpo_s_answers_are_sampled_from_it(arguments, tmp_path):
+def test_grpo_s_answers_are_sampled_from_it(arguments, calls, tmp_path):
     options = str.split(
         "--objective.name grpo --init random --data.batch_size 4 --objective.grpo.group_size 2 "
         "--objective.grpo.max_tokens 4 --train.steps 1 --train.eval_questions 0 --data.held_out"
@@ -240,35 +258,21 @@ def test_grpo_s_answers_are_sampled_from_it(arguments, tmp_path):
     chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     questions.write_text(3 * (json.dumps({"messages": chat}) + "\n"))
     run = [*arguments[:-4], *options, *reward, "--data.train", str(questions)]
-    train.main([*run, "--data.sequence_length", "256", "--workdir", str(tmp_path / "w")])
+    train.main([*run, "--workdir", str(tmp_path / "w")])
     (record,) = metrics.read(tmp_path / "w")
-    assert record["sampler_gap"] < 1e-4  # of another model it would be far more
+    assert set(calls) == {"scanned", "unrolled"}  # of training, and of decoding
+    assert record["sampler_gap"] < 1e-4
 
 
-def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, capsys):
-    from gptoss_jax.config import MeshConfig
-    from gptoss_jax.parallel import mesh as meshes
-    from gptoss_jax.planning import programs
-    from gptoss_jax.planning.programs import Sampling
-
-    scan = sys.modules["my_model.scan"]
-    calls = []
-
-    def spy(name):
-        real = getattr(scan, name)
-        return lambda *args, **options: calls.append(name) or real(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("scanned", "unrolled"):
-            patch.setattr(scan, name, spy(name))
-        train.main([*arguments, "--dry_run"])
-        assert calls and "nothing was written" in capsys.readouterr().out
+def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, calls, capsys):
+    train.main([*arguments, "--dry_run"])
+    assert calls and "nothing was written" in capsys.readouterr().out
+    config = command_line.load(arguments)
+    mesh = meshes.make(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
         calls.clear()
-        config = command_line.load([*arguments, "--data.batch_size", "4"])
-        mesh = meshes.make(MeshConfig(), jax.devices()[:1])
-        with jax.set_mesh(mesh):
-            programs.train(config, mesh, make_model)
-            assert "scanned" in calls
-            calls.clear()
-            programs.decode(config, mesh, Sampling(1, 32, 16), make_model)
-        assert "unrolled" in calls
+        programs.train(config, mesh, make_model)
+        assert "scanned" in calls
+        calls.clear()
+        programs.decode(config, mesh, Sampling(1, 32, 16), make_model)
+    assert "unrolled" in calls

@@ -55,12 +55,13 @@ def copied_loss(model: Transformer, params: Params, batch: Batch) -> float:
     """Return the mean loss where a symbol is copied."""
 
     @jax.jit
-    def losses(params: Params) -> Float[Array, "B T"]:
+    def losses(params: Params, batch: Batch) -> Float[Array, "B T"]:
         logits: Any = model.apply({"params": params}, batch.tokens, batch.segment_ids)
         found = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)
         return -found[..., 0]
 
-    return float(np.asarray(losses(params))[find_sources(np.asarray(batch.tokens)) >= 0].mean())
+    copied = find_sources(np.asarray(batch.tokens)) >= 0
+    return float(np.asarray(losses(params, batch))[copied].mean())
 
 
 def draw(results: Results) -> Figure:
