@@ -50,23 +50,29 @@ Results = dict[str, list[Measured]]  # a variant's runs, one a seed
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A folder of `experiments/`: its config.py and its analysis.py."""
+    """A folder of `experiments/`: its config files and its analysis.py."""
 
     name: str
     variants: tuple[str, ...]
     changes: tuple[str, ...]  # the fields in which variants differ, such as "model.sinks"
     get_config: Callable[[str], Config]
     starts_from: dict[str, str]  # a variant to the one whose end, with the same seed, is its start
+    configs: dict[str, str]  # a variant to its config file, if it is not config.py
 
     @property
     def folder(self) -> Path:
         """Where it lives."""
         return FOLDER / self.name
 
-    @property
-    def config_file(self) -> str:
-        """The path of its config.py as a command names it."""
-        return f"experiments/{self.name}/config.py"
+    def config_file(self, variant: str) -> str:
+        """Return the path of a variant's config file as a command names it."""
+        return f"experiments/{self.name}/{self.configs.get(variant, 'config.py')}"
+
+    def options(self, variant: str, config: Config | None = None) -> list[str]:
+        """Return the options that turn a variant's config file into its config, or into another."""
+        of_file = variant if variant in self.configs else self.variants[0]
+        config = self.get_config(variant) if config is None else config
+        return options(config, self.get_config(of_file))
 
     def measure(self, run: Run) -> Measured:
         """Read what its analysis wants of a run."""
@@ -103,8 +109,14 @@ def load(name: str) -> Experiment:
     for part in ("VARIANTS", "CHANGES", "get_config"):
         if part not in there:
             raise UserError(f"experiments/{name}/config.py defines no {part}; see its neighbours")
-    starts_from = there.get("STARTS_FROM", {})
-    return Experiment(name, there["VARIANTS"], there["CHANGES"], there["get_config"], starts_from)
+    return Experiment(
+        name,
+        there["VARIANTS"],
+        there["CHANGES"],
+        there["get_config"],
+        there.get("STARTS_FROM", {}),
+        there.get("CONFIGS", {}),
+    )
 
 
 def differences(config: Config, base: Config) -> dict[str, Any]:

@@ -142,7 +142,6 @@ def plan(
         UserError: a folder holds a complete run of another config; a variant starts from one that
             is not asked for.
     """
-    base = experiment.get_config(experiment.variants[0])
     jobs = []
     for seed in seeds:
         by_variant: dict[str, Job] = {}
@@ -157,8 +156,8 @@ def plan(
             config = dataclasses.replace(config, train=train)
             name = f"{variant.replace(':', '-')}-seed{seed}" + (f"-steps{steps}" if steps else "")
             run = Run(variant, seed, config, folder / name)
-            command = ["-m", "gptoss_jax.train", "--config", experiment.config_file]
-            command += [*common.options(config, base), "--workdir", str(run.workdir)]
+            command = ["-m", "gptoss_jax.train", "--config", experiment.config_file(variant)]
+            command += [*experiment.options(variant, config), "--workdir", str(run.workdir)]
             log = folder / "logs" / f"{name}.txt"
             job = Job(run, command, log, after=by_variant.get(source or ""))
             by_variant[variant] = job
@@ -338,8 +337,9 @@ def describe(
     for job in jobs:
         run = job.run
         entry = variants.setdefault(run.variant, {"options": [], "seeds": {}})
-        first = experiment.get_config(experiment.variants[0])
-        entry["options"] = common.options(experiment.get_config(run.variant), first)
+        entry["options"] = experiment.options(run.variant)
+        if run.variant in experiment.configs:
+            entry["config"] = experiment.config_file(run.variant)
         entry["seeds"][str(run.seed)] = {
             "seconds": job.seconds,
             **dataclasses.asdict(measured[run.variant, run.seed]),

@@ -165,7 +165,9 @@ def run(
             frozen = patterns.frozen_paths(factors)
             # A model of one's own may have more than --init holds: checkpoints hold that.
             frozen = [path for path in frozen if not from_init or path in from_init]
-            base = frozen_base.measure(base, state.params, frozen_paths=frozen, expert_padding=padding)
+            base = frozen_base.measure(
+                base, state.params, frozen_paths=frozen, expert_padding=padding
+            )
     del params  # the state's, and given up to the first step
     total, active = model.num_parameters()
     console.print(

@@ -10,7 +10,7 @@ import optax
 
 from gptoss_jax.config import Config
 from gptoss_jax.lora import select
-from gptoss_jax.model import Transformer
+from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.objectives import Objective, make_objective
 from gptoss_jax.parallel import sharding
 from gptoss_jax.training import setup
@@ -30,9 +30,11 @@ class Program(NamedTuple):
     abstract_state: Callable[[], TrainState]
 
 
-def make_program(config: Config, *, load: Any = None) -> Program:
+def make_program(
+    config: Config, *, load: Any = None, make_model: MakeModel = Transformer
+) -> Program:
     """Make what a config trains by; `load` is what [top4] of the patterns goes by."""
-    model, objective = Transformer(sharding.padded(config.model)), make_objective(config)
+    model, objective = make_model(sharding.padded(config.model)), make_objective(config)
     factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
     optimizer = setup.optimizer_of(config, factors)
     given: Any = (config, model, optimizer)

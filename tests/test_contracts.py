@@ -18,6 +18,7 @@ from programs import make_program
 
 from gptoss_jax.config import Config, command_line
 from gptoss_jax.errors import UserError
+from gptoss_jax.model import Transformer
 from gptoss_jax.types import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -31,12 +32,16 @@ VARIANTS = [(name, variant) for name in EXPERIMENTS for variant in common.load(n
 SEEDS = {"0", "1", "2"}
 
 
-def lower_step(config: Config) -> str:
-    """Lower the step that the trainer would run, from shapes alone; return its text."""
+def lower_step(config: Config, file: str) -> str:
+    """Lower the step that the trainer would run, from shapes alone; return its text.
+
+    The model is built by the `make_model` of the config file, if it has one.
+    """
     c = config.model
     even = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
     sources = len(config.data.weights)
-    program = make_program(config, load=even)
+    make_model = command_line.read_make_model(file) or Transformer
+    program = make_program(config, load=even, make_model=make_model)
     state = jax.eval_shape(program.begin, None)
     B, T = config.data.batch_size, config.data.sequence_length
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -72,34 +77,36 @@ def test_there_are_configs_and_experiments():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_every_config_lowers(name: str):
-    config = command_line.load(["--config", f"{ROOT}/configs/{name}"])
-    assert f"tensor<{config.data.batch_size}x{config.data.sequence_length}xi32>" in lower_step(
-        config
-    )
+    file = f"{ROOT}/configs/{name}"
+    config = command_line.load(["--config", file])
+    shape = f"tensor<{config.data.batch_size}x{config.data.sequence_length}xi32>"
+    assert shape in lower_step(config, file)
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_a_step_of_every_variant_lowers(name: str, variant: str):
-    config = common.load(name).get_config(variant)
-    assert f"tensor<{config.data.batch_size}x{config.data.sequence_length}xi32>" in lower_step(
-        config
-    )
+    experiment = common.load(name)
+    config = experiment.get_config(variant)
+    shape = f"tensor<{config.data.batch_size}x{config.data.sequence_length}xi32>"
+    assert shape in lower_step(config, f"{ROOT}/{experiment.config_file(variant)}")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_variants_change_what_they_say_and_are_options_of_the_command_line(name: str):
     experiment = common.load(name)
     base = experiment.get_config(experiment.variants[0])
-    file = ["--config", f"{ROOT}/{experiment.config_file}"]
-    assert command_line.load(file) == base, "the file without options is the first variant"
     assert base.init == "random" and base.workdir is None
+    assert set(experiment.configs) <= set(experiment.variants[1:])
     changed: set[str] = set()
-    for variant in experiment.variants[1:]:
-        config = experiment.get_config(variant)
+    for variant in experiment.variants:
+        config, file = experiment.get_config(variant), f"{ROOT}/{experiment.config_file(variant)}"
         fields = common.differences(config, base)
-        assert fields, f"{variant} is the same run as {experiment.variants[0]}"
+        own = variant in experiment.configs and command_line.read_make_model(file)
+        assert fields or own or variant == experiment.variants[0], f"{variant} is the same run"
         assert set(fields) <= set(experiment.changes), f"{variant} changes {', '.join(fields)}"
-        assert command_line.load([*file, *common.options(config, base)]) == config
+        options = experiment.options(variant)
+        assert command_line.load(["--config", file, *options]) == config
+        assert bool(options) == (bool(fields) and variant not in experiment.configs)
         changed |= set(fields)
     assert changed == set(experiment.changes)
 
@@ -118,8 +125,10 @@ def test_every_experiment_is_written_up_with_results_of_its_variants(name: str):
     assert list(record["variants"]) == list(experiment.variants)
     assert record["steps"] == base.train.steps
     for variant, runs in record["variants"].items():
-        options = common.options(experiment.get_config(variant), base)
+        options = experiment.options(variant)
         assert runs["options"] == options, f"{variant} was run with other options: run it again"
+        file = experiment.config_file(variant) if variant in experiment.configs else None
+        assert runs.get("config") == file, f"{variant} was run by another config: run it again"
         assert set(runs["seeds"]) >= SEEDS
         for run in runs["seeds"].values():
             assert all(isinstance(n, float | int) for n in run["numbers"].values())

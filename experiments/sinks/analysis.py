@@ -32,7 +32,22 @@ LONGER = 4  # times as long as in training: the row that the length is tried on
 def attention_weights(
     model: Transformer, params: Params, batch: Batch
 ) -> tuple[Float[Array, "L B N T S"], Float[Array, "L B N T"]]:
-    """Return the weights of every head on every token, and on its sink, which sum to 1.
+    """Return the weights of every head on every token, and on its sink, which sum to 1."""
+    c = model.config
+    weights, on_sink = [], []
+    for layer, logits in enumerate(attention_logits(model, params, batch)):
+        p = take_layer(params["layers"], layer)["attention"]
+        sinks = {"zero": jnp.zeros(c.num_heads), "off": jnp.full(c.num_heads, MASKED)}
+        sink = p["sinks"] if c.sinks == "learned" else sinks[c.sinks]
+        sink = jnp.broadcast_to(sink[None, :, None, None], (*logits.shape[:3], 1))
+        shares = jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1), axis=-1)
+        weights.append(shares[..., :-1])
+        on_sink.append(shares[..., -1])
+    return jnp.stack(weights), jnp.stack(on_sink)
+
+
+def attention_logits(model: Transformer, params: Params, batch: Batch) -> Float[Array, "L B N T S"]:
+    """Return the logits of every head, `MASKED` for what it does not see.
 
     The model keeps them to itself; they are made again from the residual stream that it captures.
     """
@@ -51,22 +66,16 @@ def attention_weights(
         beta_slow=c.rope_beta_slow,
     )
     cos, sin = cos_sin(batch.positions, inverse, concentration)
-    weights, on_sink = [], []
+    places = batch.segment_ids, batch.segment_ids, batch.positions, batch.positions
+    every = []
     for layer, window in enumerate(c.layer_windows):
         p = take_layer(params["layers"], layer)
         x = rms_norm(residual[layer], p["attention_norm"]["scale"], eps=c.rms_eps)
         q, k = (_project(p["attention"], name, x, (cos, sin)) for name in "qk")
         k = jnp.repeat(k, c.num_heads // c.num_kv_heads, axis=2)
         logits = jnp.einsum("BTNH,BSNH->BNTS", q, k) * c.head_dim**-0.5
-        places = batch.segment_ids, batch.segment_ids, batch.positions, batch.positions
-        logits = jnp.where(visible(*places, window)[:, None], logits, MASKED)
-        sinks = {"zero": jnp.zeros(c.num_heads), "off": jnp.full(c.num_heads, MASKED)}
-        sink = p["attention"]["sinks"] if c.sinks == "learned" else sinks[c.sinks]
-        sink = jnp.broadcast_to(sink[None, :, None, None], (*logits.shape[:3], 1))
-        shares = jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1), axis=-1)
-        weights.append(shares[..., :-1])
-        on_sink.append(shares[..., -1])
-    return jnp.stack(weights), jnp.stack(on_sink)
+        every.append(jnp.where(visible(*places, window)[:, None], logits, MASKED))
+    return jnp.stack(every)
 
 
 def _project(p: Params, name: str, x: Float[Array, "B T D"], angles: tuple[Array, Array]) -> Array:

@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -131,7 +132,10 @@ def read_config_file(given: str) -> Config:
 
 
 def _run(path: str) -> dict[str, Any]:
-    """Run a config file; return what it defines."""
+    """Run a config file, which may import what lies beside it or here; return what it defines."""
+    for folder in (Path(path).resolve().parent, Path.cwd()):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     with _blaming(path):
         return runpy.run_path(path)
 

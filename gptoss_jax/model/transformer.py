@@ -226,11 +226,7 @@ class Transformer(nn.Module):
     @nn.nowrap
     def abstract_params(self) -> Params:
         """Return the shapes and dtypes of the parameters without making them."""
-<<<<<<< HEAD
         return jax.tree.map(lambda x: x, _abstract_params(self))  # a copy  # pyright: ignore[reportArgumentType]
-=======
-        return jax.tree.map(lambda leaf: leaf, _abstract_params(self))  # the caller's own dicts
->>>>>>> suite
 
     @nn.nowrap
     def num_parameters(self) -> tuple[int, int]:

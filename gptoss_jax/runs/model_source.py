@@ -1,7 +1,8 @@
 """The source of a model that a config file brings with `make_model(config)`.
 
-A run keeps a copy of it in its workdir and names it by path and hash. Nothing loads code out of a
-workdir: who goes on with such a run, samples from it or converts it gives the config file again.
+A run keeps a copy of it in its workdir, one of each version that it was trained by, and names it by
+path and hash. Nothing loads code out of a workdir: whoever resumes such a run, samples from it or
+converts it gives the config file again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import MakeModel, Transformer
+from gptoss_jax.parallel.hosts import processes
 
 FOLDER = "model_source"
 
@@ -44,11 +46,12 @@ def source_of(make_model: MakeModel, config: ModelConfig) -> ModelSource | None:
 
 
 def keep_copy(make_model: MakeModel, config: ModelConfig, workdir: Path) -> None:
-    """Copy the model's source into the workdir, to be read there by people."""
-    if make_model is Transformer:
+    """Copy the model's source into the workdir, for people to read: `model_source/HASH/`."""
+    source = source_of(make_model, config)
+    if source is None:
         return
     for name, file in _files(make_model, config).items():
-        copy = workdir / FOLDER / name
+        copy = _copy(source, workdir) / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 
@@ -77,13 +80,32 @@ def check(
             "the config that the run was trained with, or none"
         )
     assert recorded is not None and given is not None
-    if recorded.sha256 != given.sha256:
+    if recorded.sha256 != given.sha256 and processes.is_first():
+        copy = _copy(recorded, Path(whose))
+        changed = _differences(_files(make_model, config), copy)
         print(
-            f"note: {whose} was trained with another version of its model: make_model() of "
-            f"{given.file} and its files have sha256 {given.sha256[:12]}, and had "
-            f"{recorded.sha256[:12]}; compare with the copy in {FOLDER}/ of the workdir",
+            f"note: {whose} was trained with another version of its model: the files of "
+            f"make_model() in {given.file} have changed ({', '.join(changed)}); those of the run "
+            f"are in {copy}",
             file=sys.stderr,
         )
+
+
+def _copy(source: ModelSource, workdir: Path) -> Path:
+    """Return where a workdir has a version of the source."""
+    return workdir / FOLDER / source.sha256[:12]
+
+
+def _differences(files: dict[str, Path], copy: Path) -> list[str]:
+    """Return the names of files that differ from those of a copy, or that one of both lacks."""
+    copied = {str(path.relative_to(copy)): path for path in copy.rglob("*.py")}
+    return [
+        name
+        for name in sorted(files.keys() | copied.keys())
+        if name not in files
+        or name not in copied
+        or files[name].read_bytes() != copied[name].read_bytes()
+    ]
 
 
 def _config_file(make_model: MakeModel) -> str:
@@ -92,7 +114,10 @@ def _config_file(make_model: MakeModel) -> str:
 
 
 def _files(make_model: MakeModel, config: ModelConfig) -> dict[str, Path]:
-    """Return name -> file of the config file, and of the folder that has the model's class."""
+    """Return name -> file: the config file, and those of the package that has the model's class.
+
+    Of a class that is in no package it is the files beside its own.
+    """
     model: Any = make_model(config)
     if not (hasattr(model, "forward") and hasattr(model, "config")):
         raise UserError(
@@ -105,4 +130,5 @@ def _files(make_model: MakeModel, config: ModelConfig) -> dict[str, Path]:
     if module is None or module.__name__.startswith("gptoss_jax.model"):
         return files
     folder = Path(str(module.__file__)).parent
-    return files | {f"{folder.name}/{path.name}": path for path in sorted(folder.glob("*.py"))}
+    found = folder.rglob("*.py") if module.__package__ else folder.glob("*.py")
+    return files | {f"{folder.name}/{path.relative_to(folder)}": path for path in sorted(found)}

@@ -120,13 +120,16 @@ def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> 
     """Draw the curves, and say where everything lies."""
     page, curves = report.write([workdir]), metrics.plot(workdir)
     kept, best = records.steps(workdir), records.best_step(workdir)
+    record = records.newest_record(workdir)
+    source = None if record is None else record.model_source
+    of_own = "" if source is None else f" --config {source.file}"  # which builds the model
     lines = {
         "report": page,
         "curves": curves,
         "metrics": workdir / metrics.FILE,
         "tensorboard": workdir / "tensorboard",
         "checkpoints": f"{workdir / records.FOLDER}, steps {', '.join(map(str, kept))}",
-        "sample": f"python -m gptoss_jax.sample --checkpoint {workdir} --prompt TEXT",
+        "sample": f"python -m gptoss_jax.sample --checkpoint {workdir}{of_own} --prompt TEXT",
     }
     lines["go on"] = "the same command, with a larger --train.steps once it is complete"
     if best:
