@@ -15,8 +15,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 # Compiled code is shared by all processes: xdist's workers and the runs that tests start. A folder
-# of this environment keeps it, so that the next session (a later tier, too) finds it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(sys.prefix) / "compiled"))
+# of this environment keeps it, so that the next session (a later tier, too) finds it. The key says
+# what it was made by and for: the program, the versions, the flags, the CPU.
+COMPILED = Path(sys.prefix) / "compiled"
+MOST = 1 << 30  # bytes that the folder has room for
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # The parity tests share a mapping that is no package.
@@ -45,6 +48,11 @@ def pytest_configure(config):
         if version("jax").startswith("0.10."):  # others do not know it, and XLA ends the process
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] += " " + " ".join(flags)
+    if not hasattr(config, "workerinput"):
+        files = list(COMPILED.glob("*-cache"))
+        if sum(file.stat().st_size for file in files) > MOST:
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(tryfirst=True)

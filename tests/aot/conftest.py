@@ -6,6 +6,7 @@ import importlib.util
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gptoss_jax import chips
 from gptoss_jax.chips import topologies
@@ -20,6 +21,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.aot)
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: .[aot]"))
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """Leave the cache of compiled code aside: what the compilers write beside it is read here."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
