@@ -43,9 +43,11 @@ def value_and_gradients(product, *args):
     return out, vjp(out)
 
 
-@pytest.mark.parametrize("rows", [16384, 64])
-@pytest.mark.parametrize("n", [5760, 2880])
-@pytest.mark.parametrize("model", EXPERTS)
+# Each two of a model, a width and a number of rows occur together.
+@pytest.mark.parametrize(
+    ("model", "n", "rows"),
+    [("20b", 5760, 16384), ("20b", 2880, 64), ("120b", 5760, 64), ("120b", 2880, 16384)],
+)
 def test_packed_forward_and_the_gradient_of_rows(compiled, model, n, rows):
     layers, experts = 2, EXPERTS[model]
     blocks = shape(layers, experts, n, C // 32, 16, dtype=jnp.uint8)

@@ -294,7 +294,7 @@ def damage(folder, rng, every):
 
 @pytest.mark.parametrize(
     "every",
-    [199, pytest.param(43, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+    [397, pytest.param(97, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
 )
 @pytest.mark.timeout(3600)
 def test_damage_anywhere_is_found_or_without_effect(tmp_path, every):
