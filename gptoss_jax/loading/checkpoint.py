@@ -206,7 +206,7 @@ def load_params(
 
     Of a run with `optimizer.ema` these are the averaged parameters, in the parameters' dtype; with
     `ema=False` the last ones. Of a run with adapters they are those of its base, too, which is
-    looked for as `base.load` says, `base` being its `place`. Over a mesh of `parallel.mesh` each
+    looked for as `load_base` says, `base` being its `place`. Over a mesh of `parallel.mesh` each
     array goes into its shards, and the config has the padding that this takes.
 
     Raises:

@@ -4,7 +4,7 @@ A checkpoint holds the parameters, the optimizer's state, the averaged parameter
 any, and a JSON record of the rest: schema version, step, random state, resolved config, position in
 the data, the data's fingerprint, what the spike policy remembers, a checksum for each array, and a
 hash of all that. So damage to any of it is found when it is read. Of a run with adapters it holds
-what is trained; what is frozen is the base, which the record names (`base.py`).
+what is trained; what is frozen is the base, which the record names (`frozen_base.py`).
 """
 
 from __future__ import annotations

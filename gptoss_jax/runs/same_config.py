@@ -24,7 +24,7 @@ def check_same_run(
     `data_changes` says in what the data differ (`data.differences` of the fingerprints). Steps,
     logging, evaluation, what is kept and remat may change, and the folders of a teacher and of a
     reward function. The base of a run with adapters is held against its hash when it is read
-    (`base.load`).
+    (`checkpoint.load_base`).
 
     Raises:
         UserError: with each field that differs, old -> new.

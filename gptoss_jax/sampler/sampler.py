@@ -70,14 +70,14 @@ class Sampler:
     """Samples from a model.
 
     Compiled code is shared by all samplers of equal models. On a CPU stacked layers are copied into
-    one array a layer, unless they are so already (`weights.load(..., split=True)`): decoding from a
+    one array a layer, unless they are so already (`loading.load(..., split=True)`): decoding from a
     stack would copy it at every token. On an accelerator packed experts are copied into the order
-    that its kernels read, unless they are so already (`weights.load(..., layout=)`). Of parameters
+    that its kernels read, unless they are so already (`loading.load(..., layout=)`). Of parameters
     that are spread over a mesh (`parallel.mesh`) each device samples with its part; on many hosts
     all have to call alike, and all get the result.
 
     A model with `qat`, which quantises its experts in every pass, is sampled as the packed one that
-    it computes as (`qat.pack`): the same function, and `model` is that one.
+    it computes as (`model.pack_experts.pack`): the same function, and `model` is that one.
     """
 
     def __init__(self, model: Transformer, params: Params, *, relay: bool = True) -> None:

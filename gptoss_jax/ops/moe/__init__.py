@@ -30,7 +30,7 @@ ORDER = {
 }
 
 
-# The order of packed weights in which a chip's kernels read them: give it to `weights.load`.
+# The order of packed weights in which a chip's kernels read them: give it to `loading.load`.
 LAYOUTS = {
     "v5e": "columns",
     "v5p": "columns",
