@@ -39,9 +39,11 @@ DOC = (Path(__file__).parents[2] / "docs" / "add_a_parameter.md").read_text()
 ROW_TEXT, LINES, _ = re.findall(r"```python\n(.*?)```", DOC, re.S)
 ROW = eval(ROW_TEXT)
 L, N, T, V = 2, 4, 16, 64
+# Of no other test: `abstract_params` remembers the models that it has seen.
 MODEL = ModelConfig(
     vocab_size=V, num_layers=L, d_model=32, num_heads=N, num_kv_heads=2, head_dim=6, num_experts=4,
-    active_experts=2, d_expert=48, window=8, context=64, dtype="float32", param_dtype="float32",
+    active_experts=2, d_expert=48, window=8, context=64, init_std=0.03,
+    dtype="float32", param_dtype="float32",
 )  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def tree() -> dict:
 
 MUON = {"b1": 0.9, "b2": 0.9, "eps": 1e-8, "moment_dtype": jnp.float32}
 READERS = {
-    "model": lambda: Transformer(MODEL).abstract_params(),
+    "model": lambda: init_params(Transformer(MODEL)),
     "sharding": lambda: sharding.specs(tree(), jax.sharding.AbstractMesh((2,), ("tensor",))),
     "gathered": lambda: table.row(PATH),
     "padding": lambda: padding.resize(tree(), by=32),
