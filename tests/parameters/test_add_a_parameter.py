@@ -24,7 +24,7 @@ from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optim
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import resume
 from gptoss_jax.model import Transformer, attention, block
-from gptoss_jax.model.initial import add_missing, init_params
+from gptoss_jax.model.initial import init_params
 from gptoss_jax.optimizer.matrix_views import scale_by_adafactor, scale_by_muon_or_adam
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import padding, sharding
@@ -129,15 +129,16 @@ def test_other_optimizers_take_it_as_vectors(row, name):
     np.testing.assert_allclose(scale_of(updates), np.ones((L, N)), atol=1e-3)  # the first step
 
 
-def test_it_begins_beside_weights_that_lack_it_and_no_layout_takes_it(row, tmp_path):
+def test_files_that_lack_it_load_and_it_is_refused_where_no_tensor_is_named(row, tmp_path):
     params = init_params(Transformer(MODEL))
     with pytest.raises(UserError, match=f"{PATH} can't be expressed in the Hugging Face layout"):
         weights.save(tmp_path / "no", Transformer(MODEL), params)
     assert not (tmp_path / "no").exists()
-    own = params["layers"]["attention"].pop("head_scale")
-    whole = add_missing(Transformer(MODEL), params)
-    np.testing.assert_array_equal(scale_of(whole), own)
-    np.testing.assert_array_equal(own, np.ones((L, N)))
+    del table._ROWS[PATH], params["layers"]["attention"]["head_scale"]
+    weights.save(tmp_path / "without", Transformer(MODEL), params)
+    table.add(ROW)
+    _, loaded = loading.load(tmp_path / "without", dtype=jnp.float32)
+    np.testing.assert_array_equal(scale_of(loaded), np.ones((L, N)))
 
 
 def test_it_is_written_and_read_where_a_tensor_is_named(model, tmp_path):
