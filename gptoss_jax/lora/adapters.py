@@ -75,7 +75,7 @@ def adapted(config: ModelConfig) -> list[str]:
     )
     for path in paths:
         row = table.row(path)
-        sizes = {**table.sizes(config), **row.sizes}
+        sizes = row.all_sizes(config)
         side = min(math.prod(sizes[x] for x in part) for part in (row.inputs, row.outputs))
         if config.lora.rank > side:
             raise UserError(
@@ -90,7 +90,7 @@ def shapes(config: ModelConfig) -> dict[str, LowRank]:
     found: dict[str, LowRank] = {}
     for path in adapted(config):
         row = table.row(path)
-        sizes = {**table.sizes(config), **row.sizes} | {"r": config.lora.rank}
+        sizes = row.all_sizes(config) | {"r": config.lora.rank}
         parts: Any = (tuple(sizes[x] for x in row.adapter(part)[0]) for part in "ab")
         found[path] = LowRank(*parts)
     return found
@@ -107,7 +107,7 @@ def init(key: Array, config: ModelConfig) -> Params:
     for path, shape in shapes(config).items():
         key, own = jax.random.split(key)
         row = table.row(path)
-        sizes = {**table.sizes(config), **row.sizes} | {"F": config.d_expert, "V": 1}
+        sizes = row.all_sizes(config) | {"F": config.d_expert, "V": 1}
         std = 1 / math.sqrt(math.prod(sizes[x] for x in row.inputs))
         # Made without the padding of F, so that it is the same on any mesh; that stays zero.
         pads = [(0, config.expert_padding if x == "F" else 0) for x in row.adapter("a")[0]]

@@ -82,8 +82,12 @@ class Parameter:
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Return the shape, of one layer (no L) under `layers/`."""
-        size = {**sizes(config), **self.sizes}
+        size = self.all_sizes(config)
         return tuple(size[x] for x in self.letters[self.in_layers :])
+
+    def all_sizes(self, config: ModelConfig) -> dict[str, int]:
+        """Return the size of each letter: of the model's and of its own."""
+        return {**sizes(config), **self.sizes}
 
     def tensor(self, layout: Literal["openai", "hf"]) -> str | None:
         """Return the name of its tensor in a layout, with {n} for the layer."""

@@ -215,7 +215,7 @@ def _pairs(
             )
         where, letter = modules[match[1]], match[2]
         row = table.row(where[0])
-        size = {**table.sizes(model), **row.sizes}
+        size = row.all_sizes(model)
         side = math.prod(size[x] for x in (row.inputs if letter == "A" else row.outputs))
         axis = 1 if letter == "A" else 0
         if len(entry.shape) != 2 or entry.shape[axis] != side:
