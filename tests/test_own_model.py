@@ -11,13 +11,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_training import TINY, write_chats
 
-from gptoss_jax import loading, train
+from gptoss_jax import convert, loading, sample, train
 from gptoss_jax.config import MeshConfig, command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
@@ -28,7 +29,6 @@ from gptoss_jax.runs import metrics, model_source, records
 from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 # A factor on what each head returns: large from the first step on.
 OLD, NEW = "heads = out.reshape(", "heads = 3 * out.reshape("
@@ -141,11 +141,10 @@ def test_it_is_evaluated_by_its_own_model(whole, make_model, arguments):
 
     model, params = loading.load(whole, dtype="float32", make_model=make_model)
     assert type(model).__module__ == "my_model.transformer"
-    (batch,) = data.eval_batches(command_line.load(arguments))
-    found = {}
+    batches, found = data.eval_batches(command_line.load(arguments)), {}
     for name, one in (("own", model), ("package", Transformer(model.config))):
-        sums = loss_fn(one, params, batch)
-        found[name] = float(sums.nll / sums.weight)
+        sums = [loss_fn(one, params, batch) for batch in batches]
+        found[name] = float(sum(s.nll for s in sums) / sum(s.weight for s in sums))
     logged = held_out_losses(whole)
     np.testing.assert_allclose(logged[-1], found["own"], rtol=1e-4)
     assert abs(found["package"] - found["own"]) > 1e-3
@@ -191,14 +190,18 @@ def test_a_crashed_run_resumes_to_equal_losses_with_a_note_of_what_changed(
     assert len(copies) == 2 and any(note.endswith(str(copy)) for copy in copies)
 
 
-def test_without_its_config_it_is_refused(whole, arguments, config_file):
-    plain = ["--config", str(config_file.with_name("plain.py")), *arguments[2:]]
-    with pytest.raises(UserError) as caught:
-        train.main([*plain, "--workdir", str(whole), "--train.steps", "8"])
-    assert f"{whole}: its model is built by make_model() of {config_file}" in str(caught.value)
-    assert f"give --config {config_file}" in str(caught.value)
-    with pytest.raises(UserError, match=r"give --config .*own.py, or make_model= in Python"):
-        loading.load(whole)
+def test_without_its_config_it_is_refused(whole, arguments, config_file, tmp_path):
+    plain = ["--config", str(config_file.with_name("plain.py"))]
+    expected = (
+        rf"{whole}: its model is built by make_model\(\) of {config_file} .*--config {config_file}"
+    )
+    with pytest.raises(UserError, match=expected):
+        train.main([*plain, *arguments[2:], "--workdir", str(whole), "--train.steps", "8"])
+    with pytest.raises(UserError, match=expected):
+        sample.main(["--checkpoint", str(whole), *IDS, *plain])
+    with pytest.raises(UserError, match=expected):
+        convert.main([str(whole), str(tmp_path / "out"), "--to", "hf"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_the_package_s_model_refuses_another(make_model, arguments, tmp_path):
@@ -243,7 +246,7 @@ def test_adapters_are_trained_on_it_and_resume(
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
     model, params = loading.load(tmp_path, dtype="float32", make_model=make_model)
     assert type(model).__module__ == "my_model.transformer" and "lora" in params
-    with pytest.raises(UserError, match=r"give --config"):
+    with pytest.raises(UserError, match=r"give --config .*own.py, or make_model= in Python"):
         loading.load(tmp_path)
     assert "note:" not in capsys.readouterr().err
 
@@ -276,3 +279,37 @@ def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, calls,
         calls.clear()
         programs.decode(config, mesh, Sampling(1, 32, 16), make_model)
     assert "unrolled" in calls
+
+
+# --- What is done with a run ------------------------------------------------------------------
+
+
+def sampled(capsys, *args: str) -> dict:
+    capsys.readouterr()
+    sample.main([*IDS, *args])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_it_is_sampled_and_exported(whole, config_file, make_model, tmp_path, capsys):
+    config = ["--config", str(config_file)]
+    answer = sampled(capsys, "--checkpoint", str(whole), *config)
+    model, params = loading.load(whole, dtype="float32", make_model=make_model)
+    expected = logprobs(model, params, [5, 3, 8, 1], answer["ids"])
+    np.testing.assert_allclose(answer["logprobs"], expected, rtol=1e-4)
+
+    # It has no parameter of its own, so its weights are GPT-OSS's, and the code lies beside them.
+    out = tmp_path / "hf"
+    convert.main([str(whole), str(out), "--to", "hf", *config])
+    note = capsys.readouterr().err
+    assert note.count("note: ") == 1 and "files of weights hold no code" in note
+    assert f"not what make_model() of {config_file} builds" in note
+    (copy,) = (out / model_source.FOLDER).iterdir()
+    assert NEW in (copy / "my_model" / "attention.py").read_text()
+    plain, read = loading.load(out, dtype="float32")
+    assert type(plain) is Transformer
+    chex.assert_trees_all_equal(read, params)
+    other = logprobs(plain, read, [5, 3, 8, 1], answer["ids"])
+    assert np.abs(other - expected).max() > 1e-3
+    assert sampled(capsys, "--checkpoint", str(out), *config)["logprobs"] == answer["logprobs"]
+    with pytest.raises(UserError, match=r"hf: --config is for workdirs"):
+        convert.main([str(out), str(tmp_path / "again"), "--to", "hf", *config])
