@@ -216,6 +216,8 @@ def test_make_model_that_returns_something_else_is_refused(config_file, argument
     )
     with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned a int, which lacks"):
         train.main(["--config", str(path), *arguments[2:], "--workdir", str(tmp_path / "w")])
+    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned a int, which lacks"):
+        train.main(["--config", str(path), *arguments[2:], "--dry-run"])
     path.write_text(f"{config}make_model = 3\n")
     with pytest.raises(UserError, match=r"bad.py: make_model is a int: it has to be a function"):
         train.main(["--config", str(path), *arguments[2:], "--workdir", str(tmp_path / "w")])
@@ -223,8 +225,8 @@ def test_make_model_that_returns_something_else_is_refused(config_file, argument
 
 
 def test_a_fused_step_is_of_its_own_layers(whole, arguments, tmp_path):
-    options = ["--optimizer.fused", "--train.steps", "1", "--train.eval_questions", "0"]
-    run = [*arguments[:-2], *options, "--data.held_out", "--workdir", str(tmp_path)]
+    options = "--optimizer.fused --model.remat full --train.steps 1 --train.eval_questions 0"
+    run = [*arguments[:-2], *options.split(), "--data.held_out", "--workdir", str(tmp_path)]
     train.main(run)
     ((_, loss),) = losses(tmp_path)
     np.testing.assert_allclose(loss, losses(whole)[0][1], rtol=1e-5)
@@ -256,11 +258,12 @@ def test_grpo_s_answers_are_sampled_from_it(arguments, calls, tmp_path):
         "--objective.name grpo --init random --data.batch_size 4 --objective.grpo.group_size 2 "
         "--objective.grpo.max_tokens 4 --train.steps 1 --train.eval_questions 0 --data.held_out"
     )
-    reward = ["--objective.grpo.reward", str(ROOT / "configs" / "rewards" / "sums.py")]
-    questions = tmp_path / "q.jsonl"
+    reward, questions = tmp_path / "reward.py", tmp_path / "q.jsonl"
+    reward.write_text("def reward(answer, record):\n    return float(sum(answer.tokens))\n")
     chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     questions.write_text(3 * (json.dumps({"messages": chat}) + "\n"))
-    run = [*arguments[:-4], *options, *reward, "--data.train", str(questions)]
+    run = [*arguments[:-4], *options, "--data.train", str(questions)]
+    run += ["--objective.grpo.reward", str(reward), "--objective.grpo.temperature", "1"]
     train.main([*run, "--workdir", str(tmp_path / "w")])
     (record,) = metrics.read(tmp_path / "w")
     assert set(calls) == {"scanned", "unrolled"}  # of training, and of decoding
