@@ -211,15 +211,14 @@ def test_a_run_of_the_package_s_model_refuses_another(make_model, arguments, tmp
 
 def test_make_model_that_returns_something_else_is_refused(config_file, arguments, tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text(
-        "from configs.tiny import get_config\n\ndef make_model(config):\n    return 3\n"
-    )
-    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned a int, which lacks"):
+    start = "from configs.tiny import get_config\n"
+    path.write_text(f"{start}def make_model(config):\n    return 3\n")
+    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned an object of type int"):
         train.main(["--config", str(path), *arguments[2:], "--workdir", str(tmp_path / "w")])
-    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned a int, which lacks"):
+    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned an object of type int"):
         train.main(["--config", str(path), *arguments[2:], "--dry-run"])
-    path.write_text(f"{config}make_model = 3\n")
-    with pytest.raises(UserError, match=r"bad.py: make_model is a int: it has to be a function"):
+    path.write_text(f"{start}make_model = 3\n")
+    with pytest.raises(UserError, match=r"bad.py: make_model is of type int: it has to be"):
         train.main(["--config", str(path), *arguments[2:], "--workdir", str(tmp_path / "w")])
     assert not (tmp_path / "w").exists()
 
