@@ -223,6 +223,7 @@ def test_make_model_that_returns_something_else_is_refused(config_file, argument
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_a_fused_step_is_of_its_own_layers(whole, arguments, tmp_path):
     options = "--optimizer.fused --model.remat full --train.steps 1 --train.eval_questions 0"
     run = [*arguments[:-2], *options.split(), "--data.held_out", "--workdir", str(tmp_path)]
@@ -231,6 +232,7 @@ def test_a_fused_step_is_of_its_own_layers(whole, arguments, tmp_path):
     np.testing.assert_allclose(loss, losses(whole)[0][1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_it_and_resume(
     whole, arguments, make_model, config_file, tmp_path, capsys
 ):
@@ -252,6 +254,7 @@ def test_adapters_are_trained_on_it_and_resume(
     assert "note:" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_grpo_s_answers_are_sampled_from_it(arguments, calls, tmp_path):
     options = str.split(
         "--objective.name grpo --init random --data.batch_size 4 --objective.grpo.group_size 2 "
@@ -269,6 +272,7 @@ def test_grpo_s_answers_are_sampled_from_it(arguments, calls, tmp_path):
     assert record["sampler_gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, calls, capsys):
     train.main([*arguments, "--dry_run"])
     assert calls and "nothing was written" in capsys.readouterr().out

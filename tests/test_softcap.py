@@ -114,7 +114,10 @@ def test_sampling_from_its_cache_has_the_log_probabilities_of_training(params):
         assert np.abs(plain - logprobs).max() > 0.01
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "context", "tensor"])
+@pytest.mark.parametrize(
+    "axis",
+    ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("context", "tensor"))],
+)
 def test_on_a_mesh_it_is_the_same_model(params, axis):
     from gptoss_jax.config import MeshConfig
     from gptoss_jax.parallel import mesh as meshes
