@@ -25,6 +25,7 @@ MAKE_MODEL = {
     "baseline": (Transformer, softcap.make_model),
     "softcap": (softcap.make_model, Transformer),
 }
+NEAR = 1.13  # a held-out loss near the least there is, about 1.122: symbols that are drawn
 BINS = np.linspace(-20, 20, 81)  # of logits; what is beyond counts in the last
 
 
@@ -40,6 +41,9 @@ def measure(run: Run) -> Measured:
     x, y = common.curve(run, "held_out_loss")
     numbers = {
         "held-out loss": y[-1],
+        f"first step below {NEAR}": next(
+            step for step, loss in zip(x, y, strict=True) if loss < NEAR
+        ),
         "of what is copied": copied_loss(model, params, batch),
         f"the same, rows x{LONGER}": copied_loss(model, params, longer),
         "the same, weights in the other model": copied_loss(other(model.config), params, batch),
