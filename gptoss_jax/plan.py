@@ -42,6 +42,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> bool:
 
     from gptoss_jax.chips.facts import TARGETS
     from gptoss_jax.config import command_line
+    from gptoss_jax.model import Transformer
     from gptoss_jax.planning import cost, plans
     from gptoss_jax.planning.programs import PROGRAMS, Sampling
 
@@ -69,7 +70,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> bool:
         console.print(text, soft_wrap=True, markup=False)
 
     made, mesh = plans.make(
-        config, options.target, what, sampling=sampling, say=say, keep=keep if options.hlo else None
+        config,
+        options.target,
+        what,
+        sampling=sampling,
+        say=say,
+        keep=keep if options.hlo else None,
+        make_model=command_line.load_make_model(rest) or Transformer,
     )
     say("\nassumed: " + " ".join(cost.ASSUMPTIONS))
     if options.json:

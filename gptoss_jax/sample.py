@@ -28,6 +28,7 @@ def _parser() -> Parser:
     add("--checkpoint", required=True, metavar="DIR", help="Hugging Face, OpenAI, or workdir")
     add("--step", type=int, help="of a workdir; default: its latest")
     add("--base", metavar="DIR", help="of a LoRA run's workdir; default: where it was in training")
+    add("--config", metavar="FILE", help="of a model that is built by make_model() in FILE")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the user says")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="ids, continued as they are")
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from gptoss_jax import loading
+    from gptoss_jax.config import command_line
+    from gptoss_jax.model import Transformer
     from gptoss_jax.ops import moe
     from gptoss_jax.sampler import Rules, Sampler, printing
 
@@ -73,6 +76,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--raw is for the text of --prompt; --prompt-ids are taken as they are")
     given = None if args.prompt_ids is None else _read_ids(args.prompt_ids)
 
+    make_model = command_line.read_make_model(args.config) if args.config else None
     on_cpu = jax.default_backend() == "cpu"
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     model, params = loading.load(
@@ -82,6 +86,7 @@ def main(argv: list[str]) -> None:
         base=args.base,
         split=on_cpu,
         layout=moe.layout_for_chip(),
+        make_model=make_model or Transformer,
     )
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)
     ids = _prompt(args, encoding) if given is None else given

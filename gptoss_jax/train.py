@@ -107,9 +107,9 @@ def run(
     #   2. the folder of --init: parameters alone;
     #   3. the seed.
     # A run with adapters takes its base, the frozen parameters, from 2 or 3 when it goes on, too.
+    source = model_source.source_of(make_model, config.model)  # None: the package's own model
     model = make_model(sharding.padded(config.model))
     setup.check_patterns(config, model)
-    source = model_source.source_of(make_model, config.model)
     record = records.newest_record(workdir)
     if record is not None:
         changes = data.differences(record.fingerprint, fingerprint)

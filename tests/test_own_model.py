@@ -11,13 +11,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_training import TINY, write_chats
 
-from gptoss_jax import loading, train
+from gptoss_jax import convert, loading, sample, train
 from gptoss_jax.config import MeshConfig, command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
@@ -28,7 +29,6 @@ from gptoss_jax.runs import metrics, model_source, records
 from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 # A factor on what each head returns: large from the first step on.
 OLD, NEW = "heads = out.reshape(", "heads = 3 * out.reshape("
@@ -141,11 +141,10 @@ def test_it_is_evaluated_by_its_own_model(whole, make_model, arguments):
 
     model, params = loading.load(whole, dtype="float32", make_model=make_model)
     assert type(model).__module__ == "my_model.transformer"
-    (batch,) = data.eval_batches(command_line.load(arguments))
-    found = {}
+    batches, found = data.eval_batches(command_line.load(arguments)), {}
     for name, one in (("own", model), ("package", Transformer(model.config))):
-        sums = loss_fn(one, params, batch)
-        found[name] = float(sums.nll / sums.weight)
+        sums = [loss_fn(one, params, batch) for batch in batches]
+        found[name] = float(sum(s.nll for s in sums) / sum(s.weight for s in sums))
     logged = held_out_losses(whole)
     np.testing.assert_allclose(logged[-1], found["own"], rtol=1e-4)
     assert abs(found["package"] - found["own"]) > 1e-3
@@ -191,14 +190,18 @@ def test_a_crashed_run_resumes_to_equal_losses_with_a_note_of_what_changed(
     assert len(copies) == 2 and any(note.endswith(str(copy)) for copy in copies)
 
 
-def test_without_its_config_it_is_refused(whole, arguments, config_file):
-    plain = ["--config", str(config_file.with_name("plain.py")), *arguments[2:]]
-    with pytest.raises(UserError) as caught:
-        train.main([*plain, "--workdir", str(whole), "--train.steps", "8"])
-    assert f"{whole}: its model is built by make_model() of {config_file}" in str(caught.value)
-    assert f"give --config {config_file}" in str(caught.value)
-    with pytest.raises(UserError, match=r"give --config .*own.py, or make_model= in Python"):
-        loading.load(whole)
+def test_without_its_config_it_is_refused(whole, arguments, config_file, tmp_path):
+    plain = ["--config", str(config_file.with_name("plain.py"))]
+    expected = (
+        rf"{whole}: its model is built by make_model\(\) of {config_file} .*--config {config_file}"
+    )
+    with pytest.raises(UserError, match=expected):
+        train.main([*plain, *arguments[2:], "--workdir", str(whole), "--train.steps", "8"])
+    with pytest.raises(UserError, match=expected):
+        sample.main(["--checkpoint", str(whole), *IDS, *plain])
+    with pytest.raises(UserError, match=expected):
+        convert.main([str(whole), str(tmp_path / "out"), "--to", "hf"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_the_package_s_model_refuses_another(make_model, arguments, tmp_path):
@@ -208,25 +211,28 @@ def test_a_run_of_the_package_s_model_refuses_another(make_model, arguments, tmp
 
 def test_make_model_that_returns_something_else_is_refused(config_file, arguments, tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text(
-        "from configs.tiny import get_config\n\ndef make_model(config):\n    return 3\n"
-    )
-    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned a int, which lacks"):
+    start = "from configs.tiny import get_config\n"
+    path.write_text(f"{start}def make_model(config):\n    return 3\n")
+    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned an object of type int"):
         train.main(["--config", str(path), *arguments[2:], "--workdir", str(tmp_path / "w")])
-    path.write_text(f"{config}make_model = 3\n")
-    with pytest.raises(UserError, match=r"bad.py: make_model is a int: it has to be a function"):
+    with pytest.raises(UserError, match=r"bad.py: make_model\(\) returned an object of type int"):
+        train.main(["--config", str(path), *arguments[2:], "--dry-run"])
+    path.write_text(f"{start}make_model = 3\n")
+    with pytest.raises(UserError, match=r"bad.py: make_model is of type int: it has to be"):
         train.main(["--config", str(path), *arguments[2:], "--workdir", str(tmp_path / "w")])
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_a_fused_step_is_of_its_own_layers(whole, arguments, tmp_path):
-    options = ["--optimizer.fused", "--train.steps", "1", "--train.eval_questions", "0"]
-    run = [*arguments[:-2], *options, "--data.held_out", "--workdir", str(tmp_path)]
+    options = "--optimizer.fused --model.remat full --train.steps 1 --train.eval_questions 0"
+    run = [*arguments[:-2], *options.split(), "--data.held_out", "--workdir", str(tmp_path)]
     train.main(run)
     ((_, loss),) = losses(tmp_path)
     np.testing.assert_allclose(loss, losses(whole)[0][1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_it_and_resume(
     whole, arguments, make_model, config_file, tmp_path, capsys
 ):
@@ -243,27 +249,30 @@ def test_adapters_are_trained_on_it_and_resume(
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
     model, params = loading.load(tmp_path, dtype="float32", make_model=make_model)
     assert type(model).__module__ == "my_model.transformer" and "lora" in params
-    with pytest.raises(UserError, match=r"give --config"):
+    with pytest.raises(UserError, match=r"give --config .*own.py, or make_model= in Python"):
         loading.load(tmp_path)
     assert "note:" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_grpo_s_answers_are_sampled_from_it(arguments, calls, tmp_path):
     options = str.split(
         "--objective.name grpo --init random --data.batch_size 4 --objective.grpo.group_size 2 "
         "--objective.grpo.max_tokens 4 --train.steps 1 --train.eval_questions 0 --data.held_out"
     )
-    reward = ["--objective.grpo.reward", str(ROOT / "configs" / "rewards" / "sums.py")]
-    questions = tmp_path / "q.jsonl"
+    reward, questions = tmp_path / "reward.py", tmp_path / "q.jsonl"
+    reward.write_text("def reward(answer, record):\n    return float(sum(answer.tokens))\n")
     chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     questions.write_text(3 * (json.dumps({"messages": chat}) + "\n"))
-    run = [*arguments[:-4], *options, *reward, "--data.train", str(questions)]
+    run = [*arguments[:-4], *options, "--data.train", str(questions)]
+    run += ["--objective.grpo.reward", str(reward), "--objective.grpo.temperature", "1"]
     train.main([*run, "--workdir", str(tmp_path / "w")])
     (record,) = metrics.read(tmp_path / "w")
     assert set(calls) == {"scanned", "unrolled"}  # of training, and of decoding
     assert record["sampler_gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, calls, capsys):
     train.main([*arguments, "--dry_run"])
     assert calls and "nothing was written" in capsys.readouterr().out
@@ -276,3 +285,37 @@ def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, calls,
         calls.clear()
         programs.decode(config, mesh, Sampling(1, 32, 16), make_model)
     assert "unrolled" in calls
+
+
+# --- What is done with a run ------------------------------------------------------------------
+
+
+def sampled(capsys, *args: str) -> dict:
+    capsys.readouterr()
+    sample.main([*IDS, *args])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_it_is_sampled_and_exported(whole, config_file, make_model, tmp_path, capsys):
+    config = ["--config", str(config_file)]
+    answer = sampled(capsys, "--checkpoint", str(whole), *config)
+    model, params = loading.load(whole, dtype="float32", make_model=make_model)
+    expected = logprobs(model, params, [5, 3, 8, 1], answer["ids"])
+    np.testing.assert_allclose(answer["logprobs"], expected, rtol=1e-4)
+
+    # It has no parameter of its own, so its weights are GPT-OSS's, and the code lies beside them.
+    out = tmp_path / "hf"
+    convert.main([str(whole), str(out), "--to", "hf", *config])
+    note = capsys.readouterr().err
+    assert note.count("note: ") == 1 and "files of weights hold no code" in note
+    assert f"not what make_model() of {config_file} builds" in note
+    (copy,) = (out / model_source.FOLDER).iterdir()
+    assert NEW in (copy / "my_model" / "attention.py").read_text()
+    plain, read = loading.load(out, dtype="float32")
+    assert type(plain) is Transformer
+    chex.assert_trees_all_equal(read, params)
+    other = logprobs(plain, read, [5, 3, 8, 1], answer["ids"])
+    assert np.abs(other - expected).max() > 1e-3
+    assert sampled(capsys, "--checkpoint", str(out), *config)["logprobs"] == answer["logprobs"]
+    with pytest.raises(UserError, match=r"hf: --config is for workdirs"):
+        convert.main([str(out), str(tmp_path / "again"), "--to", "hf", *config])

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.config import command_line
+from gptoss_jax.config import MeshConfig, command_line
 from gptoss_jax.model import Transformer
+from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.sampler import Sampler
 
 ROOT = Path(__file__).parent.parent
@@ -114,11 +115,13 @@ def test_sampling_from_its_cache_has_the_log_probabilities_of_training(params):
         assert np.abs(plain - logprobs).max() > 0.01
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "context", "tensor"])
-def test_on_a_mesh_it_is_the_same_model(params, axis):
-    from gptoss_jax.config import MeshConfig
-    from gptoss_jax.parallel import mesh as meshes
+SLOW = pytest.mark.slow
 
+
+@pytest.mark.parametrize(
+    "axis", ["fsdp", pytest.param("context", marks=SLOW), pytest.param("tensor", marks=SLOW)]
+)
+def test_on_a_mesh_it_is_the_same_model(params, axis):
     tokens = np.random.default_rng(3).integers(0, MODEL.vocab_size, (6, 16))
     model = softcap.make_model(MODEL)
     expected = model.apply({"params": params}, tokens)

@@ -1,5 +1,6 @@
 """What a softcap changes: losses, how large logits get, and the weights in the other model."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ MAKE_MODEL = {
     "baseline": (Transformer, softcap.make_model),
     "softcap": (softcap.make_model, Transformer),
 }
+NEAR = 1.13  # a held-out loss near the least there is, about 1.122: symbols that are drawn
 BINS = np.linspace(-20, 20, 81)  # of logits; what is beyond counts in the last
 
 
@@ -32,13 +34,16 @@ def measure(run: Run) -> Measured:
     own, other = MAKE_MODEL[run.variant]
     model, params = gptoss_jax.load(run.workdir, dtype=jnp.float32, make_model=own)
     batch, longer = draw_batch(2, pairs=PAIRS), draw_batch(3, pairs=LONGER * PAIRS)
-    logits = np.asarray(jax.jit(lambda p, b: attention_logits(model, p, b))(params, batch))
+    logits = np.asarray(jax.jit(attention_logits, static_argnums=0)(model, params, batch))
     logits = logits[logits > MASKED / 2]
     if run.variant == "softcap":
         logits = CAP * np.tanh(logits / CAP)
     x, y = common.curve(run, "held_out_loss")
     numbers = {
         "held-out loss": y[-1],
+        f"first step below {NEAR}": next(
+            step for step, loss in zip(x, y, strict=True) if loss < NEAR
+        ),
         "of what is copied": copied_loss(model, params, batch),
         f"the same, rows x{LONGER}": copied_loss(model, params, longer),
         "the same, weights in the other model": copied_loss(other(model.config), params, batch),
@@ -53,15 +58,15 @@ def measure(run: Run) -> Measured:
 
 def copied_loss(model: Transformer, params: Params, batch: Batch) -> float:
     """Return the mean loss where a symbol is copied."""
-
-    @jax.jit
-    def losses(params: Params, batch: Batch) -> Float[Array, "B T"]:
-        logits: Any = model.apply({"params": params}, batch.tokens, batch.segment_ids)
-        found = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)
-        return -found[..., 0]
-
     copied = find_sources(np.asarray(batch.tokens)) >= 0
-    return float(np.asarray(losses(params, batch))[copied].mean())
+    return float(np.asarray(_losses(model, params, batch))[copied].mean())
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(model: Transformer, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    logits: Any = model.apply({"params": params}, batch.tokens, batch.segment_ids)
+    found = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)
+    return -found[..., 0]
 
 
 def draw(results: Results) -> Figure:

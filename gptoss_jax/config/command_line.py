@@ -77,8 +77,8 @@ def read_make_model(given: str) -> Callable[[ModelConfig], Any] | None:
     make_model = _run(path).get("make_model")
     if make_model is not None and not isinstance(make_model, types.FunctionType):
         raise UserError(
-            f"{path}: make_model is a {type(make_model).__name__}: it has to be a function of a "
-            "ModelConfig that returns the model"
+            f"{path}: make_model is of type {type(make_model).__name__}: it has to be a function "
+            "of a ModelConfig that returns the model"
         )
     return make_model
 

@@ -19,7 +19,8 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import TOKENIZER_FILES
 from gptoss_jax.loading.checkpoint import open_workdir
 from gptoss_jax.loading.folders import find_folder
-from gptoss_jax.runs import records
+from gptoss_jax.model import MakeModel, Transformer
+from gptoss_jax.runs import model_source, records
 from gptoss_jax.weights import config_io, peft
 from gptoss_jax.weights.merged import Merged, Report, with_adapters
 from gptoss_jax.weights.names import Form, Layout
@@ -46,6 +47,7 @@ def convert(
     adapters: str | Path | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    make_model: MakeModel = Transformer,
 ) -> Report:
     """Write the checkpoint `source` (see `loading.load`) to the new folder `destination`.
 
@@ -53,16 +55,17 @@ def convert(
     to, or cast to, bfloat16). `dtype` is that of all floats; None as stored. `adapters` is a folder
     of PEFT's, merged into the source. `base`: as `loading.load`'s, where the base of a LoRA run is
     no longer where it was. Tokenizer files are copied from a Hugging Face source and made for any
-    other. `to="peft"` writes the adapters of a workdir alone. Returns what merging and encoding
-    cost, as `weights.save`.
+    other. `to="peft"` writes the adapters of a workdir alone. `make_model` builds the model of a
+    run, where that is not the package's own: a copy of its source is put beside the weights, which
+    their readers do not look at. Returns what merging and encoding cost, as `weights.save`.
 
     Raises UserError, with nothing written, as `loading.load`, `weights.save` and `peft.read` do.
     """
     folder = find_folder(source)
     if records.is_workdir(folder):
-        weights = open_workdir(folder, step, base=base)
-    elif step is not None or base is not None:
-        name = "--step" if step is not None else "--base"
+        weights = open_workdir(folder, step, base=base, make_model=make_model)
+    elif step is not None or base is not None or make_model is not Transformer:
+        name = "--step" if step is not None else "--base" if base is not None else "--config"
         raise UserError(f"{folder}: {name} is for workdirs, and this is none (no checkpoints)")
     elif (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
         raise UserError(
@@ -74,11 +77,13 @@ def convert(
     if to == "peft":
         options = {"experts": experts, "dtype": dtype, "adapters": adapters}.items()
         _write_peft(folder, destination, weights, step=step, given=[n for n, x in options if x])
+        model_source.keep_copy(make_model, weights.config, Path(destination))
         return Report()
     form = experts or weights.config.experts
 
     def finish(new: Path) -> None:
         name = dtype or weights.config.param_dtype
+        model_source.keep_copy(make_model, weights.config, new)
         if isinstance(weights, Stored) and weights.layout == to:
             return _copy_side_files(folder, new, weights=weights, form=form, dtype=dtype)
         return write_side_files(new, weights.config, layout=to, form=form, dtype=name)

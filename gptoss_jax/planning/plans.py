@@ -12,6 +12,7 @@ from gptoss_jax import chips
 from gptoss_jax.chips import topologies
 from gptoss_jax.chips.facts import TARGETS, GiB
 from gptoss_jax.config import Config, MeshConfig
+from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.planning import cost, programs
 from gptoss_jax.planning.cost import Plan
@@ -26,6 +27,7 @@ def make(
     sampling: Sampling,
     say: Any = lambda _: None,
     keep: Any = None,
+    make_model: MakeModel = Transformer,
 ) -> tuple[list[Plan], jax.sharding.Mesh]:
     """Compile the programs named in `what` for `target`, and return what each takes.
 
@@ -51,11 +53,11 @@ def make(
         for name in what:
             say(f"\n{name}: tracing ...")
             if name == "train":
-                lowered = programs.train(config, mesh)
+                lowered = programs.train(config, mesh, make_model)
             elif name == "prefill":
-                lowered = programs.prefill(config, mesh, sampling)
+                lowered = programs.prefill(config, mesh, sampling, make_model)
             else:
-                lowered = programs.decode(config, mesh, sampling)
+                lowered = programs.decode(config, mesh, sampling, make_model)
             say(f"{name}: compiling for {target}, which may take minutes ...")
             plan = cost.measure(lowered, config, mesh, kind=kind, sampling=sampling, keep_hlo=keep)
             for line in cost.lines(plan):

@@ -17,6 +17,7 @@ from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.objectives import make_objective
 from gptoss_jax.parallel import sharding
 from gptoss_jax.parameters.tree import flatten
+from gptoss_jax.runs import model_source
 from gptoss_jax.training import setup
 from gptoss_jax.training.layerwise_step import largest_part
 from gptoss_jax.types import Batch, Params, TrainState
@@ -37,11 +38,12 @@ def shapes(config: Config, make_model: MakeModel = Transformer) -> Shapes:
     """Return the step that a config trains with, and its arguments as shapes.
 
     Raises:
-        UserError: patterns of `optimizer` that do not fit the model.
+        UserError: patterns of `optimizer` that do not fit the model, or `make_model` builds none.
     """
     c, sources = config.model, len(config.data.train) if config.data.weights else 0
     # Which experts have the highest load is not known, but how many are chosen is.
     load = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
+    model_source.source_of(make_model, config.model)  # refuses what builds no model
     model, objective = make_model(sharding.padded(config.model)), make_objective(config)
     factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
     optimizer = setup.optimizer_of(config, factors)

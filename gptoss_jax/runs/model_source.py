@@ -121,8 +121,8 @@ def _files(make_model: MakeModel, config: ModelConfig) -> dict[str, Path]:
     model: Any = make_model(config)
     if not (hasattr(model, "forward") and hasattr(model, "config")):
         raise UserError(
-            f"{_config_file(make_model)}: make_model() returned a {type(model).__name__}, which "
-            "lacks the interface of gptoss_jax.model.Transformer"
+            f"{_config_file(make_model)}: make_model() returned an object of type "
+            f"{type(model).__name__}, which lacks the interface of gptoss_jax.model.Transformer"
         )
     file = Path(_config_file(make_model))
     files = {file.name: file}
