@@ -122,7 +122,10 @@ def load(name: str) -> Experiment:
 def differences(config: Config, base: Config) -> dict[str, Any]:
     """Return the fields in which `config` differs from `base`, `section.field` to its value."""
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(Config):
+    # An order of its own, so that results that are there have the same options.
+    first = ["model", "data", "optimizer"]
+    places = {name: place for place, name in enumerate(first)}
+    for field in sorted(dataclasses.fields(Config), key=lambda f: places.get(f.name, len(first))):
         new, old = getattr(config, field.name), getattr(base, field.name)
         if not dataclasses.is_dataclass(new):
             found |= {field.name: new} if new != old else {}

@@ -122,10 +122,7 @@ def run(
             return
     params = given_adapters = base = None
     if record is None:
-        if config.init is None:
-            raise UserError(
-                "no weights to start from: give --init DIR (a checkpoint), or --init random"
-            )
+        setup.check_init_given(config)
         given_adapters = start_adapters.read(config)
         check_start(config, None)
         base = frozen_base.begin(config)

@@ -74,16 +74,8 @@ def load(
     name, folder = _check_form(dtype, experts), find_folder(checkpoint)
     spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
     if mesh is not None and spread and layout is None and records.is_workdir(folder):
-        found = _load_over(
-            mesh,
-            folder,
-            step=step,
-            base=base,
-            split=split,
-            dtype=name,
-            experts=experts,
-            make_model=make_model,
-        )
+        form: dict[str, Any] = {"dtype": name, "experts": experts, "split": split}
+        found = _load_over(mesh, folder, step=step, base=base, make_model=make_model, **form)
         if found is not None:
             return found
     source = _open(folder, step=step, base=base, make_model=make_model)

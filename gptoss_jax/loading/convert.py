@@ -62,18 +62,7 @@ def convert(
     Raises UserError, with nothing written, as `loading.load`, `weights.save` and `peft.read` do.
     """
     folder = find_folder(source)
-    if records.is_workdir(folder):
-        weights = open_workdir(folder, step, base=base, make_model=make_model)
-    elif step is not None or base is not None or make_model is not Transformer:
-        name = "--step" if step is not None else "--base" if base is not None else "--config"
-        raise UserError(f"{folder}: {name} is for workdirs, and this is none (no checkpoints)")
-    elif (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: holds PEFT's adapters alone: give the model they are of as SRC, and this "
-            "folder with --adapters"
-        )
-    else:
-        weights = open_checkpoint(folder)
+    weights = _open(folder, step=step, base=base, make_model=make_model)
     if to == "peft":
         options = {"experts": experts, "dtype": dtype, "adapters": adapters}.items()
         _write_peft(folder, destination, weights, step=step, given=[n for n, x in options if x])
@@ -99,6 +88,23 @@ def convert(
         force=force,
         finish=finish,
     )
+
+
+def _open(
+    folder: Path, *, step: int | None, base: str | Path | None, make_model: MakeModel
+) -> Stored | ParamsSource:
+    """Open what is converted; refuse options that are for workdirs alone."""
+    if records.is_workdir(folder):
+        return open_workdir(folder, step, base=base, make_model=make_model)
+    if step is not None or base is not None or make_model is not Transformer:
+        name = "--step" if step is not None else "--base" if base is not None else "--config"
+        raise UserError(f"{folder}: {name} is for workdirs, and this is none (no checkpoints)")
+    if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: holds PEFT's adapters alone: give the model they are of as SRC, and this "
+            "folder with --adapters"
+        )
+    return open_checkpoint(folder)
 
 
 def _merged(folder: Path, weights: Stored | ParamsSource, adapters: str | Path | None) -> Source:

@@ -55,6 +55,14 @@ def check_data_given(config: Config) -> None:
         )
 
 
+def check_init_given(config: Config) -> None:
+    """Refuse a new run without weights. Raises UserError."""
+    if config.init is None:
+        raise UserError(
+            "no weights to start from: give --init DIR (a checkpoint), or --init random"
+        )
+
+
 def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuse a mesh that leaves a process out, or that the batch does not divide over.
 

@@ -512,10 +512,9 @@ def test_fingerprints_say_what_differs(texts, tmp_path):
 
 
 def test_huge_files_are_hashed_at_places(texts, monkeypatch):
-    from gptoss_jax.data import describe
-
-    monkeypatch.setattr(describe, "HASH_WHOLE", 10)
-    monkeypatch.setattr(describe, "SAMPLE_BYTES", 5)
+    module = sys.modules["gptoss_jax.data.describe"]  # which a function hides in the room
+    monkeypatch.setattr(module, "HASH_WHOLE", 10)
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 5)
     config = make_config(texts)
     then = data.fingerprint(config)
     assert "sha256_sampled" in then["files"][0]

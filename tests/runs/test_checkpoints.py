@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from programs import make_program
 
@@ -188,7 +189,7 @@ def rewrite(folder, **fields) -> None:
 def test_other_versions(workdir):
     folder = workdir / "checkpoints/4"
     rewrite(folder, schema=7)
-    with pytest.raises(UserError, match="is of schema 7, this version reads 1 to 3"):
+    with pytest.raises(UserError, match="is of schema 7, this version reads 1 to 4"):
         records.newest_record(workdir)
     # What the first version wrote.
     rewrite(folder, schema=1, checksums=None, spikes=None)
@@ -269,7 +270,7 @@ def test_what_is_the_machine_s_fault_is_no_damage(workdir, monkeypatch):
     def fail(*_, **__):
         raise MemoryError("no room for 12 bytes")
 
-    monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "restore", fail)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
     with pytest.raises(UserError, match=r"can't be read \(MemoryError: no room for 12"):
         resume.restore_newest(workdir, make_state(0))
     assert records.steps(workdir) == [2, 4]

@@ -192,8 +192,8 @@ def test_the_config_marks_what_is_not_the_default(tmp_path):
     raw = Page(report.write([make_run(tmp_path / "run")])).raw
     marked = re.findall(r'<tr class=set title="([^"]+)">', raw)
     assert marked == [
-        *("name", "model.num_layers", "model.num_experts", "model.active_experts"),
-        *("data.train", "data.weights", "train.steps"),
+        *("name", "data.train", "data.weights", "train.steps"),
+        *("model.num_layers", "model.num_experts", "model.active_experts"),
     ]
     every = re.findall(r'<tr(?: class=set)? title="([^"]+)">', raw)
     assert len(every) == len(set(every)) > 80 and "optimizer.b1" in every

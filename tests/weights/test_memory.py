@@ -22,6 +22,7 @@ import gc, json, shutil, sys
 from pathlib import Path
 import jax
 from gptoss_jax import weights
+from gptoss_jax.loading import load as read
 from gptoss_jax.loading.convert import convert
 
 def status(name):
@@ -38,7 +39,7 @@ def peak(work):
 
 source, new = Path(sys.argv[1]), Path(sys.argv[2])
 load = dict(dtype=sys.argv[3], split=sys.argv[4] == "split")
-loading, (model, params) = peak(lambda n: loading.load(source, **load))
+loading, (model, params) = peak(lambda n: read(source, **load))
 size = sum(x.nbytes for x in jax.tree.leaves(params))
 saving, _ = peak(lambda n: weights.save(new / f"saved{n}", model, params, to="openai"))
 del params
