@@ -46,7 +46,7 @@ def measure(run: Run) -> Measured:
         ),
         "of what is copied": copied_loss(model, params, batch),
         f"the same, rows x{LONGER}": copied_loss(model, params, longer),
-        "the same, weights in the other model": copied_loss(other(model.config), params, batch),
+        "of what is copied, by the other model": copied_loss(other(model.config), params, batch),
         "largest logit": float(np.abs(logits).max()),
     }
     counts = np.histogram(np.clip(logits, BINS[0], BINS[-1]), BINS)[0]

@@ -2,7 +2,7 @@
 
     python experiments/run.py softcap
 
-Hardware: any; about 6 minutes on two cores. Result: experiments/README.md.
+Hardware: any; about 10 minutes on two cores. Result: experiments/README.md.
 
 This file is the baseline, the package's own model: the variant `learned` of `sinks`, with its data
 and fewer steps. The variant `softcap` is softcap.py, which brings a model of its own.
