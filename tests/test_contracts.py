@@ -29,6 +29,7 @@ from experiments import common  # noqa: E402
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 EXPERIMENTS = common.names()
 VARIANTS = [(name, variant) for name in EXPERIMENTS for variant in common.load(name).variants]
+FAST = {"tiny.py", "tiny_lora.py", "tiny_dpo.py", "tiny_grpo.py", "tiny_distill.py", "20b_lora.py"}
 SEEDS = {"0", "1", "2"}
 
 
@@ -75,7 +76,11 @@ def test_there_are_configs_and_experiments():
     assert folders == set(EXPERIMENTS), "a folder of experiments/ without config.py"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# Each takes seconds to trace: in the fast tier one for each objective, and a real one.
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],
+)
 def test_a_step_of_every_config_lowers(name: str):
     file = f"{ROOT}/configs/{name}"
     config = command_line.load(["--config", file])
@@ -83,6 +88,7 @@ def test_a_step_of_every_config_lowers(name: str):
     assert shape in lower_step(config, file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_a_step_of_every_variant_lowers(name: str, variant: str):
     experiment = common.load(name)

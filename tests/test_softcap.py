@@ -102,6 +102,7 @@ def test_without_a_bound_it_is_the_package_s_model(params, monkeypatch):
     np.testing.assert_allclose(uncapped, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampling_from_its_cache_has_the_log_probabilities_of_training(params):
     prompts = [[5, 3, 8, 1, 9, 2, 7], [4, 6]]  # longer than the window, and shorter
     model = softcap.make_model(MODEL)

@@ -252,6 +252,7 @@ def test_a_run_goes_on_and_is_loaded(ran, tmp_path):
             train.main([*new, *wrong])
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_merged(ran, tmp_path):
     """Trained, merged, exported, imported: the adapted model, or the same requantised."""
     model, params = gptoss_jax.load(ran[0], dtype=jnp.float32)

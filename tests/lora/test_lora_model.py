@@ -151,6 +151,7 @@ def test_some_targets_without_the_others() -> None:
     assert np.abs(want - logits(Transformer(TINY), drop(params), tokens)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_gradients_through_packed_experts_are_those_through_the_same_decoded() -> None:
     batch = a_batch()
     packed = model_with(*EVERY, experts="mxfp4")

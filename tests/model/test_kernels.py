@@ -52,7 +52,7 @@ def relaid(params, layout):
 @functools.cache
 def model_and_params():
     model = Transformer(CONFIG)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return model, params
 
 
@@ -149,7 +149,7 @@ def test_sampling_on_hopper_agrees(layout, capsys):
         CONFIG, num_layers=2, head_dim=64, dtype="bfloat16", param_dtype="bfloat16"
     )
     model = Transformer(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     tokens = jnp.arange(12)[None] * 5 % 64
     want = jax.jit(functools.partial(decode_steps, model))(params, tokens)
     with chips.assume("h200", interpret=True):

@@ -19,7 +19,7 @@ def test_backward_keeps_no_copy_of_the_weights_and_runs_no_loop_again():
         )
     )
     tokens = jnp.arange(2 * 40).reshape(2, 40) % 64
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
 
     def total(params):
         return jnp.sum(model.apply({"params": params}, tokens) ** 2)

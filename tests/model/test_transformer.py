@@ -157,6 +157,7 @@ def test_stacks_may_be_tuples():
         np.testing.assert_allclose(apply(model, split, ids), apply(model, params, ids), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     ids = tokens(2, 20)
 
@@ -243,7 +244,7 @@ def test_zero_sinks_are_learned_sinks_at_zero():
     "pattern, layers, kinds",
     [
         ("1:1", 5, "bfbfb"),
-        ("5:1", 8, "bbbbbfbb"),
+        pytest.param("5:1", 8, "bbbbbfbb", marks=pytest.mark.slow),
         ("full", 3, "fff"),
         ("banded", 2, "bb"),
         ("bffb", 4, "bffb"),

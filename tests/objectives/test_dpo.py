@@ -188,6 +188,7 @@ def test_loss_and_gradients_are_those_by_hand(model, params, expected):
     assert float(sums.tokens) == sum(len(s.tokens) for pair in PAIRS for s in pair)
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_is_that_of_all_pairs(model, params, expected):
     # Packed in another way; of three parts the last has no pair, the others unlike numbers.
     config, batch = CASES["plain"], batch_of(ROWS[1])

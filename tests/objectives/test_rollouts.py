@@ -173,7 +173,7 @@ def test_the_log_of_a_round():
 RUN = [*MODEL, *GRPO, "--objective.grpo.updates", "2", "--train.checkpoint_every", "100"]
 RUN += ["--optimizer.learning_rate", "1e-2", "--data.batch_size", "16"]
 RUN += ["--objective.grpo.group_size", "8", "--optimizer.schedule", "constant"]
-STEPS, SHORT = 36, ["--train.steps", "5"]
+STEPS, LONG, SHORT = 6, 36, ["--train.steps", "5"]
 # The share of even ids: about a half at first, and soon learnt.
 EVEN = """
 def reward(answer, record):
@@ -223,12 +223,14 @@ def test_a_run_logs_its_rewards_and_the_sampler_s_gap(whole):
     assert answers[0]["reward"] > answers[1]["reward"]
 
 
-def test_the_reward_rises(whole):
+@pytest.mark.slow
+def test_the_reward_rises(arguments, tmp_path):
     """From chance, a half, by at least 0.3; clipping has something to do at second updates."""
-    rewards_ = [r["reward"] for r in log(whole)]
+    train.main([*arguments, "--train.steps", str(LONG), "--workdir", str(tmp_path)])
+    rewards_ = [r["reward"] for r in log(tmp_path)]
     assert np.mean(rewards_[:4]) < 0.65
     assert np.mean(rewards_[-6:]) > np.mean(rewards_[:4]) + 0.3
-    assert any(r["clipped"] for r in log(whole)[1::2])
+    assert any(r["clipped"] for r in log(tmp_path)[1::2])
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -256,6 +258,7 @@ def test_stopped_and_started_again_asks_and_samples_the_same(
     assert [a for a in one if a["step"] <= 5] == two
 
 
+@pytest.mark.slow
 def test_nothing_compiles_anew_from_step_to_step(arguments, tmp_path):
     """Counted where JAX counts: programs compiled after the second round."""
     compiled: list[str] = []

@@ -53,7 +53,7 @@ def codes() -> list[Any]:
     return [*cases.every_code_down(), *cases.every_code_gate_up()]
 
 
-@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=3))
+@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=5))
 def test_planes_match_the_reference(case):
     arguments = cases.inputs(case)
     cases.assert_close(run(arguments, "planes", "planes"), cases.expected(arguments))
@@ -106,7 +106,7 @@ def on_tpu(chip: str, arguments: cases.Arguments, layout: str) -> jax.Array:
         return run(arguments, layout, "pallas_tpu")
 
 
-@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=4))
+@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=7))
 def test_the_tpu_kernel_matches_the_reference(case):
     arguments = cases.inputs(case)
     cases.assert_close(on_tpu("v5e", arguments, "columns"), cases.expected(arguments))
@@ -141,7 +141,12 @@ def test_the_tpu_kernel_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("chip", "layout"), [("v5e", "columns"), ("v6e", "int8"), ("tpu7x", "fp4")]
+    ("chip", "layout"),
+    [
+        ("v5e", "columns"),
+        pytest.param("v6e", "int8", marks=pytest.mark.slow),
+        pytest.param("tpu7x", "fp4", marks=pytest.mark.slow),
+    ],
 )
 def test_the_tpu_kernel_decodes_every_code_exactly(chip, layout):
     with chips.assume(chip, interpret=True):

@@ -295,7 +295,7 @@ def damage(folder, rng, every):
 
 @pytest.mark.parametrize(
     "every",
-    [397, pytest.param(97, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
+    [997, pytest.param(97, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)],
 )
 @pytest.mark.timeout(3600)
 def test_damage_anywhere_is_found_or_without_effect(tmp_path, every):

@@ -110,7 +110,7 @@ def test_a_second_run_is_refused_before_it_writes(whole, args):
     assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*")) == before
 
 
-@pytest.mark.parametrize("when", ["evaluation", "save"])
+@pytest.mark.parametrize("when", ["evaluation", pytest.param("save", marks=pytest.mark.slow)])
 def test_sigterm_while_evaluating_and_saving(whole, args, tmp_path, monkeypatch, capsys, when):
     module, name = (held_out, "evaluate") if when == "evaluation" else (checkpoints, "save")
     real, calls = getattr(module, name), []

@@ -134,6 +134,7 @@ def test_a_checkpoint_holds_what_is_trained_and_names_the_rest(whole, folder):
     assert np.any(sinks != stored["layers"]["attention"]["sinks"])
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_from_a_moved_base_of_another_layout(args, whole, copy, tmp_path):
     workdir, base = copy
     shutil.rmtree(workdir / "checkpoints/4")

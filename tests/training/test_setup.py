@@ -79,6 +79,7 @@ def test_experts_chosen_by_load_are_trained_alone_and_stay_the_same(tmp_path, ch
         run(half, *options, "--optimizer.schedule", "constant", "--train.steps", "5")
 
 
+@pytest.mark.slow
 def test_averaged_parameters_are_what_is_evaluated(tmp_path, chats, monkeypatch):
     seen = []
     real = held_out.evaluate
