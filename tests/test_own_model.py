@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from tiny_training import TINY, write_chats
 
-from gptoss_jax import convert, loading, sample, train
+from gptoss_jax import convert, loading, plan, sample, train
 from gptoss_jax.config import MeshConfig, command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.parallel import mesh as meshes
-from gptoss_jax.planning import programs
+from gptoss_jax.planning import plans, programs
 from gptoss_jax.planning.programs import Sampling
 from gptoss_jax.runs import metrics, model_source, records
 from gptoss_jax.training import setup
@@ -143,7 +143,7 @@ def test_it_is_evaluated_by_its_own_model(whole, make_model, arguments):
     assert type(model).__module__ == "my_model.transformer"
     batches, found = data.eval_batches(command_line.load(arguments)), {}
     for name, one in (("own", model), ("package", Transformer(model.config))):
-        sums = [loss_fn(one, params, batch) for batch in batches]
+        sums = [jax.jit(loss_fn, static_argnums=0)(one, params, batch) for batch in batches]
         found[name] = float(sum(s.nll for s in sums) / sum(s.weight for s in sums))
     logged = held_out_losses(whole)
     np.testing.assert_allclose(logged[-1], found["own"], rtol=1e-4)
@@ -285,6 +285,18 @@ def test_a_dry_run_and_a_plan_s_programs_are_of_it(arguments, make_model, calls,
         calls.clear()
         programs.decode(config, mesh, Sampling(1, 32, 16), make_model)
     assert "unrolled" in calls
+
+
+def test_plan_compiles_it(arguments, monkeypatch, capsys):
+    given = []
+
+    def make(config, *args, make_model, **options):
+        given.append(make_model(config.model))
+        return [], None
+
+    monkeypatch.setattr(plans, "make", make)
+    assert plan.run(*plan.parse([*arguments, "--target", "h200"]))
+    assert [type(model).__module__ for model in given] == ["my_model.transformer"]
 
 
 # --- What is done with a run ------------------------------------------------------------------
