@@ -22,7 +22,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.runs import metrics, report
 from gptoss_jax.runs.report import charts, runs
-from gptoss_jax.training import held_out, profiling
+from gptoss_jax.training import held_out
 
 ROOT = Path(__file__).parents[2]
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quotes"'
@@ -433,11 +433,8 @@ def test_a_run_leaves_its_page_samples_and_profile(trained):
     assert samples[0]["question"] in page.text
     assert printed.count(f"report      {workdir / 'report.html'}") == 2
 
-    times = profiling.read(workdir / "profile")
-    assert times.steps == 2 and printed.count("scope, ms a step") == 1
-    scopes = {name for name, _ in times.by_scope}
-    assert {"attention", "experts", "router", "loss", "optimizer"} <= scopes
-    assert times.by_scope["experts", True] > 0 and times.by_scope["attention", True] > 0
+    (trace,) = (workdir / "profile").glob("**/*.xplane.pb")
+    assert trace.stat().st_size and printed.count("steps recorded: 2") == 1
 
 
 def test_going_on_takes_out_later_samples(tmp_path):
