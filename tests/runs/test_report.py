@@ -434,7 +434,10 @@ def test_a_run_leaves_its_page_samples_and_profile(trained):
     assert printed.count(f"report      {workdir / 'report.html'}") == 2
 
     (trace,) = (workdir / "profile").glob("**/*.xplane.pb")
-    assert trace.stat().st_size and printed.count("steps recorded: 2") == 1
+    raw = trace.read_bytes()
+    for scope in (b"attention", b"experts", b"router", b"loss", b"optimizer"):
+        assert b"/%b/" % scope in raw or b"(%b)" % scope in raw, scope
+    assert printed.count("steps recorded: 2") == 1
 
 
 def test_going_on_takes_out_later_samples(tmp_path):
