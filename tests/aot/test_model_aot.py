@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -19,9 +20,9 @@ LAYOUTS = {"v5e": "columns", "h200": "hopper"}
 LAYER = 32 * 3 * 2880 * 90 * 17  # bytes of a layer's packed experts
 
 
-def shapes(layout: str | None):
+def shapes(layout: str | None, config: ModelConfig = CONFIG):
     """Return the model and the shapes of its parameters."""
-    model = Transformer(CONFIG)
+    model = Transformer(config)
     params = model.abstract_params()
     if layout is not None:
         experts = dict(params["layers"]["experts"])
@@ -63,8 +64,9 @@ def test_a_step_of_training_unpacks_no_experts(compile_for, chip, layout):
 
     On a TPU that order has XLA copy the stacks, once a step: hence `weights.load(..., layout=)`.
     """
-    model, params = shapes(layout)
-    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    # One kind of layer: half the work of the compiler, and the experts are the same in both.
+    model, params = shapes(layout, dataclasses.replace(CONFIG, layer_pattern="banded"))
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
 
     def gradient(params, tokens):
         def loss(attention):
@@ -75,6 +77,6 @@ def test_a_step_of_training_unpacks_no_experts(compile_for, chip, layout):
         return jax.grad(loss)(params["layers"]["attention"])
 
     compiled = compile_for(chip, gradient, params, tokens)
-    # Measured: 3.4 times a layer's packed bytes on v5e, mostly activations. Decoded in bfloat16, a
-    # layer's experts would be 3.8 times their packed bytes more.
-    assert compiled.memory_analysis().temp_size_in_bytes < 4.5 * LAYER
+    # Measured, in packed bytes of a layer: 0.6 on v5e, 0.35 on h200, 1.35 there with layers relaid.
+    # Decoded in bfloat16, a layer's experts would be 3.8 times their packed bytes more.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * LAYER
