@@ -29,7 +29,7 @@ def inputs(case: dict[str, Any], dtype: Any = jnp.float32) -> tuple:
     rng = np.random.default_rng(length * 31 + H)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     q, k, v = (normal(2, length, n, H).astype(dtype) for n in (N, K, K))
     ids = np.ones((2, length), np.int32)
@@ -42,7 +42,8 @@ def inputs(case: dict[str, Any], dtype: Any = jnp.float32) -> tuple:
     index = np.broadcast_to(np.arange(length), ids.shape)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
     sinks = normal(N) if case["sinks"] else None
-    return q * 2, k, v, sinks, jnp.asarray(ids), jnp.asarray(positions, jnp.int32)
+    arrays = q * q.dtype.type(2), k, v, sinks, ids, positions.astype(np.int32)
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def results(args: tuple, window: int | None, implementation: str | None) -> dict[str, jax.Array]:
@@ -65,7 +66,7 @@ def results(args: tuple, window: int | None, implementation: str | None) -> dict
 
 def expected(args: tuple, window: int | None) -> dict[str, jax.Array]:
     """Return the reference's results on float32 copies of the arguments."""
-    wide = [a.astype(jnp.float32) if a is not None else None for a in args[:4]]
+    wide = [None if a is None else jnp.asarray(np.asarray(a, np.float32)) for a in args[:4]]
     return results((*wide, *args[4:]), window, "reference")
 
 
@@ -77,13 +78,13 @@ def assert_close(got: dict, want: dict, *, dtype: Any = jnp.float32) -> None:
     """
     assert got.keys() == want.keys()
     for key, b in want.items():
-        a = got[key].astype(jnp.float32)
-        assert bool(jnp.isfinite(a).all()), key
+        a, b = np.asarray(got[key], np.float32), np.asarray(b)
+        assert np.isfinite(a).all(), key
         if dtype == jnp.float32:
-            largest = max(float(jnp.abs(b).max()), 1e-3)
-            if key in ("q", "k") and not bool(b.any()):
-                largest = float(jnp.abs(want["v"]).max())
-            assert float(jnp.abs(a - b).max()) <= 1e-5 * largest, key
+            largest = max(np.abs(b).max(), 1e-3)
+            if key in ("q", "k") and not b.any():
+                largest = np.abs(want["v"]).max()
+            assert np.abs(a - b).max() <= 1e-5 * largest, key
         else:
-            norm = max(float(jnp.linalg.norm(b)), 1e-3 * b.size**0.5)
-            assert float(jnp.linalg.norm(a - b)) <= 2e-2 * norm, key
+            norm = max(np.linalg.norm(b), 1e-3 * b.size**0.5)
+            assert np.linalg.norm(a - b) <= 2e-2 * norm, key

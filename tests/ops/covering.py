@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -44,6 +48,11 @@ def part_slow(cases: list[dict[str, Any]], *, every: int) -> list[Any]:
         pytest.param(case, id=name(case), marks=[] if i % every == 0 else [pytest.mark.slow])
         for i, case in enumerate(cases)
     ]
+
+
+def on_host(function: Callable[..., Any], tree: Any, *args: Any, **options: Any) -> Any:
+    """Call what takes NumPy arrays as well with them: JAX would compile each of its operations."""
+    return jax.tree.map(jnp.asarray, function(jax.tree.map(np.asarray, tree), *args, **options))
 
 
 def name(case: dict[str, Any]) -> str:

@@ -17,21 +17,26 @@ NAMES = ("gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
 
 def inputs(rows: int, num_experts: int, active: int, *, routing: str = "even") -> tuple:
     """Return (x, ids, shares, weights) in float32; `routing` is even, skewed or single."""
-    keys = jax.random.split(jax.random.key(rows), 7)
-    logits = jax.random.normal(keys[0], (rows, num_experts))
+    rng = np.random.default_rng(rows)  # NumPy makes them: JAX would compile each operation
+    logits = rng.normal(size=(rows, num_experts))
     if routing == "skewed":  # most rows to expert 1, none to the last two
-        logits += jnp.arange(num_experts) == 1
-        logits = logits.at[:, 1].add(6).at[:, -2:].set(-jnp.inf)
-    shares, ids = jax.lax.top_k(logits, active)
+        logits[:, 1] += 7
+        logits[:, -2:] = -np.inf
+    ids = np.argsort(-logits, axis=1)[:, :active]
+    shares = np.exp(np.take_along_axis(logits, ids, axis=1))
+    shares /= shares.sum(axis=1, keepdims=True)
     if routing == "single":
-        ids = jnp.full_like(ids, num_experts - 1)
+        ids = np.full_like(ids, num_experts - 1)
     shapes = ((num_experts, 2, F, D), (num_experts, 2, F), (num_experts, D, F), (num_experts, D))
     weights = {
-        name: jax.random.normal(key, shape) * 0.2
-        for name, key, shape in zip(NAMES, keys[1:5], shapes, strict=True)
+        name: jnp.asarray(rng.normal(size=shape) * 0.2, jnp.float32)
+        for name, shape in zip(NAMES, shapes, strict=True)
     }
-    x = jax.random.normal(keys[5], (rows, D))
-    return x, ids.astype(jnp.int32), jax.nn.softmax(shares), weights
+    x = jnp.asarray(rng.normal(size=(rows, D)), jnp.float32)
+    return x, jnp.asarray(ids, jnp.int32), jnp.asarray(shares, jnp.float32), weights
+
+
+encode = jax.jit(mxfp4.encode)
 
 
 def cast(args: tuple, dtype: jnp.dtype) -> tuple:
@@ -42,7 +47,7 @@ def cast(args: tuple, dtype: jnp.dtype) -> tuple:
 def pack(args: tuple) -> tuple[tuple, dict]:
     """Split off the packed matrices: they are not to be differentiated."""
     x, ids, shares, weights = args
-    packed = {k: mxfp4.encode(weights[k]) for k in ("gate_up_weight", "down_weight")}
+    packed = {k: encode(weights[k]) for k in ("gate_up_weight", "down_weight")}
     return (x, ids, shares, {k: weights[k] for k in weights if k not in packed}), packed
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name, part_slow
+from covering import name, on_host, part_slow
 
 from gptoss_jax import chips
 from gptoss_jax.ops import mxfp4
@@ -20,6 +20,7 @@ QUICK = [case for case in cases.COVERING if max(case["N"], case["C"]) < 2880]
 WIDE = [case for case in cases.COVERING if case not in QUICK and min(case["N"], case["C"]) < 2880]
 MIDDLING = {"rows": 130, "groups": "short", "E": 5, "N": 96, "C": 160}
 DTYPE = jnp.bfloat16
+encode, decode = jax.jit(mxfp4.encode), jax.jit(mxfp4.decode)
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < chips.MOSAIC_GPU, reason="Mosaic GPU before jax 0.11.2 is another"
@@ -35,7 +36,7 @@ def small_tiles(monkeypatch):
 
 
 def relaid(packed: MXFP4) -> Relaid:
-    return layouts.relayout(packed, "hopper", row_axes=packed.ndim - 2)
+    return on_host(layouts.relayout, packed, "hopper", row_axes=packed.ndim - 2)
 
 
 def check(rows, weight, sizes, *, stands_for, capsys):
@@ -50,9 +51,9 @@ def check_case(case, form, capsys, dtype=DTYPE):
     rows, weight, sizes = cases.inputs(case, dtype)
     if form == "dense":
         return check(rows, weight, sizes, stands_for=weight, capsys=capsys)
-    packed = mxfp4.encode(weight.astype(jnp.float32))
+    packed = encode(weight.astype(jnp.float32))
     weight = relaid(packed) if form == "packed" else packed
-    check(rows, weight, sizes, stands_for=mxfp4.decode(packed), capsys=capsys)
+    check(rows, weight, sizes, stands_for=decode(packed), capsys=capsys)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -93,9 +94,12 @@ def test_a_layer_of_a_stack_with_two_axes_of_rows(form, capsys):
     if form == "dense":
         want = weight[2]
     else:
-        packed = mxfp4.encode(weight.astype(jnp.float32))
-        want = mxfp4.decode(packed)[2]
-        weight = packed if form == "mxfp4" else layouts.relayout(packed, "hopper", row_axes=2)
+        packed = encode(weight.astype(jnp.float32))
+        want = decode(packed)[2]
+        if form == "mxfp4":
+            weight = packed
+        else:
+            weight = on_host(layouts.relayout, packed, "hopper", row_axes=2)
     want = want.reshape(5, 96, 160)
     layer = LayerOf(weight, jnp.int32(2))
     check(rows, layer, sizes, stands_for=want, capsys=capsys)

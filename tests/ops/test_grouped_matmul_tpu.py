@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name, part_slow
+from covering import name, on_host, part_slow
 from test_mxfp4_layouts import every_code_and_scale
 
 from gptoss_jax import chips
@@ -37,10 +37,11 @@ def run(args, layout="dense"):
 
 def pack(weight, layout) -> tuple:
     """Return the weight in a layout, and what it stands for."""
-    packed = mxfp4.encode(weight)
-    row_axes = weight.ndim - 2
-    relaid = packed if layout == "mxfp4" else mxfp4.relayout(packed, layout, row_axes=row_axes)
-    return relaid, mxfp4.decode(packed)
+    packed = jax.jit(mxfp4.encode)(weight)
+    relaid = packed
+    if layout != "mxfp4":
+        relaid = on_host(mxfp4.relayout, packed, layout, row_axes=weight.ndim - 2)
+    return relaid, jax.jit(mxfp4.decode)(packed)
 
 
 def reference(args):
@@ -114,14 +115,15 @@ def test_bfloat16(layout):
 @pytest.mark.parametrize("layout", ["dense", "mxfp4", "columns"])
 def test_a_layer_of_a_stack_with_two_row_axes(layout):
     rows, weight, sizes = cases.inputs(MIDDLING)
-    layers = jnp.stack([weight * 0.5, weight, weight * jnp.nan if layout == "dense" else -weight])
-    layers = layers.reshape(3, 5, 2, 150, 160)
+    weight = np.asarray(weight)
+    layers = np.stack([weight * 0.5, weight, weight * (np.nan if layout == "dense" else -1)])
+    layers = jnp.asarray(layers.reshape(3, 5, 2, 150, 160))
     if layout == "dense":
         stack, dense = layers, weight
     else:
-        stack = mxfp4.encode(layers)
-        dense = mxfp4.decode(stack[1])
-        stack = stack if layout == "mxfp4" else mxfp4.relayout(stack, layout, row_axes=2)
+        stack = jax.jit(mxfp4.encode)(layers)
+        dense = jax.jit(mxfp4.decode)(stack)[1]
+        stack = stack if layout == "mxfp4" else on_host(mxfp4.relayout, stack, layout, row_axes=2)
     want = rows_only(reference((rows, dense.reshape(5, 300, 160), sizes)))
     cases.assert_close(run((rows, LayerOf(stack, jnp.int32(1)), sizes)), want)
 
@@ -131,8 +133,8 @@ def test_a_layer_of_a_stack_with_two_row_axes(layout):
 def test_every_code_and_scale_is_decoded_exactly(layout, dtype):
     columns = 128 if layout == "fp4" else 96
     packed = every_code_and_scale(columns)
-    want = np.asarray(mxfp4.decode(packed, dtype))
-    weight = mxfp4.relayout(MXFP4(packed.blocks[None], packed.scales[None]), layout)
+    want = np.asarray(jax.jit(mxfp4.decode, static_argnums=1)(packed, dtype))
+    weight = on_host(mxfp4.relayout, MXFP4(packed.blocks[None], packed.scales[None]), layout)
     rows = jnp.eye(256, columns, dtype=dtype)
 
     @jax.jit

@@ -16,17 +16,18 @@ from gptoss_jax.ops.moe import Adapters, experts
 from gptoss_jax.ops.moe import adapters as low_rank
 
 RANK = 3
+decode = jax.jit(mxfp4.decode)
 FORMS = ("xla", "grouped", "reference")
 PARTS = {"gate_up": (True, False), "down": (False, True), "both": (True, True)}
 
 
 def make_adapters(num_experts: int, *, gate_up: bool = True, down: bool = True) -> Adapters:
-    keys = jax.random.split(jax.random.key(3), 4)
+    rng = np.random.default_rng(3)
     shapes = (
         (num_experts, D, RANK), (num_experts, RANK, 2, F), (num_experts, F, RANK),
         (num_experts, RANK, D),
     )  # fmt: skip
-    a, b, c, d = (0.3 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    a, b, c, d = (jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for s in shapes)
     return Adapters(LowRank(a, b) if gate_up else None, LowRank(c, d) if down else None)
 
 
@@ -100,7 +101,7 @@ def test_through_packed_experts_as_through_the_same_decoded(form: str) -> None:
     args, packed = pack(inputs(70, 5, 2))
     adapters = make_adapters(5)
     got = adapted(args, packed, adapters, implementation=form)
-    decoded = {name: mxfp4.decode(w, jnp.float32) for name, w in packed.items()}
+    decoded = {name: decode(w) for name, w in packed.items()}
     check(got, materialised(args, decoded, adapters))
 
 
@@ -146,6 +147,7 @@ def test_few_rows_without_gradients(rows: int) -> None:
     (x, ids, shares, weights), packed = pack(inputs(rows, 5, 2))
     adapters = make_adapters(5)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(implementation):
         return experts(
             x, ids, shares, **weights, **packed, adapters=adapters, limit=LIMIT,
@@ -242,12 +244,10 @@ def test_every_sorted_row_has_a_place_in_a_block_of_its_expert(sizes: list[int])
 
 @pytest.mark.parametrize("inputs_,outputs", [((7,), (5, 3)), ((5, 3), (7,))])
 def test_low_rank_products(inputs_: tuple[int, ...], outputs: tuple[int, ...]) -> None:
-    keys = jax.random.split(jax.random.key(0), 3)
-    adapter = LowRank(
-        jax.random.normal(keys[0], (*inputs_, 4)), jax.random.normal(keys[1], (4, *outputs))
-    )
-    width = int(np.prod(inputs_))
-    x = jax.random.normal(keys[2], (2, 6, width))
+    rng, width = np.random.default_rng(0), int(np.prod(inputs_))
+    shapes = (*inputs_, 4), (4, *outputs), (2, 6, width)
+    a, b, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    adapter = LowRank(a, b)
     full = lora.update(adapter, lookup=True)
     assert full.shape == (*inputs_, *outputs)
     want = np.einsum("BTC,CN->BTN", x, np.asarray(full).reshape(width, -1))
@@ -259,8 +259,9 @@ def test_low_rank_products(inputs_: tuple[int, ...], outputs: tuple[int, ...]) -
 
 
 def test_rows_of_a_table() -> None:
-    keys = jax.random.split(jax.random.key(0), 2)
-    adapter = LowRank(jax.random.normal(keys[0], (11, 3)), jax.random.normal(keys[1], (3, 7)))
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((11, 3), (3, 7)))
+    adapter = LowRank(a, b)
     ids = jnp.array([[0, 10, 4], [4, 4, 1]])
     want = np.asarray(lora.update(adapter, lookup=True))[ids]
     np.testing.assert_allclose(

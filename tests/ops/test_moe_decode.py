@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name, part_slow
+from covering import name, on_host, part_slow
 
 from gptoss_jax import chips
 from gptoss_jax.ops.moe import experts, planes
@@ -27,8 +27,8 @@ def relaid(arguments: cases.Arguments, layout: str) -> cases.Arguments:
         if isinstance(weight, LayerOf):
             return LayerOf(change(weight.stack, row_axes), weight.layer)
         if layout == "dense":
-            return decode(weight)
-        return layouts.relayout(weight, layout, row_axes=row_axes)
+            return jax.jit(decode)(weight)
+        return on_host(layouts.relayout, weight, layout, row_axes=row_axes)
 
     return arguments | {key: change(arguments[key], axes) for key, axes in WEIGHTS.items()}
 

@@ -29,7 +29,7 @@ def relaid(weight, row_axes):
     """Return the weight in the kernel's layout, a layer of a stack as one."""
     if isinstance(weight, LayerOf):
         return LayerOf(relaid(weight.stack, row_axes), weight.layer)
-    return layouts.relayout(weight, "hopper", row_axes=row_axes)
+    return covering.on_host(layouts.relayout, weight, "hopper", row_axes=row_axes)
 
 
 def arrange(arguments):

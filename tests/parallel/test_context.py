@@ -56,27 +56,16 @@ MORE: list[dict[str, Any]] = [
     # A halo of one key more than 128, and of just as many.
     {"mesh": {"context": 2}, "rows": 1, "T": 1040, "window": 130, "segments": "one"},
     {"mesh": {"context": 2}, "rows": 1, "T": 1040, "window": 129, "segments": "packed"},
-    {"mesh": {"context": 2, "data": 4}, "rows": 4, "T": 92, "window": 11, "segments": "packed"},
-    {"mesh": {"context": 4, "fsdp": 2}, "rows": 6, "T": 136, "window": None, "segments": "packed"},
     {"mesh": {"context": 8}, "rows": 3, "T": 304, "window": 17, "segments": "many"},
-    {"mesh": {"context": 8}, "rows": 2, "T": 304, "window": None, "segments": "empty"},
-    {"mesh": {"context": 8}, "rows": 1, "T": 304, "window": None, "segments": "one"},
     {"mesh": {"context": 8}, "rows": 2, "T": 48, "window": 5, "segments": "padded"},
     {"mesh": {"context": 8}, "rows": 1, "T": 16, "window": None, "segments": "one"},
-    {"mesh": {"context": 8}, "rows": 1, "T": 16, "window": 2, "segments": "packed"},
     {"mesh": {"context": 8}, "rows": 1, "T": 16, "window": 1, "segments": "one"},
-    {"mesh": {"context": 4, "data": 2}, "rows": 2, "T": 88, "window": None, "segments": "many",
-     "sinks": False},
     {"mesh": {"context": 4, "data": 2}, "rows": 2, "T": 88, "window": 13, "segments": "empty",
      "sinks": False},
     {"mesh": {"context": 2, "tensor": 2, "expert": 2}, "rows": 2, "T": 60, "window": None,
      "segments": "padded", "K": 4},
-    {"mesh": {"context": 2, "tensor": 4}, "rows": 3, "T": 60, "window": 8, "segments": "padded"},
-    {"mesh": {"tensor": 8}, "rows": 3, "T": 50, "window": None, "segments": "packed"},
     {"mesh": {"fsdp": 2, "tensor": 4}, "rows": 4, "T": 37, "window": None, "segments": "padded",
      "sinks": False},
-    {"mesh": {"data": 2, "tensor": 4}, "rows": 2, "T": 37, "window": None, "segments": "padded",
-     "K": 4},
     {"mesh": {"data": 2, "fsdp": 2, "expert": 2}, "rows": 8, "T": 37, "window": 9,
      "segments": "packed"},
 ]  # fmt: skip
@@ -110,8 +99,8 @@ def test_bfloat16(window):
     args = inputs(2, 136, "packed", dtype=jnp.bfloat16)
     got = spread(args, window, {"context": 4, "tensor": 2})
     for key, b in expected(args, window).items():
-        a = got[key].astype(jnp.float32)
-        assert float(jnp.linalg.norm(a - b)) <= 2e-2 * float(jnp.linalg.norm(b)), key
+        a, b = np.asarray(got[key], np.float32), np.asarray(b)
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b), key
 
 
 def test_padding_may_have_any_cotangent():

@@ -170,7 +170,7 @@ def test_balancing_prevents_a_collapse(tmp_path, monkeypatch):
     def entropies(variant: str) -> dict[int, float]:
         config, workdir = experiment.get_config(variant), str(tmp_path / variant)
         options = [*common.options(config, base), "--data.held_out", "--workdir", workdir]
-        train.main(["--config", experiment.config_file, *options])
+        train.main(["--config", experiment.config_file(variant), *options])
         records = metrics.read(workdir)
         return {r["step"]: r["load_entropy"] for r in records if "load_entropy" in r}
 
