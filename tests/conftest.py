@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -20,8 +21,10 @@ os.environ["XLA_FLAGS"] = (
 COMPILED = Path(sys.prefix) / "compiled"
 MOST = 1 << 30  # bytes that the folder has room for
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Tracing makes many small objects that live on: looking through them each 700 takes a tenth of all.
+gc.set_threshold(50_000, 10, 10)
 # The parity tests share a mapping that is no package.
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 

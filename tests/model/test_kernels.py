@@ -86,10 +86,14 @@ def test_a_train_step_takes_relaid_experts():
             state, metrics = step(state, batch)
         states.append((state, metrics))
     (plain, a), (other, b) = states
-    assert a.loss == b.loss
-    np.testing.assert_array_equal(
+    # The compiler may sum over another order of columns in another order: a thousandth of the two
+    # steps of 0.01 is left for that.
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+    np.testing.assert_allclose(
         plain.params["layers"]["attention"]["q_weight"],
         other.params["layers"]["attention"]["q_weight"],
+        rtol=0,
+        atol=2e-5,
     )
     sizes = [sum(x.size for x in jax.tree.leaves(s.opt_state)) for s in (plain, other)]
     assert sizes[0] == sizes[1]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import name, part_slow
+from covering import name, pairwise, part_slow
 
 from gptoss_jax import chips
 from gptoss_jax.ops.attention import attention, pallas_tpu, pallas_tpu_decode, reference
@@ -30,10 +30,10 @@ FEW = [
         (300, 7, (4, 4), 64, "padded", True),
     )
 ]
-# Of the long rows one: 300 has several blocks of keys, too, with each of the windows.
-SHORT = [
-    case for case in attention_cases.COVERING if case["length"] < 1000 or case["window"] == 200
-]
+# Every two values together, but of the lengths fewer: FEW has the others. Of the long rows one: 300
+# has several blocks of keys, too, with each of the windows.
+SHORT = pairwise(**attention_cases.AXES | {"length": [1, 127, 130, 300]})
+SHORT += [c for c in attention_cases.COVERING if c["length"] == 1000 and c["window"] == 200]
 DECODE_FEW = decode_cases.COVERING[:6]
 
 
