@@ -29,7 +29,7 @@ from experiments import common  # noqa: E402
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 EXPERIMENTS = common.names()
 VARIANTS = [(name, variant) for name in EXPERIMENTS for variant in common.load(name).variants]
-FAST = {"tiny.py", "tiny_lora.py", "tiny_dpo.py", "tiny_grpo.py", "tiny_distill.py", "20b_lora.py"}
+FAST = {"tiny.py", "20b_lora.py"}
 SEEDS = {"0", "1", "2"}
 
 
@@ -76,7 +76,7 @@ def test_there_are_configs_and_experiments():
     assert folders == set(EXPERIMENTS), "a folder of experiments/ without config.py"
 
 
-# Each takes seconds to trace: in the fast tier one for each objective, and a real one.
+# Each takes seconds to trace: in the fast tier the smallest, and a real one.
 @pytest.mark.parametrize(
     "name",
     [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS],

@@ -151,6 +151,7 @@ def test_it_is_evaluated_by_its_own_model(whole, make_model, arguments):
     assert len(metrics.read(whole, metrics.SAMPLES)) == 2 * len(logged)
 
 
+@pytest.mark.slow
 def test_a_crashed_run_resumes_to_equal_losses_with_a_note_of_what_changed(
     whole, arguments, config_file, tmp_path, monkeypatch, capsys
 ):
@@ -308,6 +309,7 @@ def sampled(capsys, *args: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_it_is_sampled_and_exported(whole, config_file, make_model, tmp_path, capsys):
     config = ["--config", str(config_file)]
     answer = sampled(capsys, "--checkpoint", str(whole), *config)

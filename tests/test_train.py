@@ -200,6 +200,7 @@ SHRUNK = str.split(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["dense", pytest.param("mxfp4", marks=pytest.mark.slow)])
 def test_fine_tuning_from_weights_with_the_real_config(tmp_path, files, experts):
     from gptoss_jax import weights

@@ -233,6 +233,7 @@ def ran(chats, tmp_path_factory):
     return workdir, argv
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_loaded(ran, tmp_path):
     workdir, argv = ran
     assert [r["step"] for r in metrics.read(workdir) if "loss" in r] == [1, 2, 3, 4]

@@ -222,7 +222,8 @@ def test_packed_experts_are_merged_dense_or_encoded_again() -> None:
         fold.merge(config, packed)
 
 
-@pytest.mark.parametrize("form", [pytest.param("dense", marks=pytest.mark.slow), "mxfp4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dense", "mxfp4"])
 def test_sampling_with_adapters_is_sampling_from_the_merged_model(form) -> None:
     model = model_with(*EVERY, experts=form)
     params = make(model)

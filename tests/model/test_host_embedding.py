@@ -70,6 +70,7 @@ def two_steps(config, mesh):
     return state, seen
 
 
+@pytest.mark.slow
 def test_it_trains_the_same():
     """In microbatches, with layers' inputs on the host too: as if all were on the device."""
     options = ["--optimizer.accumulate", "2"]

@@ -85,7 +85,7 @@ def test_real_sizes(config, total, active):
     assert shapes["down_weight"].scales.dtype == jnp.uint8
 
 
-@pytest.mark.parametrize("pattern", ["1:1", "fbb"])
+@pytest.mark.parametrize("pattern", ["1:1", pytest.param("fbb", marks=pytest.mark.slow)])
 def test_cached_decoding_equals_the_full_forward(pattern):
     """At every position across the window's edge, from a ragged prefill, by ones and by a chunk."""
     model, params = make(dataclasses.replace(TINY, layer_pattern=pattern))

@@ -155,6 +155,7 @@ def make_config(teacher, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_teaches_another_model(teacher):
     rng = np.random.default_rng(3)
     sizes = [(9, 5), (20,), (7, 11, 3)]

@@ -233,7 +233,8 @@ def test_the_reward_rises(arguments, tmp_path):
     assert any(r["clipped"] for r in log(tmp_path)[1::2])
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3])
 def test_stopped_and_started_again_asks_and_samples_the_same(
     whole, arguments, tmp_path, monkeypatch, step
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ def params():
     return jax.jit(Toy().init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+@jax.jit
 def plain(params, batch):
     """Sum of weight * nll by all logits at once."""
     hidden = Toy().forward(params, batch.tokens, segment_ids=batch.segment_ids).hidden
@@ -123,17 +126,20 @@ def test_chunks_make_no_difference_to_gradients(monkeypatch, params, min_rows):
     def got(h, w):
         return 3 * token_loss._nll_sum(h, w, targets, weights)[0]
 
-    for one, other in zip(*(jax.grad(f, (0, 1))(hidden, weight) for f in (got, want)), strict=True):
+    gradients = (jax.jit(jax.grad(f, (0, 1)))(hidden, weight) for f in (got, want))
+    for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
 
 
 def test_router_losses_enter_by_their_coefficients(params):
     batch = toy_batch(2, 9)
 
+    @functools.partial(jax.jit, static_argnames=("balance_loss", "z_loss"))
     def penalty(p, **coefficients):
         return loss_fn(Toy(), p, batch, **coefficients).penalty
 
-    router = Toy().forward(params, batch.tokens, segment_ids=batch.segment_ids).router
+    forward = jax.jit(lambda p: Toy().forward(p, batch.tokens, segment_ids=batch.segment_ids))
+    router = forward(params).router
     tokens = (batch.segment_ids != 0).sum()
     got = penalty(params, balance_loss=0.25, z_loss=0.5)
     want = tokens * (0.25 * router.balance_loss.mean() + 0.5 * router.z_loss.mean())

@@ -74,7 +74,7 @@ def result(args: tuple, window: int | None, implementation: str | None) -> jax.A
 
 def expected(args: tuple, window: int | None) -> jax.Array:
     """Return the reference's result on float32 copies of the arguments."""
-    wide = [None if a is None else jnp.asarray(np.asarray(a, np.float32)) for a in args[:4]]
+    wide = [None if a is None else a.astype(jnp.float32) for a in args[:4]]
     return result((*wide, *args[4:]), window, "reference")
 
 

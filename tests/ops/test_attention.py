@@ -19,12 +19,12 @@ def make(length: int, heads: tuple[int, int], H: int, segments: str):
     """Return q, k, v, sinks, segment ids and positions of two rows."""
     N, K = heads
     rng = np.random.default_rng(length * 31 + H)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    q, k, v = (
-        normal(2, length, N, H) * 2,
-        normal(2, length, K, H),
-        normal(2, length, K, H),
-    )
+
+    def normal(*shape, scale=1):
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+    q = normal(2, length, N, H, scale=2)
+    k, v = (normal(2, length, K, H) for _ in range(2))
     ids = np.ones((2, length), np.int32)
     if segments != "one" and length > 2:
         ids[0, length // 3 :] = 2
@@ -54,18 +54,18 @@ def results(args, window, sinks, implementation):
 
 
 def assert_equal(ours, theirs, tolerance=1e-5):
-    for key, expected in theirs.items():
-        largest = max(float(jnp.abs(expected).max()), 1e-3)
-        apart = float(jnp.abs(ours[key] - expected).max())
+    for key in theirs:
+        got, expected = np.asarray(ours[key]), np.asarray(theirs[key])
+        largest, apart = max(np.abs(expected).max(), 1e-3), np.abs(got - expected).max()
         assert apart <= tolerance * largest, f"{key}: {apart / largest:.1e}"
 
 
-@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=2))
+@pytest.mark.parametrize("case", part_slow(cases.COVERING, every=4))
 def test_matches_the_reference(case):
     args = cases.inputs(case)
     want = cases.expected(args, case["window"])
     if case["sinks"] and case["length"] > 1:
-        assert float(jnp.abs(want["sinks"]).max()) > 0
+        assert np.abs(want["sinks"]).max() > 0
     cases.assert_close(cases.results(args, case["window"], "xla"), want)
 
 
@@ -88,12 +88,14 @@ def test_blocks_of_queries_match_the_reference(monkeypatch, window):
 
 def test_the_reference_is_the_formula():
     """Row by row in float64: softmax over visible logits and the sink, the sink dropped."""
-    q, k, v, sink, segments, positions = make(20, (4, 2), 6, "padded")
+    arrays = make(20, (4, 2), 6, "padded")
     for window in (None, 4):
+        q, k, v, sink, segments, positions = arrays
         out = attention(
             q, k, v, sinks=sink, window=window, segment_ids=segments, positions=positions,
             implementation="reference",
         )  # fmt: skip
+        q, k, v, sink, segments, positions = map(np.asarray, arrays)
         for b, i, n in itertools.product(range(2), range(20), range(4)):
             seen = [
                 j
@@ -127,15 +129,14 @@ def test_keys_of_a_cache_may_stand_in_any_order():
 
 def test_padding_gives_finite_zeros_and_no_gradient():
     q, k, v, sink, segments, positions = make(40, (6, 2), 8, "padded")
-    pad = segments == 0
+    pad = np.asarray(segments) == 0
     for window, sinks in itertools.product((None, 16), (sink, None)):
-        attend = functools.partial(
-            attention, q, k, sinks=sinks, window=window, segment_ids=segments, positions=positions
-        )
-        assert jnp.all(jnp.where(pad[..., None, None], attend(v), 0) == 0)
-        gradient = jax.grad(lambda v, attend=attend: jnp.sum(jnp.square(attend(v))))(v)
-        assert jnp.isfinite(gradient).all()
-        assert jnp.all(jnp.where(pad[..., None, None], gradient, 0) == 0)
+        where = {"window": window, "segment_ids": segments, "positions": positions}
+        attend = jax.jit(functools.partial(attention, q, k, sinks=sinks, **where))
+        assert not np.asarray(attend(v))[pad].any()
+        squares = jax.grad(lambda v, attend=attend: jnp.sum(jnp.square(attend(v))))
+        gradient = np.asarray(jax.jit(squares)(v))
+        assert np.isfinite(gradient).all() and not gradient[pad].any()
 
 
 def temporaries(length: int, window: int | None) -> int:

@@ -52,13 +52,13 @@ def rows_only(results):
     return {key: results[key] for key in ("out", "rows")}
 
 
-@pytest.mark.parametrize("case", part_slow(QUICK, every=2))
+@pytest.mark.parametrize("case", part_slow(QUICK, every=4))
 def test_dense_matches_the_reference(case):
     args = cases.inputs(case)
     cases.assert_close(run(args), reference(args))
 
 
-@pytest.mark.parametrize("case", part_slow(QUICK[::-1], every=2))
+@pytest.mark.parametrize("case", part_slow(QUICK[::-1], every=4))
 def test_packed_matches_the_reference(case):
     rows, weight, sizes = cases.inputs(case)
     relaid, dense = pack(weight, "columns")
@@ -98,6 +98,7 @@ def test_other_layouts_match_the_reference(layout):
     cases.assert_close(run((rows, relaid, sizes), layout), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dense", "columns"])
 def test_bfloat16(layout):
     rows, weight, sizes = cases.inputs(MIDDLING, jnp.bfloat16)
@@ -151,6 +152,7 @@ def test_every_code_and_scale_is_decoded_exactly(layout, dtype):
     np.testing.assert_array_equal(d_rows, want)
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_cotangents_of_rows_in_no_group():
     rows, weight, sizes = cases.inputs(MIDDLING | {"N": 160})
     inside = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]

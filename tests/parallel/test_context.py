@@ -77,21 +77,15 @@ def name(case: dict[str, Any]) -> str:
     return f"{axes}-{case['T']}-window_{case['window']}-{case['segments']}{sinks}"
 
 
-def assert_as_on_one_device(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:3], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[3:] + MORE)],
+    ids=name,
+)
+def test_as_on_one_device(case):
     kind, heads = case["segments"], case.get("K", K)
     args = inputs(case["rows"], case["T"], kind, sinks=case.get("sinks", True), K=heads)
     assert_close(spread(args, case["window"], case["mesh"]), expected(args, case["window"]))
-
-
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_as_on_one_device(case):
-    assert_as_on_one_device(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MORE, ids=name)
-def test_more_as_on_one_device(case):
-    assert_as_on_one_device(case)
 
 
 @pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 9])

@@ -79,6 +79,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 # --- Damage -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_said(whole, args, tmp_path, capsys):
     workdir = tmp_path / "w"
     shutil.copytree(whole, workdir)
@@ -110,7 +111,8 @@ def test_a_second_run_is_refused_before_it_writes(whole, args):
     assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*")) == before
 
 
-@pytest.mark.parametrize("when", ["evaluation", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["evaluation", "save"])
 def test_sigterm_while_evaluating_and_saving(whole, args, tmp_path, monkeypatch, capsys, when):
     module, name = (held_out, "evaluate") if when == "evaluation" else (checkpoints, "save")
     real, calls = getattr(module, name), []
@@ -155,6 +157,7 @@ def test_a_spike_is_rewound_and_exactly_its_batch_left_out(args, tmp_path, capsy
     assert records.read_record(tmp_path / "clean").spikes["taken"] == 12
 
 
+@pytest.mark.slow
 def test_one_spike_too_many_stops_the_run(args, tmp_path, capsys):
     args = [*args, *SPIKES, "--train.max_rewinds", "2", "--workdir", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:

@@ -75,12 +75,13 @@ def write_large(folder: Path, *, packed: bool) -> int:
     return max(plan.num_bytes for plan in plans)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("packed", "dtype", "split"),
     [
         (True, "float32", "split"),
-        pytest.param(False, "bfloat16", "stacked", marks=pytest.mark.slow),
+        (False, "bfloat16", "stacked"),
     ],
 )
 def test_memory_is_the_parameters_and_the_largest_tensor(
