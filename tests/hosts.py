@@ -32,9 +32,12 @@ class Processes:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
+        count_of_devices = "--xla_force_host_platform_device_count="
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        flags = [flag for flag in flags if not flag.startswith(count_of_devices)]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": " ".join([*flags, f"{count_of_devices}{devices}"]),
             "PYTHONPATH": str(ROOT),
         }
         folder.mkdir(parents=True, exist_ok=True)

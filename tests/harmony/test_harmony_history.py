@@ -18,7 +18,7 @@ USER = {"role": "user", "content": "hi"}
 HAS_ORACLE = importlib.util.find_spec("openai_harmony") is not None
 TIERS = [
     pytest.param(100, id="fast"),
-    pytest.param(500, id="slow", marks=pytest.mark.slow),
+    pytest.param(300, id="slow", marks=pytest.mark.slow),
 ]
 
 

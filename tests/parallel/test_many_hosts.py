@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -88,7 +89,8 @@ def test_killed_stopped_and_gone_on_with_on_other_hosts(args, tmp_path):
     assert f"stopped by SIGTERM: saved at step {stopped} of" in run.said(0)
     assert max(losses(workdir)) == stopped
     for i in (1, 2, 3):  # only the first one speaks
-        assert "step" not in run.said(i) and "error" not in run.said(i)
+        said = run.said(i)  # XLA may warn of a slow compilation, by the name of the step
+        assert not re.search(r"^(step|error)", said, re.M) and "error: " not in said
 
     # One process goes on, and another does all from the beginning.
     steps = ["--train.steps", str(stopped + 2)]
