@@ -280,6 +280,7 @@ def test_a_run_is_exported_merged(ran, tmp_path):
 def test_the_tiny_run_learns_by_adapters_alone(tmp_path):
     workdir = tmp_path / "run"
     short = ["--train.steps", "40", "--data.sequence_length", "256", "--data.batch_size", "4"]
+    short += ["--model.num_layers", "2"]
     options = [*short, "--data.held_out", "--workdir", str(workdir)]
     train.main(["--config", "configs/tiny_lora.py", *options])
     losses = [r["loss"] for r in metrics.read(workdir) if "loss" in r]

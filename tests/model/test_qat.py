@@ -242,7 +242,8 @@ def test_sizes_that_no_block_divides_are_refused() -> None:
 @pytest.mark.slow
 def test_the_tiny_run_learns_and_is_sampled_from_as_it_was_trained(tmp_path: Path) -> None:
     sizes = ["--train.steps", "40", "--train.eval_questions", "2", "--train.eval_max_tokens", "3"]
-    options = [*sizes, "--data.batch_size", "4", "--workdir", f"{tmp_path}/run"]
+    sizes += ["--model.num_layers", "2", "--data.sequence_length", "256", "--data.batch_size", "4"]
+    options = [*sizes, "--train.eval_batches", "2", "--workdir", f"{tmp_path}/run"]
     train.main(["--config", "configs/tiny_qat.py", *options])
     losses = [r["held_out_loss"] for r in metrics.read(tmp_path / "run") if "held_out_loss" in r]
     assert losses[-1] < 0.5 * losses[0]

@@ -281,6 +281,7 @@ def test_a_run_that_goes_on_rounds_as_it_would_have(tmp_path):
 @pytest.mark.slow
 def test_the_tiny_run_learns(tmp_path):
     short = ["--train.steps", "40", "--data.sequence_length", "256", "--data.batch_size", "4"]
+    short += ["--model.num_layers", "2"]
     options = [*short, "--data.held_out", "--workdir", str(tmp_path)]
     train.main(["--config", str(TINY), *options])
     losses = [r["loss"] for r in metrics.read(tmp_path) if "loss" in r]
