@@ -1,4 +1,4 @@
-"""The architecture as a value, and the form in which it computes."""
+"""The configuration of the model: its architecture, and how it computes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def check(ok: bool, message: str) -> None:
-    """Refuse a field's value with a line that says what is wrong with it."""
+    """Raise UserError with `message` unless `ok`."""
     if not ok:
         raise UserError(message)
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters beside weights that stay as they are: see `gptoss_jax/lora/select.py`."""
+    """Low-rank adapters on frozen weights: see `gptoss_jax/lora/select.py`."""
 
-    # What gets one: q, k, v, o, attention (these four), gate_up, down, experts (both), router,
-    # embedding, unembedding; gate_up[3,7], experts[top4] choose experts; or a pattern of paths as
-    # in optimizer.only. Empty: nothing, the model itself is trained.
+    # Weights that get an adapter: q, k, v, o, attention (these four), gate_up, down, experts (these
+    # two), router, embedding, unembedding. gate_up[3,7] and experts[top4] choose experts. A pattern
+    # of paths works too, as in optimizer.only. Empty: no adapters, the model itself is trained.
     targets: tuple[str, ...] = ()
-    rank: int = 16  # of an adapter's two matrices
-    alpha: float = 32.0  # an adapter's product counts alpha / rank times
-    rslora: bool = False  # alpha / sqrt(rank) instead
+    rank: int = 16  # rank of the adapters
+    alpha: float = 32.0  # scale of the adapters: the product of the matrices times alpha / rank
+    rslora: bool = False  # use the scale alpha / sqrt(rank) instead
 
     def __post_init__(self) -> None:
-        """Refuse ranks and scales that adapt nothing."""
+        """Refuse a rank or scale that is not positive."""
         check(self.rank > 0, f"model.lora.rank is {self.rank}: it must be positive")
         check(
             0 < self.alpha < float("inf"),
@@ -41,70 +41,82 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What an adapter's product is multiplied by."""
+        """The factor on the product of an adapter's two matrices."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, and the form in which it computes. The defaults are gpt-oss-20b."""
+    """The architecture, and how the model computes. The defaults are those of gpt-oss-20b."""
 
-    vocab_size: int = 201_088  # V
-    num_layers: int = 24  # L
-    d_model: int = 2_880  # D
-    num_heads: int = 64  # N, query heads
-    num_kv_heads: int = 8  # K
-    head_dim: int = 64  # H
-    num_experts: int = 32  # E
-    active_experts: int = 4  # A
-    d_expert: int = 2_880  # F
-    # Banded to full layers in each period, banded first ("1:1", "5:1"); "full", "banded"; or a
-    # letter a layer, b or f ("bfbbf").
+    vocab_size: int = 201_088  # tokens in the vocabulary (V)
+    num_layers: int = 24  # layers (L)
+    d_model: int = 2_880  # width of the residual stream (D)
+    num_heads: int = 64  # query heads (N)
+    num_kv_heads: int = 8  # key/value heads (K)
+    head_dim: int = 64  # size of a head (H)
+    num_experts: int = 32  # experts in a layer (E)
+    active_experts: int = 4  # experts that the router chooses for each token (A)
+    d_expert: int = 2_880  # hidden size of an expert (F)
+    # Which layers have banded (sliding-window) and which full attention: the ratio of banded to
+    # full layers in each period, banded first ("1:1", "5:1"); "full" or "banded" for all; or one
+    # letter for each layer, b or f ("bfbbf").
     layer_pattern: str = "1:1"
-    window: int = 128  # W: keys that a banded layer sees, the query's own included
-    sinks: Literal["learned", "zero", "off"] = "learned"  # a logit a head beside those of the keys
-    norm: Literal["pre", "post"] = "pre"  # a sublayer's norm is on its input or its output
+    window: int = 128  # keys that a query of a banded layer sees, its own included (W)
+    # Attention sinks: one extra logit per head in the softmax over the keys. It is learned, fixed
+    # at zero, or left out.
+    sinks: Literal["learned", "zero", "off"] = "learned"
+    # Whether the norm of a sublayer is on its input (pre) or on its output (post).
+    norm: Literal["pre", "post"] = "pre"
     qk_norm: bool = False  # normalise each head's queries and keys
-    swiglu_limit: float = 7.0  # where the experts' activations are clamped
+    swiglu_limit: float = 7.0  # bound at which the experts' SwiGLU inputs are clamped
     rms_eps: float = 1e-5  # added to the mean square that a norm divides by
     rope_theta: float = 150_000.0  # base of RoPE's wavelengths
-    # YaRN's factor; 1 is plain RoPE; "auto" is context / initial_context, at least 1.
+    # Factor by which YaRN stretches RoPE's wavelengths. 1 is plain RoPE; "auto" is model.context /
+    # model.initial_context, at least 1.
     rope_factor: float | Literal["auto"] = 32.0
-    rope_beta_fast: float = 32.0  # YaRN: pairs that turn more often are not stretched
-    rope_beta_slow: float = 1.0  # YaRN: pairs that turn less often are, by all of it
-    initial_context: int = 4_096  # YaRN: the longest sequence without it
-    context: int = 131_072  # the longest sequence
-    init_std: float = 0.02  # of random weights
+    # YaRN does not stretch pairs that turn more often than this in model.initial_context.
+    rope_beta_fast: float = 32.0
+    # YaRN stretches pairs that turn less often than this by the whole factor.
+    rope_beta_slow: float = 1.0
+    initial_context: int = 4_096  # tokens of the longest sequence without YaRN
+    context: int = 131_072  # tokens of the longest sequence
+    init_std: float = 0.02  # standard deviation of random weights
 
-    experts: Literal["dense", "mxfp4"] = "dense"  # the form of the experts' projections in memory
-    dtype: DType = "bfloat16"  # of compute; float16 keeps a float32 residual stream
-    param_dtype: DType = "bfloat16"  # of the parameters in memory, but for packed experts
-    # What the backward pass recomputes: nothing, all but matmul outputs, or every layer; "offload"
-    # is every layer, from inputs that wait in the host's memory.
+    # Form of the experts' weights in memory: arrays of model.param_dtype, or packed 4-bit MXFP4.
+    experts: Literal["dense", "mxfp4"] = "dense"
+    # Dtype of compute. With float16 the residual stream stays in float32.
+    dtype: DType = "bfloat16"
+    param_dtype: DType = "bfloat16"  # dtype of the parameters in memory, except packed experts
+    # What the backward pass recomputes: nothing, all but matmul outputs (dots), or every layer
+    # (full). "offload" recomputes every layer from inputs that are kept in the host's memory.
     remat: Literal["none", "dots", "full", "offload"] = "none"
-    # Experts compute with what MXFP4 makes of their weights, adapters folded in, and gradients are
-    # as if it did not (straight-through): exporting to MXFP4 then changes nothing. A layer at a
-    # time; with remat "none" every layer's copy is kept for the backward pass.
+    # Quantisation-aware training: experts compute with their weights, adapters folded in, rounded
+    # to MXFP4; gradients ignore the rounding (straight-through). Exporting to MXFP4 then changes
+    # nothing. Layers are rounded one at a time; with model.remat none every layer's rounded copy is
+    # kept for the backward pass.
     qat: bool = False
-    # The embedding table, where it is not trained, stays in the host's memory.
+    # Keep the embedding table in the host's memory. The table must be frozen then.
     embedding_on_host: bool = False
-    # In training, rows an expert takes at most, as a multiple of the mean; the rest are dropped, by
-    # microbatch. 0: none are. Evaluation and sampling never drop.
+    # Most rows that an expert takes in training, as a multiple of the mean over experts. The rest
+    # are dropped, in each microbatch by itself. 0: none are dropped. Evaluation and sampling never
+    # drop rows.
     capacity_factor: float = 0.0
-    # Tokens at a time through the experts, intermediates made again in the backward pass: less
-    # memory for long sequences. 0: all at once.
+    # Tokens that go through the experts at a time. The backward pass recomputes their
+    # intermediates, which saves memory for long sequences. 0: all tokens at once.
     expert_chunk: int = 0
-    # How rows get to experts on other devices: every device gets all rows of its group (simplest,
-    # best for up to 8 devices along mesh.expert), or each row goes where its experts are.
+    # How rows get to experts on other devices. all_gather: every device gets all rows of its group
+    # (simplest, best for up to 8 devices along mesh.expert). all_to_all: each row is sent to the
+    # devices of its experts.
     expert_exchange: Literal["all_gather", "all_to_all"] = "all_gather"
-    # Zero columns that d_expert is filled up with, so that packed blocks divide over mesh.tensor:
-    # set from the mesh, and left out of what is saved.
+    # Zero columns added to model.d_expert, so that packed blocks divide over mesh.tensor. It is set
+    # from the mesh; the columns are not saved.
     expert_padding: int = 0
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model has."""
+        """Refuse sizes that a model can't have."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.type == "int" and f.name not in ("expert_chunk", "expert_padding"):
@@ -159,7 +171,7 @@ class ModelConfig:
 
     @cached_property
     def period(self) -> int:
-        """The smallest p such that layer i and layer i + p are of one kind, for all layers."""
+        """The smallest p such that layers i and i + p are of the same kind, for all i."""
         w = self.layer_windows
         return next(p for p in range(1, len(w) + 1) if w[p:] == w[: len(w) - p])
 
@@ -172,7 +184,7 @@ class ModelConfig:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The fields that decide what function the model is; the rest say how it computes."""
+        """The fields that decide which function the model is; the others say how it is computed."""
         compute = {"experts", "dtype", "param_dtype", "remat", "init_std", "context"}
         compute |= {"capacity_factor", "expert_chunk", "expert_exchange", "expert_padding", "lora"}
         compute |= {"qat", "embedding_on_host"}

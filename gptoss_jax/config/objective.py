@@ -1,4 +1,4 @@
-"""What a run optimises, as a value."""
+"""The configuration of the objective: what a run optimises."""
 
 from __future__ import annotations
 
@@ -12,37 +12,45 @@ from gptoss_jax.config.model import check
 class DPOConfig:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): see `dpo.py`."""
 
-    beta: float = 0.1  # how far the model may go from the reference: the less, the farther
-    label_smoothing: float = 0.0  # chance that a pair's sides are the wrong way round
-    sft_weight: float = 0.0  # of the chosen side's plain loss, a token, added to that of a pair
+    beta: float = 0.1  # scale of the rewards; a lower beta lets the model move further away
+    label_smoothing: float = 0.0  # assumed chance that chosen and rejected are swapped in a pair
+    # Weight of the chosen answer's mean loss per token, which is added to the loss of its pair; 0
+    # is off.
+    sft_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values that prefer nothing."""
+        """Refuse values out of range."""
         check(self.beta > 0, f"objective.dpo.beta is {self.beta}: it must be positive")
         check(
             0 <= self.label_smoothing < 0.5,
-            f"objective.dpo.label_smoothing is {self.label_smoothing}: from 0 to less than 0.5",
+            f"objective.dpo.label_smoothing is {self.label_smoothing}: it must be from 0 to less "
+            "than 0.5",
         )
-        check(self.sft_weight >= 0, f"objective.dpo.sft_weight is {self.sft_weight}: not negative")
+        check(
+            self.sft_weight >= 0,
+            f"objective.dpo.sft_weight is {self.sft_weight}: it must not be negative",
+        )
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """Distillation from a teacher's logits (Hinton et al. 2015, arXiv:1503.02531)."""
 
-    teacher: str | None = None  # a checkpoint folder; it has to be given, and of this vocabulary
-    temperature: float = 1.0  # both sides' logits are divided by it
-    nll_weight: float = 0.0  # of the data's own tokens; 1 less that is the teacher's
+    # Checkpoint folder of the teacher, which must have the same vocabulary. Distillation needs it.
+    teacher: str | None = None
+    temperature: float = 1.0  # number that the logits of student and teacher are divided by
+    # Weight of the plain loss on the data's tokens; the teacher's divergence gets 1 minus this.
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse values that teach nothing."""
+        """Refuse a temperature or weight out of range."""
         check(
             self.temperature > 0,
             f"objective.distill.temperature is {self.temperature}: it must be positive",
         )
         check(
             0 <= self.nll_weight <= 1,
-            f"objective.distill.nll_weight is {self.nll_weight}: from 0 to 1",
+            f"objective.distill.nll_weight is {self.nll_weight}: it must be from 0 to 1",
         )
 
 
@@ -50,27 +58,32 @@ class DistillConfig:
 class GRPOConfig:
     """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300): see `grpo.py`.
 
-    A step asks data.batch_size / group_size questions of data.train, group_size times each.
+    A step takes data.batch_size / group_size questions of data.train, and samples group_size
+    answers to each.
     """
 
-    reward: str | None = None  # FILE.py[:FUNCTION], which is `reward` if not named
-    group_size: int = 8  # answers to a question, which are compared with each other
-    max_tokens: int = 256  # of an answer
-    temperature: float = 1.0  # of sampling, and of the log-probabilities that are trained
-    # How far a token's probability may fall under the sampler's, as a share, before its gradient
-    # is cut.
+    reward: str | None = None  # reward function, as FILE.py[:FUNCTION]; its default name is reward
+    group_size: int = 8  # answers to each question, which are compared with each other
+    max_tokens: int = 256  # most tokens in an answer
+    temperature: float = 1.0  # temperature of sampling, and of the log-probabilities in the loss
+    # How far a token's probability may fall below the sampler's, as a share of it, before its
+    # gradient is clipped to 0.
     clip_low: float = 0.2
-    # How far it may rise above it.
+    # How far a token's probability may rise above the sampler's, as a share of it, before its
+    # gradient is clipped to 0.
     clip_high: float = 0.2
-    kl: float = 0.0  # weight of the divergence from the base: of a run with adapters alone
-    scale_by_std: bool = True  # advantages are divided by the group's standard deviation
-    updates: int = 1  # steps on each set of answers
+    # Weight of the divergence from the reference, which is the model without its adapters. It needs
+    # a run that trains adapters alone. 0 is off.
+    kl: float = 0.0
+    scale_by_std: bool = True  # divide advantages by the standard deviation of their group
+    updates: int = 1  # training steps on each set of sampled answers
 
     def __post_init__(self) -> None:
-        """Refuse values that compare nothing."""
+        """Refuse a group of one answer, and values below their range."""
         check(
             self.group_size > 1,
-            f"objective.grpo.group_size is {self.group_size}: answers are compared, so at least 2",
+            f"objective.grpo.group_size is {self.group_size}: answers are compared, so it must be "
+            "at least 2",
         )
         for name in ("max_tokens", "updates", "temperature"):
             value = getattr(self, name)
@@ -78,16 +91,17 @@ class GRPOConfig:
         for name in ("clip_low", "clip_high", "kl"):
             value = getattr(self, name)
             check(
-                0 <= value < float("inf"), f"objective.grpo.{name} is {value}: it is not negative"
+                0 <= value < float("inf"),
+                f"objective.grpo.{name} is {value}: it must not be negative",
             )
 
 
 class Kind(NamedTuple):
-    """What the rest of a config has to know of an objective."""
+    """What the rest of a config needs to know about an objective."""
 
     records: Literal["examples", "pairs", "questions"]  # what data.train holds
-    mixes: bool  # takes data.weights
-    one_forward: bool  # its loss is of one pass over the model, as optimizer.fused needs
+    mixes: bool  # whether it takes data.weights
+    one_forward: bool  # whether its loss needs one forward pass only, as optimizer.fused requires
 
 
 _KINDS = {
@@ -100,14 +114,16 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is optimised, on what kind of data."""
+    """The objective that a run optimises, and on which kind of data."""
 
-    # sft: the likelihood of data.train's tokens that data.train_on names, of chats or plain texts.
-    # dpo: of pairs of answers, that the chosen one is. distill: that of a teacher's next tokens.
-    # grpo: a reward function of what the model answers.
+    # What the run optimises. sft: the likelihood of chats or plain texts, on the tokens that
+    # data.train_on selects. dpo: a preference for the chosen answer of each pair. distill:
+    # agreement with a teacher's next-token probabilities. grpo: a reward function of the answers
+    # that the model samples.
     name: Literal["sft", "dpo", "distill", "grpo"] = "sft"
-    # Of dpo, and of grpo with kl, which compare with the model without its adapters. start: the
-    # model that the run begins with, so --init must have none; base: what is below those of --init.
+    # The reference of dpo, and of grpo with objective.grpo.kl: the model without its adapters.
+    # start: the reference is the model that the run starts from, so --init must have no adapters.
+    # base: --init may have adapters, and the reference is the base below them.
     reference: Literal["start", "base"] = "start"
 
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -116,11 +132,11 @@ class ObjectiveConfig:
 
     @property
     def kind(self) -> Kind:
-        """What the rest of a config has to know of the objective."""
+        """What the rest of a config needs to know about the objective."""
         return _KINDS[self.name]
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuse a batch that the objective can't divide. Raises UserError."""
+        """Refuse a batch size that the objective can't divide. Raises UserError."""
         check(
             self.name != "grpo" or batch_size % self.grpo.group_size == 0,
             f"data.batch_size ({batch_size}) is no multiple of objective.grpo.group_size "

@@ -114,10 +114,10 @@ def test_counts_outlive_the_older_checkpoint():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("spike_factor", 1.0, "train.spike_factor is 1.0: more than 1"),
+        ("spike_factor", 1.0, "train.spike_factor is 1.0: it must be more than 1"),
         ("spike_factor", math.nan, "train.spike_factor is nan"),
         ("spike_window", 0, "train.spike_window is 0: it must be positive"),
-        ("max_rewinds", -1, "train.max_rewinds is -1: not negative"),
+        ("max_rewinds", -1, "train.max_rewinds is -1: it must not be negative"),
     ],
 )
 def test_bad_fields(field, value, message):
