@@ -405,8 +405,8 @@ def test_average_of_parameters():
     ("fields", "words"),
     [
         ({"name": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype .* adafactor"),
-        ({"name": "muon", "second_moment_dtype": "bfloat16"}, "for optimizer.name adamw"),
-        ({"b2": 0.999, "second_moment_dtype": "bfloat16"}, "b2 up to 0.99"),
+        ({"name": "muon", "second_moment_dtype": "bfloat16"}, "needs optimizer.name adamw"),
+        ({"b2": 0.999, "second_moment_dtype": "bfloat16"}, "b2 of at most 0.99"),
         ({"decay_share": 1.5}, "decay_share is 1.5"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"b1": -0.1}, "b1 is -0.1"),
