@@ -1,7 +1,7 @@
-"""GPT-OSS in JAX: train it, take it apart, convert it, sample from it.
+"""GPT-OSS in JAX: train the model, inspect it, convert it, sample from it.
 
-Names are imported when they are first used, so that `gptoss_jax.ops` and `gptoss_jax.model` need
-nothing beyond jax and flax.
+The package imports its names on first use, so that `gptoss_jax.ops` and `gptoss_jax.model` need
+only jax and flax.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands: `gptoss-jax NAME ARGS` or `python -m gptoss_jax NAME ARGS`; alone it lists them."""
+"""Run a command: `gptoss-jax NAME ARGS`, or `python -m gptoss_jax NAME ARGS`; no NAME lists all."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import sys
 
 from gptoss_jax.errors import SCRIPT, UserError, run_entry
 
-# A module of each name lies beside this one. None is imported to list them, so that it is instant.
+# Each name is a module of this package. Listing the commands imports none of them, to be instant.
 COMMANDS = {
-    "train": "train or fine-tune a model; the same command again goes on where it was",
+    "train": "train or fine-tune a model; run the same command again to resume",
     "sample": "answer one prompt",
     "convert": "write a checkpoint in another layout, or a run's adapters alone",
     "verify": "check the published weights against known log-probabilities",
-    "inspect": "show packed batches as text, with what the loss counts",
-    "plan": "say whether a run fits on hardware that is not here, and what it costs there",
-    "report": "write the page of a run, or compare runs on one page",
+    "inspect": "show packed batches as text, and which tokens count in the loss",
+    "plan": "say whether a run fits on other hardware, and what it costs there",
+    "report": "write a page about a run, or compare runs on one page",
 }
 
 
 def main(argv: list[str]) -> None:
-    """Run the command that is named first, or list all. Raises UserError for one that is none."""
+    """Run the command that `argv` names first, or list all. Raises UserError if it is unknown."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -43,15 +43,15 @@ def usage() -> str:
             "",
             *lines,
             "",
-            f"{SCRIPT} COMMAND --help shows the options of one.",
+            f"{SCRIPT} COMMAND --help shows the options of a command.",
         ]
     )
 
 
 def run_script() -> None:
-    """Run as the console script: with the current folder on the path, as `python -m` has it.
+    """Run as the console script, with the current folder on the path, as `python -m` does.
 
-    A config file may import what lies there.
+    A config file may import modules from that folder.
     """
     if not sys.flags.safe_path:
         sys.path.insert(0, os.getcwd())

@@ -1,12 +1,13 @@
 """Convert a checkpoint from any layout to another: `python -m gptoss_jax.convert SRC DST --to hf`.
 
-Streams from file to file without a model in memory (a workdir's parameters are restored first).
-Adapters, the workdir's own or a folder of PEFT's (`--adapters`), are merged on the way. By default
-every other number is as stored: the bytes of each tensor are the same, reordered where the layouts
-differ. Converting to the same layout rewrites the folder into shards of 5 GB and copies config.json
-as it is; a file that the safetensors library wrote whole comes out identical. `--to peft` writes a
-workdir's adapters alone. docs/export.md says who reads what. A run whose model a config file builds
-(`make_model`) is given with `--config FILE`.
+It streams from file to file and never holds the model in memory (only from a workdir it restores
+the parameters first). It merges adapters into the weights, those of the workdir or a folder of PEFT
+adapters (`--adapters`). By default it leaves every other number as stored: each tensor keeps its
+bytes, reordered where the layouts differ. Conversion to the same layout rewrites the folder into
+shards of 5 GB and copies config.json as it is; a file that the safetensors library wrote whole
+comes out identical. `--to peft` writes only the adapters of a workdir. docs/export.md says which
+programs read which layout. If a config file built the model of the run (`make_model`), give it with
+`--config FILE`.
 """
 
 from __future__ import annotations
@@ -26,23 +27,34 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint folder of any layout, or workdir")
     parser.add_argument("destination", metavar="DST", help="new folder")
     parser.add_argument(
-        "--to", choices=("hf", "openai", "peft"), required=True, help="peft: the adapters alone"
-    )
-    parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="default: as stored")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32", "float16"), help="of floats; default: as stored"
-    )
-    parser.add_argument("--adapters", metavar="DIR", help="a folder of PEFT's, to be merged")
-    parser.add_argument("--step", type=int, help="of a workdir; default: its latest")
-    parser.add_argument("--base", metavar="DIR", help="of a LoRA run whose base was moved")
-    parser.add_argument(
-        "--config", metavar="FILE", help="of a workdir whose model is built by make_model() in FILE"
+        "--to",
+        choices=("hf", "openai", "peft"),
+        required=True,
+        help="layout to write; peft: the adapters alone",
     )
     parser.add_argument(
-        "--force", action="store_true", help="write weights that keep less than 0.9 of their update"
+        "--experts", choices=("mxfp4", "bf16"), help="form of the experts; default: as stored"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32", "float16"),
+        help="dtype of floats; default: as stored",
+    )
+    parser.add_argument("--adapters", metavar="DIR", help="folder of PEFT adapters to merge")
+    parser.add_argument("--step", type=int, help="checkpoint of a workdir; default: its latest")
+    parser.add_argument("--base", metavar="DIR", help="base of a LoRA run, if it was moved")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config of a workdir whose model make_model() in FILE builds",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write weights even if they keep less than 0.9 of their update",
     )
     args = parser.parse_args(argv)
-    # Not before: JAX takes a second, for which --help need not wait.
+    # Imported late: JAX takes a second, and --help need not wait for it.
     from gptoss_jax.config import command_line
     from gptoss_jax.loading.convert import convert
     from gptoss_jax.model import Transformer

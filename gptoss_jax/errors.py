@@ -1,4 +1,4 @@
-"""Errors that are for people: one line that names the thing, and exit code 2."""
+"""Errors for the user: one line that names what is wrong, and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCRIPT = "gptoss-jax"  # the console script
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; the message says what, where, and what to do about it."""
+    """The user's input is wrong; the message says what, where, and what to do about it."""
 
 
 def command_name(name: str) -> str:
@@ -22,10 +22,10 @@ def command_name(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Command-line options whose errors are `UserError`s."""
+    """An argument parser whose errors are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong, in place of the usage that argparse prints."""
+        """Raise a UserError, instead of printing the usage as argparse does."""
         raise UserError(f"{message} (see --help)")
 
 

@@ -1,8 +1,8 @@
 """Show packed batches as text: `python -m gptoss_jax.inspect --config FILE [--batches N]`.
 
-What the loss counts is coloured, the rest dim; without colours it stands in [[ ]]. Where its weight
-is not 1 that comes before it: [0.3[ ]] (see data.train_on). Special tokens are shown by name,
-control characters by a symbol. `--html FILE` writes a page instead.
+Tokens that count in the loss are coloured, the others are dim; without colours they stand in [[ ]].
+A loss weight other than 1 comes before its tokens: [0.3[ ]] (see data.train_on). Special tokens are
+shown by name, control characters by a symbol. `--html FILE` writes an HTML page instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Raises UserError for whatever is wrong with what was given."""
+    """Run the command. Raises UserError if an option or an input is wrong."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     for name in ("batches", "rows"):
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {value}: it must be positive")
     if args.config is not None:
         rest += ["--config", args.config]
-    # Not before: they take a second, for which --help need not wait.
+    # Imported late: they take a second, and --help need not wait for them.
     from rich.console import Console
 
     from gptoss_jax.config import command_line
@@ -61,27 +61,27 @@ def _parser() -> Parser:
     parser = Parser(
         command_name("inspect"),
         description=(__doc__ or "").partition("\n\n")[2],
-        epilog="All other options are the config's: python -m gptoss_jax.train --help names them\n",
+        epilog="All other options set the config: python -m gptoss_jax.train --help lists them\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", metavar="FILE", help="a file, or a name as tiny; required")
-    add("--batches", type=int, default=1, metavar="N", help="how many, from the first; default: 1")
-    add("--rows", type=int, metavar="N", help="rows shown of a batch; default: all")
-    add("--held-out", action="store_true", help="the batches of data.held_out")
-    add("--html", metavar="FILE", help="write a page that needs nothing else, and print its name")
+    add("--config", metavar="FILE", help="config file, or a name such as tiny; required")
+    add("--batches", type=int, default=1, metavar="N", help="show the first N batches; default: 1")
+    add("--rows", type=int, metavar="N", help="show the first N rows of each batch; default: all")
+    add("--held-out", action="store_true", help="show the batches of data.held_out")
+    add("--html", metavar="FILE", help="write a self-contained page to FILE, and print its path")
     return parser
 
 
 def _take(config: Config, count: int, *, held_out: bool) -> tuple[tuple[str, ...], list[Batch]]:
-    """Return the names of the sources, none without a mixture, and the first batches."""
-    from gptoss_jax.data.loader import eval_batches, train_batches  # as in main
+    """Return the first batches, after the names of a mixture's sources (empty without one)."""
+    from gptoss_jax.data.loader import eval_batches, train_batches  # imported late, as in main
 
     if config.objective.kind.records == "questions":
         raise UserError(
-            "objective.name is grpo, whose rows are made of the answers that are sampled: see "
-            "answers.jsonl of a run; --objective.name sft shows chats as they would be trained on"
+            "objective.name is grpo, which trains on sampled answers: see answers.jsonl in the "
+            "workdir of a run; --objective.name sft shows the chats as sft would train on them"
         )
     if held_out:
         return (), eval_batches(config)[:count]

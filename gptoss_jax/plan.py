@@ -1,9 +1,10 @@
-"""Plan a run for hardware that is not here: whether it fits, and what it would cost there.
+"""Plan a run for other hardware: say whether it fits there, and what it would cost.
 
     python -m gptoss_jax.plan --config configs/120b.py --target v5p:4x4x4
 
-Compiles the real train step, prefill and decode step with the target's own compiler: see
-docs/plan.md. Exit code 0: all fit; 1: something does not; 2: it could not be asked.
+It compiles the real training step, prefill and decode step with the compiler of the target
+hardware, which need not be here: see docs/plan.md. Exit code 0: all programs fit; 1: one does not;
+2: an error.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 
 from gptoss_jax.errors import Parser, UserError, command_name, run_entry
 
-HELP = """Plan a run on hardware that is not here: memory, fit, collectives, a bound on its time.
+HELP = """Plan a run for other hardware: memory, fit, collectives, and a bound on the time.
 
 All other options override fields of the config, as in python -m gptoss_jax.train.
 """
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Raises UserError as `run`, and SystemExit(1) if something does not fit."""
+    """Run the command. Raises UserError as `run`, and SystemExit(1) if a program does not fit."""
     options, rest = parse(argv)
     _keep_from_devices(options.target)
     if not run(options, rest):
@@ -31,13 +32,13 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> bool:
-    """Plan what the command line asks for, print it, and say whether all of it fits.
+    """Plan the programs that the command line names, print the plans, and say whether all fit.
 
     Raises:
-        UserError: an unknown target, option or config, a mesh that is not the target's, or a
-            compiler that is not there.
+        UserError: an unknown target, option or config, a mesh that does not fit the target, or a
+            compiler that is not installed.
     """
-    # Not before the arguments are read: JAX takes a second, for which --help need not wait.
+    # Imported after the arguments are read: JAX takes a second, and --help need not wait for it.
     from rich.console import Console
 
     from gptoss_jax.chips.facts import TARGETS
@@ -47,7 +48,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> bool:
     from gptoss_jax.planning.programs import PROGRAMS, Sampling
 
     if options.target is None:
-        raise UserError(f"no --target: v5p:4x4x4, h200:8; chips: {', '.join(TARGETS)}")
+        raise UserError(
+            f"no --target: give one, such as v5p:4x4x4 or h200:8; chips: {', '.join(TARGETS)}"
+        )
     what = options.what.split(",")
     unknown = [name for name in what if name not in PROGRAMS]
     if unknown:
@@ -86,25 +89,29 @@ def run(options: argparse.Namespace, rest: list[str]) -> bool:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of this command, and the rest, which is the config's."""
+    """Return the options of this command, and the other arguments, which set the config."""
     parser = Parser(
         command_name("plan"),
         description=HELP,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--target", metavar="CHIP[:SHAPE]", help="v5e:1x1, v5p:4x4x4, h200:8, ...")
-    parser.add_argument("--what", default="train", help="of train,prefill,decode; commas between")
-    parser.add_argument("--batch", type=int, default=1, help="rows that are sampled at once")
-    parser.add_argument("--context", type=int, help="tokens of each with its prompt (8192)")
-    parser.add_argument("--piece", type=int, help="prompt tokens at a time (the sampler's own)")
-    parser.add_argument("--json", metavar="FILE", help="write everything there, too")
-    parser.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' HLO there")
+    parser.add_argument("--target", metavar="CHIP[:SHAPE]", help="hardware: v5p:4x4x4, h200:8, ...")
+    parser.add_argument(
+        "--what", default="train", help="programs to plan, of train,prefill,decode (train)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="sequences sampled at once (1)")
+    parser.add_argument("--context", type=int, help="tokens of a sequence, prompt included (8192)")
+    parser.add_argument(
+        "--piece", type=int, help="prompt tokens per prefill call (the sampler's default)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the plans to FILE")
+    parser.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' HLO in DIR")
     return parser.parse_known_args(argv)
 
 
 def _keep_from_devices(target: str | None) -> None:
-    """Keep JAX from looking for devices: programs are compiled for others than are here."""
+    """Keep JAX from looking for local devices: the programs are compiled for other hardware."""
     import jax
 
     from gptoss_jax.chips.facts import GPUS

@@ -1,4 +1,4 @@
-"""Write the page of a run, or compare runs on one: `python -m gptoss_jax.report WORKDIR ...`."""
+"""Write a page about a run, or compare runs: `python -m gptoss_jax.report WORKDIR ...`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def main(argv: list[str]) -> None:
     """
     parser = Parser(
         command_name("report"),
-        description="Write the page of a run (report.html in its workdir), or compare runs on one.",
+        description="Write a page about a run (report.html in its workdir), or compare runs on one.",
     )
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
-    parser.add_argument("--out", metavar="FILE", help="the page; needed for several workdirs")
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="workdir of a run")
+    parser.add_argument("--out", metavar="FILE", help="file to write; needed for several workdirs")
     args = parser.parse_args(argv)
     print(report.write(args.workdirs, out=args.out))
 

@@ -1,7 +1,7 @@
 """Answer one prompt: `python -m gptoss_jax.sample --checkpoint DIR --prompt TEXT`.
 
-The answer is streamed to stdout with its channels apart; what is about the run goes to stderr.
-`--json` prints one object instead, when all is there.
+It streams the answer to stdout, each channel by itself, and prints a summary to stderr. `--json`
+prints one JSON object instead, at the end.
 """
 
 from __future__ import annotations
@@ -25,40 +25,66 @@ _DEFAULT_MAX_TOKENS = 1_024
 def _parser() -> Parser:
     parser = Parser(command_name("sample"), description="Answer one prompt.", allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="Hugging Face, OpenAI, or workdir")
-    add("--step", type=int, help="of a workdir; default: its latest")
-    add("--base", metavar="DIR", help="of a LoRA run's workdir; default: where it was in training")
-    add("--config", metavar="FILE", help="of a model that is built by make_model() in FILE")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="folder in Hugging Face or OpenAI layout, or workdir",
+    )
+    add("--step", type=int, help="checkpoint of a workdir; default: its latest")
+    add("--base", metavar="DIR", help="base of a LoRA run; default: where it was in training")
+    add("--config", metavar="FILE", help="config of a model that make_model() in FILE builds")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the user says")
-    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="ids, continued as they are")
+    prompt.add_argument(
+        "--prompt-ids", metavar="1,2,3", help="token ids to continue, without Harmony"
+    )
     add("--raw", action="store_true", help="continue the text of --prompt itself, without Harmony")
-    add("--reasoning", choices=harmony.EFFORTS, default="medium", help="default: medium")
+    add(
+        "--reasoning",
+        choices=harmony.EFFORTS,
+        default="medium",
+        help="reasoning effort; default: medium",
+    )
     add("--developer", "--system", metavar="TEXT", help="instructions to the model")
     add(
         "--max-tokens",
         type=int,
-        help=f"default: what the context leaves, up to {_DEFAULT_MAX_TOKENS}",
+        help=f"most tokens to sample; default: all that fit, up to {_DEFAULT_MAX_TOKENS}",
     )
     add(
         "--temperature",
         type=float,
         default=0.0,
-        help="0, the default, takes the likeliest token; OpenAI advises 1 for its models",
+        help="0, the default, takes the most likely token; OpenAI advises 1 for its models",
     )
-    add("--top-k", type=int, help="draw from the k likeliest tokens")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest of this probability")
-    add("--min-p", type=float, default=0.0, help="leave out what is less likely, times the top")
+    add("--top-k", type=int, help="sample from the K most likely tokens; default: all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens of this total probability",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="leave out tokens below this share of the top probability",
+    )
     add("--seed", type=int, default=0)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, else bfloat16",
+    )
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Raises UserError for whatever is wrong with what was given."""
+    """Run the command. Raises UserError if an option or an input is wrong."""
     args = _parser().parse_args(argv)
-    # Not before: JAX takes a second, for which --help and a misspelt option need not wait.
+    # Imported late: JAX takes a second, and --help and a misspelt option need not wait for it.
     import jax
     from rich.console import Console
 
@@ -120,7 +146,7 @@ def _answer(
     encoding: tiktoken.Encoding,
     plain: bool,
 ) -> dict[str, Any]:
-    """Return what `--json` prints; `messages` only where the prompt was Harmony's."""
+    """Return what `--json` prints; it has `messages` only after a Harmony prompt."""
     out = sampler.generate([ids], **options)
     answer: dict[str, Any] = {
         "prompt_ids": ids,
@@ -148,7 +174,7 @@ def _read_ids(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--prompt-ids is {text!r}: it is whole numbers with commas between, such as 1,2,3"
+            f"--prompt-ids is {text!r}: it takes whole numbers with commas between, such as 1,2,3"
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""Hold real weights against known numbers: `python -m gptoss_jax.verify --checkpoint DIR`.
+"""Check real weights against known numbers: `python -m gptoss_jax.verify --checkpoint DIR`.
 
-Greedily decodes 12 tokens after a fixed prompt and compares their log-probabilities with those
-that transformers' own integration test expects of the two published models, within its tolerance.
-Exit code 0 if all agree, 1 if not.
+It decodes 12 tokens greedily after a fixed prompt, and compares their log-probabilities with those
+that the integration test of transformers expects of the two published models, within that test's
+tolerance. Exit code 0 if all agree, 1 if not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gptoss_jax.errors import Parser, UserError, command_name, run_entry
 
 
 def verify(checkpoint: str | Path) -> bool:
-    """Decode, print a table a token a row, and say whether the checkpoint is right."""
-    # Not before the arguments are read: JAX takes a second, for which --help need not wait.
+    """Decode, print a table with one row per token, and say whether the checkpoint is right."""
+    # Imported after the arguments are read: JAX takes a second, and --help need not wait for it.
     import jax
     from rich.console import Console
     from rich.table import Table
@@ -32,7 +32,7 @@ def verify(checkpoint: str | Path) -> bool:
     if records.is_workdir(folder):
         raise UserError(f"{folder}: is a workdir; verify is for the published weights")
     golden = LOGPROBS[size_of(open_checkpoint(folder).config)]
-    # A CPU computes in float32, from separate arrays; bf16 it would have to widen at every use.
+    # On a CPU, compute in float32 from separate arrays: a CPU would widen bf16 at every use.
     on_cpu = jax.default_backend() == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
     model, params = load(folder, dtype=dtype, split=on_cpu, layout=moe.layout_for_chip())
@@ -54,7 +54,9 @@ def verify(checkpoint: str | Path) -> bool:
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    parser = Parser(command_name("verify"), description="Hold weights against golden numbers.")
+    parser = Parser(
+        command_name("verify"), description="Check weights against known log-probabilities."
+    )
     parser.add_argument("--checkpoint", required=True, help="folder of gpt-oss-20b or -120b")
     if not verify(parser.parse_args(argv).checkpoint):
         sys.exit(1)

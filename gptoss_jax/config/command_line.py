@@ -1,4 +1,4 @@
-"""From a config file and the command line to a `Config`, and from a `Config` to JSON and back."""
+"""Make a `Config` from a config file and the command line; convert a `Config` to JSON and back."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from rich.text import Text
 from gptoss_jax.config import Config, ModelConfig
 from gptoss_jax.errors import Parser, UserError, command_name
 
-_CONFIG_HELP = """A run: what get_config() of --config FILE returns, with every field an option.
+_CONFIG_HELP = """Start from get_config() of --config FILE; each option overrides one field.
 
-  --config FILE         a file, or the name of a config that ships, such as tiny; required, and
-                        shown here as the defaults
+  --config FILE         a file, or the name of a config that ships, such as tiny; required. The
+                        defaults below are the values of that config
 """
 
 
 def load(argv: Sequence[str], *, prog: str | None = None) -> Config:
     """Make the `Config` that a command line asks for.
 
-    `--config FILE` names a Python file with `get_config()`, or a config that ships; every other
-    option overrides a field: `--model.num_layers 2`, `--data.train A B`. `-` and `_` are alike in
-    names. `--help` prints the options with the config's own defaults and exits 0.
+    `--config FILE` names a Python file with `get_config()`, or a config that ships. Every other
+    option overrides a field: `--model.num_layers 2`, `--data.train A B`. Option names may use `-`
+    or `_`. `--help` prints the options with the config's own values as defaults, and exits with 0.
 
     Raises:
-        UserError: no or no good config file, an unknown option, a value of the wrong type or out
-            of its choices, or fields that do not fit each other.
+        UserError: a config file that is missing or broken, an unknown option, a value of the wrong
+            type or not among the choices, or fields that contradict each other.
     """
     given, overrides = _given_config(argv)
     wants_help = any(a in ("-h", "--help") for a in overrides)
@@ -58,33 +58,33 @@ def load(argv: Sequence[str], *, prog: str | None = None) -> Config:
 
 
 def load_make_model(argv: Sequence[str]) -> Callable[[ModelConfig], Any] | None:
-    """Return the `make_model` of the config file that a command line names; None if it has none.
+    """Return `make_model` of the config file that a command line names, or None if it has none.
 
     Raises:
-        UserError: as `load`, of the file.
+        UserError: as `read_make_model`.
     """
     given = _given_config(argv)[0]
     return None if given is None else read_make_model(given)
 
 
 def read_make_model(given: str) -> Callable[[ModelConfig], Any] | None:
-    """Return the `make_model` of a config file, which builds a model of one's own; None if none.
+    """Return `make_model` of a config file, which builds the user's own model, or None.
 
     Raises:
-        UserError: no such file, an exception inside it, or a `make_model` that is no function.
+        UserError: no such file, an exception inside it, or a `make_model` that is not a function.
     """
     path = find_config_file(given)
     make_model = _run(path).get("make_model")
     if make_model is not None and not isinstance(make_model, types.FunctionType):
         raise UserError(
             f"{path}: make_model is of type {type(make_model).__name__}: it has to be a function "
-            "of a ModelConfig that returns the model"
+            "that takes a ModelConfig and returns the model"
         )
     return make_model
 
 
 def _given_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return what --config names, and the other options."""
+    """Return the value of --config, and the other arguments."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     given, overrides = parser.parse_known_args(argv)
@@ -92,17 +92,17 @@ def _given_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def find_config_file(given: str) -> str:
-    """Return the path of a config: a file, or one that ships by its name, such as tiny.
+    """Return the path of a config, given as a file or as the name of one that ships, like tiny.
 
     Raises:
-        UserError: neither; it lists the names that there are.
+        UserError: it is neither; the message lists the configs that ship.
     """
     if Path(given).is_file():
         return given
     package = Path(__file__).parents[1]
-    folder = package / "configs"  # of a wheel, see setup.py
+    folder = package / "configs"  # in a wheel, see setup.py
     if not folder.is_dir():
-        folder = package.parent / "configs"  # of a checkout
+        folder = package.parent / "configs"  # in a checkout
     path = folder / f"{given}.py"
     if path.parent == folder and path.is_file():
         return str(path)
@@ -114,11 +114,11 @@ def find_config_file(given: str) -> str:
 
 
 def read_config_file(given: str) -> Config:
-    """Run the `get_config()` of a Python file, given by its path or as a name that ships.
+    """Run `get_config()` of a config file, given by its path or as the name of one that ships.
 
     Raises:
-        UserError: no such file, no `get_config`, an exception inside it (with its line), or
-            something else than a `Config` returned.
+        UserError: no such file, no `get_config`, an exception inside it (with its line), or a
+            return value that is not a `Config`.
     """
     path = find_config_file(given)
     names = _run(path)
@@ -132,7 +132,10 @@ def read_config_file(given: str) -> Config:
 
 
 def _run(path: str) -> dict[str, Any]:
-    """Run a config file, which may import what lies beside it or here; return what it defines."""
+    """Run a config file and return the names it defines.
+
+    It may import modules from its own folder and from the current one.
+    """
     for folder in (Path(path).resolve().parent, Path.cwd()):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -142,7 +145,7 @@ def _run(path: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _blaming(path: str) -> Iterator[None]:
-    """Turn an exception of a config file into a `UserError` that names the file and its line."""
+    """Turn an exception in a config file into a `UserError` that names the file and the line."""
     try:
         yield
     except UserError as error:
@@ -156,12 +159,12 @@ def _blaming(path: str) -> Iterator[None]:
 
 
 def to_json(config: Config) -> str:
-    """Write a config as JSON that `from_json` reads."""
+    """Return a config as JSON, which `from_json` reads."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Return name -> value of every field, but for how processes find each other."""
+    """Map each field's name to its value, without the section `distributed`."""
     found: dict[str, Any] = {}
 
     def collect(record: dict[str, Any], prefix: str) -> None:
@@ -176,10 +179,10 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def from_json(text: str, *, where: str = "config.json") -> Config:
-    """Read a config from JSON; fields left out have their defaults.
+    """Read a config from JSON; missing fields get their defaults.
 
     Raises:
-        UserError: not JSON, an unknown field (with the nearest name), or a value of another type.
+        UserError: not JSON, an unknown field (with the nearest name), or a value of the wrong type.
     """
     try:
         record = json.loads(text)
@@ -192,7 +195,7 @@ def from_json(text: str, *, where: str = "config.json") -> Config:
 
 
 def print_config(config: Config, console: Console) -> None:
-    """Print the resolved config, a block a section."""
+    """Print the resolved config, one block per section."""
     table = Table.grid(padding=(0, 2))
     record = dataclasses.asdict(config)
     sections = {"run": {name: record[name] for name in ("name", "init", "workdir")}}
@@ -208,7 +211,7 @@ def print_config(config: Config, console: Console) -> None:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """Return the suggestion "; did you mean X?" for a misspelt name, or nothing."""
-    # A field alone ("stps") is compared with the fields' own names too.
+    # A name without its section ("stps") is also compared with the names without sections.
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not found:
         last = {n.rsplit(".", 1)[-1]: n for n in names}
@@ -222,7 +225,7 @@ def _parse(args: Sequence[str], base: Config, *, show: bool = False, **texts: An
 
 
 def _option_types(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """Map each option's name to its type; both names of a bool, x and no_x."""
+    """Map each option's name to its type. A bool has two names, x and no_x."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
@@ -239,13 +242,13 @@ def _name(option: str) -> str:
 
 
 def _grouped(args: Sequence[str]) -> list[list[str]]:
-    """Group arguments, each option with its values. Raises UserError for one that no field has."""
+    """Group each option with its values. Raises UserError for an unknown option."""
     groups: list[list[str]] = []
     names = list(_option_types())
     for arg in args:
         if not arg.startswith("--"):
             if not groups:
-                raise UserError(f"{arg!r} belongs to no option; values follow their --option")
+                raise UserError(f"{arg!r} belongs to no option: write values after their --option")
             groups[-1].append(arg)
         elif _name(arg) in names:
             groups.append([arg])
@@ -256,11 +259,11 @@ def _grouped(args: Sequence[str]) -> list[list[str]]:
 
 
 def _first_bad(groups: list[list[str]], base: Config) -> str:
-    """Say in one line which option tyro does not take, and what that option expects."""
+    """Say in one line which option tyro refuses, and what that option expects."""
     for option, *values in groups:
         try:
             _parse([option, *values], base)
-        except UserError:  # it is well, but not without the others
+        except UserError:  # its value is valid, but only together with the other options
             continue
         except SystemExit:
             name, (_, equals, value) = _name(option), option.partition("=")
@@ -273,11 +276,11 @@ def _first_bad(groups: list[list[str]], base: Config) -> str:
             if not given:
                 return f"{name} expects a value: {_expects(hint)}"
             return f"{name} expects {_expects(hint)}, not {given!r}"
-    return "the options do not go together"  # each alone does
+    return "the options do not go together"  # each one is valid alone
 
 
 def _expects(hint: Any) -> str:
-    """Say in words what values a type has."""
+    """Say in words which values a type allows."""
     kind, choices = typing.get_origin(hint), typing.get_args(hint)
     if kind in (Union, types.UnionType):
         return " or ".join(map(_expects, choices))
@@ -290,7 +293,7 @@ def _expects(hint: Any) -> str:
 
 
 def _is(hint: Any, value: Any) -> bool:
-    """Say whether a JSON value is of a field's type."""
+    """Say whether a JSON value has a field's type."""
     kind, choices = typing.get_origin(hint), typing.get_args(hint)
     if kind in (Union, types.UnionType):
         return any(_is(choice, value) for choice in choices)

@@ -169,7 +169,7 @@ def test_questions_need_no_answers(tmp_path, monkeypatch):
     out = io.StringIO()
     dry_run.show(config, Console(file=out))
     assert "full rows, every token trained" in out.getvalue() and "as ever" in out.getvalue()
-    with pytest.raises(UserError, match="rows are made of the answers"):
+    with pytest.raises(UserError, match="grpo, which trains on sampled answers"):
         inspect.main([*SMALL, "--data.train", str(tmp_path / "q.jsonl"), *options.split()])
 
 

@@ -331,7 +331,7 @@ def test_what_does_not_fit_is_exit_code_1(
     ("options", "words"),
     [
         (["--target", "v4"], "the chips are v5e"),
-        ([], "no --target: v5p:4x4x4"),
+        ([], "no --target: give one, such as v5p:4x4x4"),
         (["--target", "h200:8", "--what", "train,tune"], "--what tune: there are train, prefill"),
         (["--target", "h200:8", "--mesh.fsdp", "3"], "mesh: fsdp 3"),
         (["--target", "h200:8", "--data.batch_size", "6"], "data.batch_size"),
