@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     """
     parser = Parser(
         command_name("report"),
-        description="Write a page about a run (report.html in its workdir), or compare runs on one.",
+        description="Write a page about a run (report.html in its workdir), or compare runs.",
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="workdir of a run")
     parser.add_argument("--out", metavar="FILE", help="file to write; needed for several workdirs")

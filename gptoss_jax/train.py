@@ -1,7 +1,7 @@
 """Train: `python -m gptoss_jax.train --config FILE [--init DIR] [--data.train FILE ...]`.
 
-Started again on the same workdir it goes on where it was, on any mesh and number of hosts. SIGTERM
-and ctrl-C save and stop.
+The same command on the same workdir resumes the run from its newest checkpoint, on any mesh and
+number of hosts. SIGTERM and ctrl-C save a checkpoint and stop the run.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from gptoss_jax.types import Params
 
 
 def main(argv: list[str]) -> None:
-    """Run training from the command line's arguments to the summary.
+    """Run training: from the command line's arguments to the summary.
 
     Raises:
-        UserError: for whatever is wrong with what was given, before anything is written.
-            And for a disk that gets full: what is saved by then is whole.
+        UserError: an option or input is wrong; nothing is written then. Also if the disk gets full;
+            what was saved before is complete.
         SystemExit: with 1 when a loss or gradient is not finite and `train.on_nan` is "stop", or at
-            a spike after `train.max_rewinds` others.
+            a spike after `train.max_rewinds` rewinds.
     """
     config = command_line.load(argv)
     make_model: MakeModel = command_line.load_make_model(argv) or Transformer
@@ -77,8 +77,8 @@ def run(
 ) -> None:
     """Train, from the data to the summary: see `main`.
 
-    Of several processes each runs this, with the same control flow: what decides it is the same on
-    all. The first one alone prints, and writes what is no array.
+    Every process of a run calls this, with the same control flow: the values that decide it are the
+    same on all processes. Only the first process prints, and writes files other than arrays.
     """
     workdir = Path(config.run_folder)
     steps, settings = config.train.steps, config.train
@@ -88,7 +88,7 @@ def run(
     setup.check_data_given(config)
     objective = make_objective(config)  # says what data.train holds, and what the loss is
     size = config.data.batch_size
-    rows = data.rows_here(mesh, size)  # of a batch, what this host's devices need
+    rows = data.rows_here(mesh, size)  # the rows of a batch that this host's devices need
     spread = partial(data.spread, mesh=mesh, rows=rows, size=size)
     batches = objective.open_batches(rows=rows)
     console.print(f"\n{data.describe(config)}", soft_wrap=True)
@@ -102,11 +102,11 @@ def run(
     setup.check_same_data(fingerprint)
 
     # --- Model and parameters ---------------------------------------------------------------
-    # Parameters come from the first of these that there is:
+    # Parameters come from the first of these that exists:
     #   1. the newest checkpoint of the workdir, with optimizer, data position and random state;
-    #   2. the folder of --init: parameters alone;
+    #   2. the folder of --init: parameters only;
     #   3. the seed.
-    # A run with adapters takes its base, the frozen parameters, from 2 or 3 when it goes on, too.
+    # A run with adapters takes its base, the frozen parameters, from 2 or 3 even when it resumes.
     source = model_source.source_of(make_model, config.model)  # None: the package's own model
     model = make_model(sharding.padded(config.model))
     setup.check_patterns(config, model)
@@ -133,7 +133,7 @@ def run(
     load = setup.load_for_patterns(
         config, model, objective, params, workdir=workdir, resuming=record is not None
     )
-    # The factor on each parameter's learning rate; 0: it is frozen.
+    # The factor on each parameter's learning rate; 0 freezes it.
     factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
     optimizer = setup.optimizer_of(config, factors)
     train_step = setup.make_step(config, model, optimizer, objective, factors=factors)
@@ -156,16 +156,18 @@ def run(
             on_mesh = dataclasses.replace(config, model=model.config)
             params = start_adapters.put(on_mesh, params, given_adapters[1], make_model=make_model)
         state = setup.first_state(config, model, optimizer, params, factors=factors)
-        # Placed as restored arrays are, so that a run and its continuation are one program.
+        # Place the state as restored arrays are placed, so that a new and a resumed run compile the
+        # same program.
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
         if base is not None:
             frozen = patterns.frozen_paths(factors)
-            # A model of one's own may have more than --init holds: checkpoints hold that.
+            # The user's own model may have parameters that --init lacks. Checkpoints hold them, so
+            # they are no part of the base.
             frozen = [path for path in frozen if not from_init or path in from_init]
             base = frozen_base.measure(
                 base, state.params, frozen_paths=frozen, expert_padding=padding
             )
-    del params  # the state's, and given up to the first step
+    del params  # the state holds them, and the first step donates it
     total, active = model.num_parameters()
     console.print(
         f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active; {came_from}"
@@ -182,7 +184,7 @@ def run(
     console.print(f"mesh      {meshes.describe(mesh)}, {jax.devices()[0].device_kind}")
     console.print(f"workdir   {workdir}\n")
 
-    # --- From here on things are written ----------------------------------------------------
+    # --- From here on files are written -----------------------------------------------------
     hold.take()
     write_text(workdir / "config.json", command_line.to_json(config))
     if processes.is_first():
@@ -229,17 +231,17 @@ def run(
         )
 
     # --- Loop -------------------------------------------------------------------------------
-    signals: list[int] = []  # that asked the run to stop
+    signals: list[int] = []  # signals that asked the run to stop
     began = clock = time.perf_counter()
-    on_device: list[StepMetrics] = []  # not read yet: reading waits for the device
-    batch_stats: list[dict[str, float]] = []  # what the objective reports of each batch
-    with contextlib.ExitStack() as at_end:  # from the last to the first, whatever fails
-        handler = _once(signals, alone=alone)
-        # Of several processes JAX takes SIGTERM, see `processes.stop_now`.
+    on_device: list[StepMetrics] = []  # metrics not read yet: reading waits for the device
+    batch_stats: list[dict[str, float]] = []  # what the objective reports about each batch
+    with contextlib.ExitStack() as at_end:  # runs its callbacks last to first, whatever fails
+        handler = _stop_handler(signals, alone=alone)
+        # With several processes JAX handles SIGTERM: see `processes.stop_now`.
         for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
             at_end.callback(signal.signal, number, signal.signal(number, handler))
         at_end.callback(lambda: log.close())
-        at_end.callback(lambda: manager.close())  # waits for what is being written
+        at_end.callback(lambda: manager.close())  # waits for checkpoints being written
         at_end.callback(batches.close)
         at_end.callback(profile.close)
         at_end.callback(progress.stop)
@@ -276,7 +278,7 @@ def run(
                     progress.stop()
                     give_up(spike, workdir, max_rewinds=settings.max_rewinds)
                 frozen = checkpoints.split_held(state.params, base)[1]  # the same at every step
-                del state  # there is room for one
+                del state  # memory has room for only one state
                 restored = restore(abstract, frozen=frozen)
                 _report_damage(restored, workdir, console)
                 state, start, last = restored.state, restored.record.step, False
@@ -299,7 +301,7 @@ def run(
                 progress.stop()
                 manager.wait_until_finished()
                 fail(first + bad[0], measured[bad[0]], workdir)
-            compiled = first == start + 1  # its time says nothing about the rest
+            compiled = first == start + 1  # compilation is in the time of the first step
             values = recorder.record(measured, reported, seconds=None if compiled else seconds)
             log.write(step, values)
             progress.step(step, values)
@@ -329,15 +331,15 @@ def _report_damage(restored: resume.Restored, workdir: Path, console: Console) -
 def _load_init(
     config: Config, mesh: jax.sharding.Mesh, make_model: MakeModel, *, step: int | None
 ) -> Params:
-    """Read the parameters of --init (a workdir's of `step`) in the form that the config asks for.
+    """Read the parameters of --init, adapters included, in the form that the config asks for.
 
-    Adapters that are there come with them.
+    From a workdir, read those of the checkpoint of `step`.
     """
     c = config.model
     assert config.init is not None
     stored = loading.read_config(config.init)
     changes = architecture_changes(stored, c)
-    if stored.lora.targets:  # adapters to go on with
+    if stored.lora.targets:  # the run continues with these adapters
         changes += adapter_changes(stored, c)
     if changes:
         raise UserError(
@@ -354,8 +356,12 @@ def _load_init(
     )[1]
 
 
-def _once(signals: list[int], *, alone: bool) -> Any:
-    """Return a signal handler that asks the loop to stop; a second ctrl-C interrupts at once."""
+def _stop_handler(signals: list[int], *, alone: bool) -> Any:
+    """Return a signal handler that asks the loop to stop; a second ctrl-C interrupts at once.
+
+    It adds the signal to `signals`. In a run of several processes (not `alone`) it raises SIGTERM,
+    by which JAX stops all processes at the same step.
+    """
 
     def handler(number: int, _: Any) -> None:
         if alone:

@@ -1,8 +1,8 @@
-"""Pytree containers that every room of the package shares.
+"""Pytree containers that all parts of the package share.
 
-Dimension letters, here and everywhere: `B` batch, `T` query length, `S` key length, `V` vocabulary,
-`L` layers, `D` model, `N` query heads, `K` kv heads, `G` = N/K, `H` head dim, `E` experts,
-`A` active experts, `F` expert hidden, `W` window, `M` rows (B*T flattened).
+Dimension letters in the whole package: `B` batch, `T` query length, `S` key length, `V` vocabulary,
+`L` layers, `D` model, `N` query heads, `K` key/value heads, `G` = N/K, `H` head size, `E` experts,
+`A` active experts, `F` expert hidden size, `W` window, `M` rows (B*T flattened).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 MXFP4_BLOCK = 32  # values that share one scale byte (OCP Microscaling Formats v1.0, section 5.1)
 
-# A nested dict of arrays and `MXFP4` values. The paths are the same in memory, in the table
+# A nested dict of arrays and `MXFP4` values. A parameter has the same path in memory, in the table
 # of parameters and in checkpoints.
 Params = dict[str, Any]
 
 
 @struct.dataclass
 class MXFP4:
-    """A weight in 4-bit microscaling form: a value that ops take where they take an array.
+    """A weight in 4-bit microscaling form. Ops accept it in place of an array.
 
-    Stands for an array `[..., C]` with C a multiple of 32. Byte j of a block holds elements 2j (low
-    nibble) and 2j+1 (high nibble) of the block; its value is `e2m1[nibble] * 2**(scale - 127)`.
+    It stands for an array `[..., C]` with C a multiple of 32. Byte j of a block holds elements 2j
+    (low nibble) and 2j+1 (high nibble). An element's value is `e2m1[nibble] * 2**(scale - 127)`.
     """
 
     blocks: UInt8[Array, "... C/32 16"]
@@ -40,16 +40,17 @@ class MXFP4:
         return len(self.scales.shape)
 
     def __getitem__(self, index: Any) -> MXFP4:
-        """Index the leading axes; the last one, along which the blocks run, is not for slicing."""
+        """Index the leading axes. The last axis can't be sliced: the blocks run along it."""
         return MXFP4(self.blocks[index], self.scales[index])
 
 
 @struct.dataclass
 class Relaid:
-    """An `MXFP4` weight in the order in which a kernel reads it: see `ops.mxfp4.layouts`.
+    """An `MXFP4` weight, rearranged into the order in which a kernel reads it.
 
-    Stands for an array `[*lead, *rows, C]`, blocks along C. `codes` and `scales` start with the
-    axes `lead`; what follows is the layout's. Lossless: `layouts.restore` gives the `MXFP4` back.
+    It stands for an array `[*lead, *rows, C]`, blocks along C. `codes` and `scales` start with the
+    axes `lead`; `layout` decides the other axes (see `ops.mxfp4.layouts`). No value is lost:
+    `layouts.restore` gives the `MXFP4` back.
     """
 
     codes: Array
@@ -60,7 +61,7 @@ class Relaid:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The axes before the matrix: layers, experts. Both arrays end in a matrix."""
+        """The axes before the matrix: layers, experts. `codes` and `scales` end in a matrix."""
         return self.codes.shape[:-2]
 
     @property
@@ -79,9 +80,10 @@ class Relaid:
 
 @struct.dataclass
 class LayerOf:
-    """One layer of a stacked weight `[L, ...]`, not cut out of it: a kernel takes stack and index.
+    """One layer of a stacked weight `[L, ...]`, given as the stack and the layer's index.
 
-    Ops take it where they take the layer's array; no gradient is formed for it.
+    A kernel reads the layer from the stack, so the layer is not copied. Ops accept it in place of
+    the layer's array, and compute no gradient for it.
     """
 
     stack: Array | MXFP4 | Relaid
@@ -101,8 +103,8 @@ class LayerOf:
 class Batch:
     """Packed training rows. `targets[b, t]` is the token after `tokens[b, t]` in its segment.
 
-    `segment_ids` are 0 for padding and 1, 2, ... for the records of a row; `positions` restart at 0
-    in each segment; `weights` are 0 wherever the target does not count.
+    `segment_ids` are 0 for padding and 1, 2, ... for the records of a row. `positions` restart at 0
+    in each segment. `weights` are 0 where the target does not count in the loss.
     """
 
     tokens: Int[Array, "B T"]
@@ -110,31 +112,31 @@ class Batch:
     weights: Float[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-    # Which source of a mixture each row is from; None where there is no mixture.
+    # The source of each row, in a mixture of sources; None without a mixture.
     sources: Int[Array, " B"] | None = None
-    # What an objective needs beside: for each token [B, T, ...], and the same for all rows.
+    # Further arrays that an objective needs: `per_token` [B, T, ...], and `shared` by all rows.
     per_token: dict[str, Array] | None = None
     shared: dict[str, Array] | None = None
 
 
 @struct.dataclass
 class KVCache:
-    """Keys (rotated) and values seen so far, a tuple entry per layer.
+    """Key/value cache: keys (rotated) and values seen so far, one tuple entry per layer.
 
-    A full layer has a slot per position of the context; a banded layer a ring of W slots, in which
-    position p lives in slot p % W. `positions` says which position a slot holds, -1 if none.
+    A full layer has one slot per position of the context. A banded layer has a ring of W slots:
+    position p is in slot p % W. `positions` has the position that each slot holds, -1 if none.
     """
 
     keys: tuple[Float[Array, "B S K H"], ...]
     values: tuple[Float[Array, "B S K H"], ...]
     positions: tuple[Int[Array, "B S"], ...]
-    # True while nothing is in it: prefill then attends to its own tokens alone, as training does.
+    # True while the cache is empty: prefill then attends only to its own tokens, as training does.
     empty: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
 class RouterStats:
-    """What the routers did, a row per layer, over the tokens that are not padding, in float32."""
+    """Router statistics, one row per layer, over the tokens that are not padding, in float32."""
 
     load: Float[Array, "L E"]  # share of the routed (token, expert) pairs; a row sums to 1
     balance_loss: Float[Array, " L"]  # E * sum_e load_e * mean_prob_e: 1 when balanced
@@ -144,20 +146,20 @@ class RouterStats:
 
 @struct.dataclass
 class Output:
-    """What one forward pass returns."""
+    """The result of one forward pass."""
 
-    hidden: Float[Array, "B T D"]  # after the final norm: unembed to get logits
+    hidden: Float[Array, "B T D"]  # after the final norm; unembed it to get logits
     cache: KVCache | None
     router: RouterStats
-    captured: dict[str, Array]  # name -> [L, ...] for the names asked for
+    captured: dict[str, Array]  # name -> [L, ...], for the names that were requested
 
 
 @struct.dataclass
 class TrainState:
-    """All that a training step reads and writes."""
+    """The state that a training step reads and writes."""
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
     rng: PRNGKeyArray
-    ema: Params | None = None  # float32 average of the trained parameters, where asked for
+    ema: Params | None = None  # float32 moving average of trained parameters, if requested

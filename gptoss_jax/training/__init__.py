@@ -1,5 +1,5 @@
-"""The training loop's parts: the step, evaluation, spikes, what is logged and shown.
+"""Parts of the training loop: the step, evaluation, loss spikes, logging and terminal output.
 
-Imports: objectives, optimizer, loading, sampler and what comes before. `train.py` puts them
-together.
+Imports: objectives, optimizer, loading, sampler and what comes before. `train.py` combines the
+parts.
 """

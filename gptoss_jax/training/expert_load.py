@@ -1,4 +1,4 @@
-"""How the routers spread tokens over the experts: what a log says of it, and measuring it."""
+"""The load of the experts: measure how routers spread tokens, and summarise it for the log."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gptoss_jax.types import Batch, Params
 
 
 def load_stats(load: Float[np.ndarray, "L E"]) -> dict[str, float]:
-    """Sum up shares of the routed pairs: how even they are, and which experts get none.
+    """Summarise each expert's share of the routed (token, expert) pairs: how even the shares are.
 
-    `load_entropy` and `load_entropy_min` are the mean and the least over layers of H / log E: 1
-    where all experts get the same, 0 where one gets all. `dead_experts` counts, over all layers,
-    the experts without a routed pair: so `load` should be a mean over the steps in question.
-    `load_max` is the largest share as a multiple of the mean one. Rows need not sum to 1; of a
-    layer without any load nothing can be said, and the entropies are NaN.
+    `load_entropy` and `load_entropy_min` are the mean and the minimum over layers of H / log E,
+    where H is the entropy of a layer's shares: 1 if all experts get the same, 0 if one gets all.
+    `dead_experts` counts the experts without a routed pair, over all layers, so `load` should be a
+    mean over the steps in question. `load_max` is the largest share, as a multiple of the mean
+    share. Rows need not sum to 1. If a layer has no load at all, the entropies are NaN.
     """
     load = np.asarray(load, np.float64)
     experts = load.shape[1]
@@ -49,11 +49,13 @@ def _load(model: Transformer, params: Params, batch: Batch) -> Float[Array, "L E
 def measure_load(
     model: Transformer, params: Params, batches: Iterable[Batch]
 ) -> Float[np.ndarray, "L E"]:
-    """Run a model over batches and return each expert's share of the routed pairs, a row a layer.
+    """Run a model over batches and return each expert's share of the routed pairs, a row per layer.
 
-    Over all tokens that are not padding, dropless, in float64: what a user's data ask of whom.
+    The shares are over all tokens that are not padding, in float64, and no expert drops tokens: so
+    they show which experts the user's data need.
 
-    Raises UserError where there is not one token.
+    Raises:
+        UserError: the batches have no token.
     """
     model = model.dropless()
     total, tokens = np.zeros((model.config.num_layers, model.config.num_experts)), 0

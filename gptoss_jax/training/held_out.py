@@ -1,4 +1,4 @@
-"""What a run is judged by while it trains: held-out loss, and questions answered greedily."""
+"""Evaluation during training: held-out loss, and held-out questions answered greedily."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ def evaluate(
     questions: list[data.Question],
     config: Config,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return scores: held-out loss and perplexity, and the share of questions answered exactly.
+    """Return scores, and samples of the model's answers.
 
-    Of pairs the loss is that of the pairs, with their rewards beside it, and no perplexity.
+    The scores are held-out loss and perplexity, and the share of questions answered exactly. For
+    preference pairs the loss is that of the pairs; the scores have their rewards, and no
+    perplexity.
 
-    And the first `train.eval_samples` questions as they were answered, records for
-    `MetricsLog.write_samples`. An answer is what the final channel says, or all that was sampled
-    where it never came to it.
+    The samples are the first `train.eval_samples` questions with their answers, as records for
+    `MetricsLog.write_samples`. An answer is the text of the final channel, or all sampled text if
+    the model never reached that channel.
     """
-    # One after the other, as CPUs of several processes need it: see `checksums`.
+    # Fetch each result before the next batch starts. Several processes on CPUs may deadlock
+    # otherwise: see `runs/checksums.py`.
     objective = make_objective(config)
     measure = _measure(objective.held_out_loss)
     sums = [jax.device_get(measure(model, params, batch)) for batch in batches]
@@ -50,7 +53,8 @@ def evaluate(
         scores[f"held_out_{name}"] = sum(float(s[2][name]) for s in sums) / weight
     samples: list[dict[str, Any]] = []
     if questions:
-        # As training reads packed experts: relaid they would be there twice, beside its state.
+        # Read packed experts in the layout of training: a relaid copy would take memory beside the
+        # training state.
         sampler = Sampler(model, params, relay=False)
         encoding = tokenizer.get_tokenizer(config.model.vocab_size)
         right = 0
@@ -59,8 +63,8 @@ def evaluate(
             out = sampler.generate(
                 [q.prompt for q in some], max_tokens=config.train.eval_max_tokens, temperature=0.0
             )
-            said = [_final_text(ids, encoding) for ids in out.tokens]
-            for q, ids, text in zip(some, out.tokens, said, strict=True):
+            answers = [_final_text(ids, encoding) for ids in out.tokens]
+            for q, ids, text in zip(some, out.tokens, answers, strict=True):
                 ok = text == q.answer.strip()
                 right += ok
                 if len(samples) < config.train.eval_samples:
@@ -78,9 +82,9 @@ def evaluate(
 
 @cache
 def _measure(loss: Loss) -> Callable[..., Any]:
-    """Return a jitted function of (model, params, batch): sums of loss, weight, and what is beside.
+    """Return a jitted function of (model, params, batch) that gives the sums nll, weight and extra.
 
-    One for each loss, so that it is compiled once.
+    The cache has one function for each loss, so that each is compiled once.
     """
 
     def run(model: Transformer, params: Params, batch: Batch) -> Any:
@@ -91,13 +95,13 @@ def _measure(loss: Loss) -> Callable[..., Any]:
 
 
 def _final_text(ids: list[int], encoding: Any) -> str | None:
-    """Return what sampled ids say in the final channel, None if they never come to it."""
+    """Return the text of the final channel in sampled ids, or None if they never reach it."""
     final = [m.content for m in harmony.parse(ids, encoding) if m.header.channel == "final"]
     return final[-1].strip() if final else None
 
 
 def _last_user_text(prompt: list[int], encoding: Any) -> str:
-    """Return what the user said last in a prompt; all of the prompt if no user said anything."""
+    """Return the last user message of a prompt, or the whole prompt if it has none."""
     read = harmony.parse(prompt, encoding, after_prompt=False)
-    said = [m.content for m in read if m.header.role == "user"]
-    return said[-1] if said else tokenizer.decode(encoding, prompt)
+    texts = [m.content for m in read if m.header.role == "user"]
+    return texts[-1] if texts else tokenizer.decode(encoding, prompt)

@@ -1,15 +1,16 @@
-"""One training step that updates each layer in the backward pass, as soon as its gradient is there.
+"""One training step that updates each layer in the backward pass, as soon as its gradient is known.
 
-The forward pass keeps what goes into each layer. Then final norm and unembedding are differentiated
-and updated, and from the last layer to the first each one is run again, differentiated, updated,
-and written into its place in the stacks of parameters and optimizer state, which are donated; last
-comes the embedding. So gradients exist of one such part at a time, never of the whole model (as in
-LOMO, Lv et al. 2023, arXiv:2306.09782, here with any optimizer).
+The model has these parts: the embedding, each layer, and the head (final norm and unembedding). The
+forward pass keeps the input of each layer. Then the step differentiates and updates the head, each
+layer from the last to the first, and the embedding. It recomputes a layer from its input, and
+writes the updated layer into its place in the stacks of parameters and optimizer state, which are
+donated. So gradients exist for one part at a time, never for the whole model (as in LOMO, Lv et al.
+2023, arXiv:2306.09782, here with any optimizer).
 
-What it costs: a part is gone before the gradient of the next is known, so nothing can be decided by
-the gradient of the whole. Each part is clipped by its own norm, and a step can't be skipped.
+The price: a part is updated before the gradient of the next part is known, so nothing can depend on
+the gradient of the whole model. Each part is clipped by its own norm, and no step can be skipped.
 
-That the stacks are written in place is so in what XLA compiles for GPUs; for CPUs it copies them.
+XLA writes the stacks in place when it compiles for GPUs; for CPUs it copies them.
 """
 
 from __future__ import annotations
@@ -46,33 +47,33 @@ def make_layerwise_step(
     frozen_paths: Collection[str] = (),
     total: Callable[[Batch], Float[Array, ""]] = trained_weight,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Return the jitted `step(state, batch) -> (state, metrics)`; the state given is used up.
+    """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
-    Does what `step.make_train_step` does, whose state this is too, with these differences.
-    `clip_norm` holds for each layer by itself, for the embedding, and for final norm and
-    unembedding together; `grad_norm` is that of all, before clipping. Every layer is run again in
-    the backward pass. Random bits of stochastic rounding are drawn for each of these parts.
+    It does the same as `step.make_train_step`, with the same state, except for this: `clip_norm`
+    applies to each part by itself (the embedding, a layer, the head); `grad_norm` is the norm over
+    all parts, before clipping; the backward pass recomputes every layer; stochastic rounding draws
+    random bits for each part.
 
     Args:
         model: A `Transformer` without adapters.
-        optimizer: What `make_optimizer` makes; of its state this goes through.
-        loss_fn: Sums of a batch from one call of `forward`.
-        factors: On the learning rate of each parameter, as given to the optimizer.
-        frozen_paths: What is not trained at all.
-        total: What a batch's `LossSums.weight` will come to.
+        optimizer: An optimizer of `make_optimizer`: the step relies on the form of its state.
+        loss_fn: Returns the sums of a batch, and calls `forward` once.
+        factors: Factors on the learning rate of each parameter, as given to the optimizer.
+        frozen_paths: Parameters that are not trained.
+        total: Returns the value that `LossSums.weight` of a batch will have.
 
     Raises:
-        UserError: the mesh that is set has several devices.
+        UserError: the current mesh has several devices.
     """
     if mesh.current() is not None:
         raise UserError(
-            "optimizer.fused is for one device, and the mesh has several: spread the state by "
-            "mesh.fsdp without it"
+            "optimizer.fused is for one device, and the mesh has several: leave optimizer.fused "
+            "out, and shard the state over mesh.fsdp"
         )
     update = optax.with_extra_args_support(optimizer).update
 
     def apply(params: Params, grads: Params, state: Any, **extra: Any) -> tuple[Params, Any]:
-        """Return a part of the parameters, and the optimizer's state of it, after the update."""
+        """Update a part of the parameters; return it and its part of the optimizer state."""
         with jax.named_scope("optimizer"):
             updates, state = update(grads, state, params, **extra)  # pyright: ignore[reportArgumentType]
             return optax.apply_updates(params, updates), state  # pyright: ignore[reportReturnType, reportArgumentType]
@@ -96,7 +97,7 @@ def _step(
     factors: Params,
     weight: Float[Array, ""],
 ) -> tuple[TrainState, StepMetrics]:
-    """Take the step: `apply` updates a part, `weight` is what the loss is divided by."""
+    """Take the step. `apply` updates a part; the loss is divided by `weight`."""
     c = model.config
     layerwise = model.layerwise
     sequence = layerwise.sequence(c, batch)
@@ -140,10 +141,10 @@ def _step(
 
 
 def _compiler_options() -> dict[str, str] | None:
-    """Keep XLA for GPUs from computing things again to save memory: it counts what it saves wrong.
+    """Turn off XLA's rematerialization on GPUs, because it overestimates the memory of this step.
 
-    A stack that is updated in place counts as one more, so it takes the step for far too large, and
-    makes the update of each stack three times.
+    It counts a stack that is updated in place as one more array. So it takes the step for far too
+    large, and recomputes the update of each stack: three times in all.
     """
     if chips.current().platform != "gpu":
         return None
@@ -151,7 +152,7 @@ def _compiler_options() -> dict[str, str] | None:
 
 
 def largest_part(gradients: dict[str, int], *, num_layers: int) -> int:
-    """Return the bytes of gradients that there are at once, of those of all parameters by path."""
+    """Return the most gradient bytes that exist at once. `gradients` has the bytes of each path."""
     parts: dict[str, int] = dict.fromkeys(("embedding", "layers", "head"), 0)
     for path, size in gradients.items():
         root = path.partition("/")[0]
@@ -160,7 +161,7 @@ def largest_part(gradients: dict[str, int], *, num_layers: int) -> int:
 
 
 class _Tail(NamedTuple):
-    """The model after its layers: what a loss function calls `forward` of."""
+    """The model after its layers. The loss function gets it as its model and calls `forward`."""
 
     model: Any
     x: Float[Array, "B T D"]
@@ -172,7 +173,7 @@ class _Tail(NamedTuple):
         return self.model.config
 
     def forward(self, params: Params, tokens: Int[Array, "B T"], **_: Any) -> Output:
-        """Return the hidden states of the batch that went through the layers."""
+        """Return the hidden states of the batch, whose layers have already run."""
         if tokens.shape != self.x.shape[:2]:
             raise ValueError("the loss runs the model on other tokens than the batch's")
         hidden = self.model.layerwise.final_norm(self.model.config, params["final_norm"], self.x)
@@ -182,7 +183,7 @@ class _Tail(NamedTuple):
 def _loss(
     model: Any, loss_fn: Callable, at: Any, *, params: Params, batch: Batch, weight: Array
 ) -> tuple[Array, LossSums, Any]:
-    """Return loss, sums and gradients in (head, residual stream, router statistics)."""
+    """Return the loss, its sums, and the gradients by head, residual stream and router stats."""
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     per_weight = jnp.where(weight == 0, 0.0, 1 / weight)
     per_token = jnp.where(tokens == 0, 0.0, 1 / tokens)
@@ -198,28 +199,28 @@ def _loss(
 
 
 class _Layers:
-    """The stacks of all layers: parameters, what of them is trained, and the optimizer's state."""
+    """The stacks of all layers: parameters, the trained ones among them, and optimizer state."""
 
     def __init__(self, model: Any, layers: Params, part: Params, opt_state: Any, sequence: Any):
-        """Take `layers` of the parameters, and {"layers": ...} of what is trained of them."""
+        """Take the branch `layers` of all parameters, and {"layers": ...} of the trained ones."""
         self.config, self.part, self.sequence = model.config, part, sequence
         self.layerwise = model.layerwise
         self.layers = layers
         self.frozen = _without(layers, part.get("layers", {}))
         self.is_trained = bool(part)
         leaves, self.tree = jax.tree_util.tree_flatten_with_path((part, opt_state))
-        # What has an axis of layers, and what belongs to all: counts, rates, keys.
+        # Stacks have an axis of layers. All layers share the other leaves: counts, rates, keys.
         self.is_stack = [x.ndim > 0 and "/layers/" in f"/{path_name(path)}/" for path, x in leaves]
         self.stacks = [x for (_, x), flag in zip(leaves, self.is_stack, strict=True) if flag]
         self.shared = [x for (_, x), flag in zip(leaves, self.is_stack, strict=True) if not flag]
 
     def run(self, params: Params, x: Array, *, kind: int) -> tuple[Array, dict[str, Array]]:
-        """Run one layer, of a kind of the period."""
+        """Run one layer; `kind` is its index within the period of the layer pattern."""
         window = self.config.layer_windows[kind]
         return self.layerwise.layer(self.config, params, x, sequence=self.sequence, window=window)
 
     def forward(self, x: Array) -> tuple[Array, Any, dict[str, Array]]:
-        """Run all layers; return the residual stream, what went into each, and statistics [L]."""
+        """Run all layers; return the residual stream, the input of each, and statistics [L]."""
         c = self.config
 
         def several(x: Array, first: Any, count: int) -> tuple[Array, Any]:
@@ -243,7 +244,7 @@ class _Layers:
     def backward(
         self, d_x: Array, inputs: Any, stats: Any, d_stats: Any, *, apply: Callable, factors: Params
     ) -> list[Any]:
-        """Go back through all layers, each updated; return d_x, and (part, state) if trained."""
+        """Go back through all layers, update each, and return d_x, and (part, state) if trained."""
         firsts, inputs, last = inputs
 
         def one(carry: Any, i: Array, x: Array, *, kind: int) -> Any:
@@ -283,11 +284,11 @@ class _Layers:
         return [d_x, (part, _set_norm(opt_state, jnp.sqrt(squares)))]
 
     def _take(self, stacks: list[Array], i: Array) -> Any:
-        """Cut layer `i` out, with an axis of layers of 1, so that paths and axes are as they were.
+        """Cut layer `i` out. The axis of layers stays, with size 1, so paths and axes are the same.
 
-        What belongs to all is as it was before the step: all layers are updated by one count.
+        Shared leaves have their values from before the step: all layers are updated with one count.
         """
-        # Cut out once: read in several places, a stack may be copied before it is written.
+        # Cut out once: if several places read a stack, XLA may copy it before writing to it.
         own = [jax.lax.dynamic_slice_in_dim(x, i, 1) for x in stacks]
         return self._fill(jax.lax.optimization_barrier(own), self.shared)
 
@@ -304,7 +305,7 @@ class _Layers:
 
 
 def _at_layer(factors: Params, i: Array) -> Params:
-    """Cut the factors of layer `i` out of those that differ between layers."""
+    """Cut out the factors of layer `i`, where factors differ between layers."""
 
     def of(factor: Any) -> Any:
         if np.ndim(factor) == 0 or factor.shape[0] == 1:
@@ -315,7 +316,7 @@ def _at_layer(factors: Params, i: Array) -> Params:
 
 
 def _without(tree: Params, part: Params) -> Params:
-    """Return the leaves that are not in a part of the tree."""
+    """Return the leaves of `tree` that are not in `part`."""
     kept: Params = {}
     for name, child in tree.items():
         if name not in part:
@@ -326,12 +327,12 @@ def _without(tree: Params, part: Params) -> Params:
 
 
 def _is_params(x: Any) -> bool:
-    """Say whether a node is a tree of parameters, or of what an optimizer keeps of each."""
+    """Say whether a node is a tree of parameters, or of optimizer state with the same paths."""
     return isinstance(x, dict) and not _ROOTS.isdisjoint(x)
 
 
 def _cut(tree: Any, roots: Collection[str]) -> Any:
-    """Return parameters, or a state that holds such trees, with these of their branches alone."""
+    """Keep only the branches `roots` of parameters, or of all such trees in an optimizer state."""
 
     def of(x: Any) -> Any:
         return {name: x[name] for name in roots if name in x} if _is_params(x) else x
@@ -340,9 +341,9 @@ def _cut(tree: Any, roots: Collection[str]) -> Any:
 
 
 def _join(whole: Any, parts: list[Any]) -> Any:
-    """Put parts that were cut out and updated back; what belongs to all is the last one's.
+    """Put updated parts back into `whole`. Shared leaves come from the last part.
 
-    The norm of the gradient is that of all parts.
+    The gradient norm becomes the norm over all parts.
     """
 
     def is_leaf(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The profile of a few training steps, for XProf: see docs/profiling.md."""
+"""Profile a few training steps, for XProf: see docs/profiling.md."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ STEP = "train"  # the name of a step's annotation in a trace
 class Window:
     """Records the steps that the config asks for, while the training loop runs.
 
-    `begin` and `end` go around each step and do nothing outside the window. A run that goes on
-    inside its window records what is left of it, one that ends inside it what there was. What goes
-    wrong in recording is printed; it never stops a run.
+    Call `begin` before and `end` after each step; outside the window they do nothing. A run that
+    resumes inside its window records the rest of it, and a run that ends inside it the steps so
+    far. An error in recording is printed; it never stops the run.
     """
 
     def __init__(self, config: TrainConfig, workdir: str | Path, console: Console) -> None:
@@ -33,7 +33,7 @@ class Window:
         self._step: Any = None
 
     def begin(self, step: int, state: Any) -> None:
-        """Start recording at the window's first step, once the device is through with `state`."""
+        """Start recording at the window's first step, after the device has computed `state`."""
         if self._running and step not in self._steps:  # the run went back to before its window
             jax.block_until_ready(state)
             self.close()
@@ -42,7 +42,7 @@ class Window:
         if not self._running:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it slows the host, and hides it under its frames
+            options.python_tracer_level = 0  # it slows the host, and its frames hide other events
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(str(self._folder), profiler_options=options)
@@ -55,9 +55,9 @@ class Window:
         self._step.__enter__()
 
     def end(self, step: int, state: Any) -> float:
-        """Stop after the window's last step, whose result is `state`, and say how to open it.
+        """Stop after the window's last step, whose result is `state`, and print how to open it.
 
-        Returns the seconds that writing the profile took: they are none of the step's.
+        Returns the seconds that writing the profile took, which do not count as the step's time.
         """
         if not self._running:
             return 0.0
@@ -70,9 +70,9 @@ class Window:
         return time.perf_counter() - began
 
     def close(self) -> None:
-        """Write what was recorded, if it was not yet: at the end of a run, however it ends.
+        """Write the recording, unless that is done. The loop calls it at the end, however it ends.
 
-        What the device has not done by then is not in it.
+        The profile lacks what the device has not done by then.
         """
         if not self._running:
             return

@@ -1,4 +1,4 @@
-"""From what steps measured to a record of the log."""
+"""Make a record of the log from the metrics of steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from gptoss_jax.training.step import StepMetrics
 
 
 class StepRecorder:
-    """Turns the steps since the last record into one: rates and shares over all, the rest of the
-    last. Of a mixture's sources it counts the tokens since the run began.
+    """Turns the metrics of the steps since the last record into one record.
+
+    Rates, shares and the objective's numbers are over all these steps; other values are those of
+    the last step. For each source of a mixture it counts the tokens since the run began.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class StepRecorder:
         log: list[dict[str, Any]],
         devices: int = 1,
     ) -> None:
-        """Go on with the counts of `log`, the records so far, of a run on so many devices."""
+        """Continue the counts of `log`, the records so far. `devices` is the number of devices."""
         self._config, self._sources = config, tuple(sources)
         self._peak = chips.peak_flops(config.train.peak_tflops, devices=devices)
         self._totals = {}
@@ -39,13 +41,15 @@ class StepRecorder:
     def record(
         self,
         done: list[StepMetrics],
-        told: Sequence[dict[str, float]] = (),
+        reported: Sequence[dict[str, float]] = (),
         *,
         seconds: float | None,
     ) -> dict[str, Any]:
-        """Return the record; `seconds` is what the steps took, None if that says nothing.
+        """Return the record of the steps `done`.
 
-        What the objective measured, and what it `told` of the batches, are means over the steps.
+        `seconds` is the time that the steps took, or None if it has no meaning (compilation).
+        `reported` has the objective's numbers about each batch. These, and what the objective
+        measured in the steps, are averaged over the steps.
         """
         m = done[-1]
         tokens = np.array([float(x.tokens) for x in done])
@@ -68,7 +72,7 @@ class StepRecorder:
         skipped = sum(not bool(x.finite) for x in done)
         if skipped:
             values["skipped_steps"] = skipped
-        for each in ([x.extra for x in done], told):
+        for each in ([x.extra for x in done], reported):
             names = {name: None for values_of in each for name in values_of}
             values |= {
                 name: _overall(name, [float(v[name]) for v in each if name in v]) for name in names
@@ -113,8 +117,11 @@ class StepRecorder:
 
 
 def _overall(name: str, values: list[float]) -> float:
-    """Return the mean over the steps that tell, or of a maximum the largest; NaN if none does."""
-    told = [x for x in values if not np.isnan(x)]
-    if not told:
+    """Return the mean of the values that are not NaN, or their maximum if the name ends in _max.
+
+    Without any such value return NaN.
+    """
+    known = [x for x in values if not np.isnan(x)]
+    if not known:
         return float("nan")
-    return max(told) if name.endswith("_max") else float(np.mean(told))
+    return max(known) if name.endswith("_max") else float(np.mean(known))

@@ -1,6 +1,6 @@
-"""What a config trains by, piece by piece: the step, the state that it starts from, expert load.
+"""Make the parts of a training run from its config: optimizer, step, first state, expert load.
 
-`train.py` calls these in order, and so does planning, for hardware that is not there.
+`train.py` calls these functions in order. Planning calls them too, for other hardware.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ LOAD_FILE = "expert_load.json"
 
 
 class Step(Protocol):
-    """A training step, jitted: it uses the state given up, and returns the next one."""
+    """A jitted training step, which donates the state and returns the next one."""
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Take the step."""
         ...
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
-        """Lower it, of arrays or of their shapes, as `jax.jit` does."""
+        """Lower the step for arrays or their shapes, as the `lower` of a jitted function does."""
         ...
 
 
@@ -64,7 +64,7 @@ def check_init_given(config: Config) -> None:
 
 
 def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Refuse a mesh that leaves a process out, or that the batch does not divide over.
+    """Refuse a mesh that leaves a process out, or over which the batch does not divide.
 
     Raises:
         UserError: with the sizes.
@@ -72,7 +72,7 @@ def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
     there = {device.process_index for device in mesh.devices.flat}
     if len(there) < processes.count():
         raise UserError(
-            f"{processes.count()} processes have {jax.device_count()} devices, the mesh is of "
+            f"{processes.count()} processes have {jax.device_count()} devices, but the mesh uses "
             f"{mesh.size}: --mesh.fsdp -1 uses all"
         )
     rows = config.data.batch_size // config.optimizer.accumulate
@@ -80,7 +80,7 @@ def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_same_data(fingerprint: dict[str, Any]) -> None:
-    """Refuse data that differ between the hosts. Raises UserError."""
+    """Refuse data that differ between processes. Raises UserError."""
     first = processes.from_first(lambda: fingerprint)
     differences = data.differences(first, fingerprint)
 
@@ -95,7 +95,7 @@ def check_same_data(fingerprint: dict[str, Any]) -> None:
 
 
 def optimizer_of(config: Config, factors: Params) -> optax.GradientTransformationExtraArgs:
-    """Make the optimizer of a config; `factors` are those of `lora.select.masks`."""
+    """Make the optimizer of a config. `factors` are what `lora.select.masks` returns."""
     return make_optimizer(
         config.optimizer,
         config.train.steps,
@@ -113,11 +113,11 @@ def make_step(
     *,
     factors: Params,
 ) -> Step:
-    """Make the step of a config: `training/step.py`'s, or `layerwise_step.py`'s if it is fused.
+    """Make the step of a config: by `layerwise_step.py` if it is fused, else by `step.py`.
 
     Raises:
-        UserError: `optimizer.fused` on a mesh of several devices, or an embedding that is on the
-            host and trained.
+        UserError: `optimizer.fused` on a mesh of several devices, or an embedding table on the
+            host that is trained.
     """
     common: dict[str, Any] = {
         "total": objective.total,
@@ -148,9 +148,9 @@ def first_state(
     *,
     factors: Params,
 ) -> TrainState:
-    """Make the state before the first step, from parameters, or from random ones if None.
+    """Make the state before the first step, from `params`, or from random parameters if None.
 
-    Adapters, and parameters of one's own, that the model has and the tree lacks are new ones.
+    It initialises the adapters, and the parameters of the user's own model, that `params` lacks.
     """
     if params is not None:
         params = add_missing(model, params, seed=config.train.seed)
@@ -172,10 +172,10 @@ def abstract_state(
     *,
     factors: Params,
 ) -> TrainState:
-    """Return the shapes of the first state, spread over the mesh that is set, if there is one.
+    """Return the shapes of the first state, sharded over the current mesh if there is one.
 
     Raises:
-        UserError: a parameter that the mesh does not divide.
+        UserError: the mesh does not divide an axis of a parameter.
     """
     make = partial(first_state, config, model, optimizer, factors=factors)
     state = jax.eval_shape(make, None)
@@ -187,14 +187,14 @@ def abstract_state(
 
 
 def describe_trained(model: Transformer, factors: Params) -> list[str]:
-    """Return lines that say which parameters are trained, if not all are, and alike."""
+    """Return lines that say which parameters are trained; none if all are, at the same rate."""
     if all(np.all(factor == 1) for factor in jax.tree.leaves(factors)):
         return []
     return ["trained", *patterns.describe(model.abstract_params(), factors)]
 
 
 def check_patterns(config: Config, model: Transformer) -> None:
-    """Refuse patterns that say nothing about the model, before anything is read or measured."""
+    """Refuse patterns that match nothing in the model, before anything is read or measured."""
     even = np.ones((config.model.num_layers, config.model.num_experts))
     select.masks(model.abstract_params(), config.model, config.optimizer, load=even)
 
@@ -208,14 +208,14 @@ def load_for_patterns(
     workdir: Path,
     resuming: bool,
 ) -> Float[np.ndarray, "L E"] | None:
-    """Return the load that patterns choose experts by; None if none does.
+    """Return the experts' load if a pattern chooses experts by it, else None.
 
-    Measured over the first `train.load_batches` batches of the data with the parameters that
-    training begins with (None: random ones), but for `init_adapters`, and kept in the workdir by
-    `keep_load`: a run that goes on has the same experts.
+    A new run measures it over the first `train.load_batches` batches, with the parameters that
+    training starts from (`params`, or random ones if None), without `init_adapters`. `keep_load`
+    stores it in the workdir, where a run that resumes reads it, to train the same experts.
 
     Raises:
-        UserError: the run goes on, and the file is not there or damaged.
+        UserError: the run resumes, and the file is missing or damaged.
     """
     if not select.needs_load(config.model, config.optimizer):
         return None

@@ -1,8 +1,8 @@
-"""The loss-spike policy: which steps are spikes, and which batches are left out because of them.
+"""The loss-spike policy: decide which steps are spikes, and which batches to leave out.
 
-With `train.on_spike="rewind"` a run goes back from a spike to its last checkpoint and on from there
-without the batch that showed it. What is remembered for that goes into each checkpoint, so that a
-run that was interrupted sees the same spikes and leaves out the same batches.
+With `train.on_spike="rewind"` a run that meets a spike goes back to its last checkpoint, and
+continues from there without the batch that caused the spike. Each checkpoint holds the state of the
+policy, so that a resumed run sees the same spikes and leaves out the same batches.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.training.step import StepMetrics
 from gptoss_jax.types import Batch
 
-LEAST = 10  # losses that a median is taken of; fewer where spike_window is less
+LEAST = 10  # fewest losses that a median is taken of; spike_window if that is less
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A step whose loss is no number or far too high."""
+    """A step whose loss or gradient norm is not finite, or whose loss is far too high."""
 
     step: int
-    batch: int  # of the data's batches, counted from 1
+    batch: int  # index among the batches of the data, from 1
     why: str
 
 
 class SpikeGuard:
-    """Counts batches, leaves out those that showed a spike, and finds spikes.
+    """Finds spikes, counts batches, and leaves out the batches that caused a spike.
 
-    `rewinds` is how often the run went back, `skipped` the batches left out.
+    `rewinds` counts how often the run went back; `skipped` lists the batches that are left out.
     """
 
     def __init__(self, config: TrainConfig, state: dict[str, Any], *, step: int) -> None:
-        """Go on from the `state` of a checkpoint of `step`; {} is that of a run without any."""
+        """Continue from `state`, which the checkpoint of `step` holds; {} if there is none."""
         self._config = config
         self.is_on = config.on_spike == "rewind"
         self.rewinds: int = state.get("rewinds", 0)
         self.skipped: list[int] = list(state.get("skipped", []))
-        self._go_on(state, step)
+        self._restore(state, step)
 
-    def _go_on(self, state: dict[str, Any], step: int) -> None:
-        # Without the policy a run takes as many batches as it makes steps.
+    def _restore(self, state: dict[str, Any], step: int) -> None:
+        # A run without the policy takes one batch per step.
         self._taken: int = state.get("taken", step)
         self._recent: list[float] = list(state.get("recent", []))
-        self._unread: list[int] = []  # batches of the steps that `find` has not seen
+        self._unread: list[int] = []  # batches of steps that `find` has not seen yet
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: JSON-able, of the steps that `find` has seen."""
+        """Return the state for a checkpoint, JSON-able, after the steps that `find` has seen."""
         return {
             "taken": self._taken,
             "recent": self._recent,
@@ -59,7 +59,7 @@ class SpikeGuard:
         }
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Take the next batch that is not to be left out."""
+        """Return the next batch that is not left out."""
         while True:
             batch = next(batches)
             self._taken += 1
@@ -68,10 +68,11 @@ class SpikeGuard:
                 return batch
 
     def find(self, done: Sequence[StepMetrics], *, step: int) -> Spike | None:
-        """Look at the steps since the last call, of which `step` is the last; return a first spike.
+        """Return the first spike among the steps `done` since the last call, or None.
 
-        A spike is a loss or gradient norm that is not finite, or a loss above `spike_factor` times
-        the median of the `spike_window` losses before it, once there are 10 (or `spike_window`).
+        `step` is the last of them. A spike is a loss or gradient norm that is not finite, or a loss
+        above `spike_factor` times the median of the `spike_window` losses before it, once there are
+        10 such losses (or `spike_window`, if that is less).
         """
         taken, self._unread = self._unread, []
         if not self.is_on:
@@ -101,14 +102,14 @@ class SpikeGuard:
 
     @property
     def may_rewind(self) -> bool:
-        """Whether `train.max_rewinds` allows one more."""
+        """Whether `train.max_rewinds` allows one more rewind."""
         return self.rewinds < self._config.max_rewinds
 
     def rewind(self, spike: Spike, state: dict[str, Any], *, step: int) -> None:
-        """Go on from the `state` of the checkpoint of `step`, from now on without a batch.
+        """Continue from `state`, which the checkpoint of `step` holds, without the spike's batch.
 
-        The count of rewinds and the batches left out stay: that checkpoint may be older than they.
+        `rewinds` and `skipped` are kept, not restored: the checkpoint may be older than they are.
         """
         self.rewinds += 1
         self.skipped = sorted({*self.skipped, spike.batch})
-        self._go_on(state, step)
+        self._restore(state, step)

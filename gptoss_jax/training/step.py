@@ -24,17 +24,18 @@ from gptoss_jax.types import Batch, Params, RouterStats, TrainState
 
 @struct.dataclass
 class StepMetrics:
-    """What one step measured, float32, over the whole global batch."""
+    """The metrics of one step, in float32, over the global batch."""
 
-    loss: Float[Array, ""]  # nats a trained token, weighted
+    loss: Float[Array, ""]  # nats per trained token, weighted
     trained: Float[Array, ""]  # sum of the targets' weights
     tokens: Float[Array, ""]  # tokens that are not padding
     grad_norm: Float[Array, ""]  # before clipping
-    learning_rate: Float[Array, ""]  # NaN if the optimizer does not tell
+    learning_rate: Float[Array, ""]  # NaN if the optimizer does not report it
     router: RouterStats
-    finite: Bool[Array, ""]  # loss and gradient are
-    by_source: SourceSums | None = None  # of a mixture's sources
-    extra: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)  # of the objective
+    finite: Bool[Array, ""]  # whether loss and gradient are finite
+    by_source: SourceSums | None = None  # for each source of a mixture
+    # Further numbers of the objective.
+    extra: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
 
 
 def init_state(
@@ -46,10 +47,10 @@ def init_state(
     frozen_paths: Collection[str] = (),
     average: bool = False,
 ) -> TrainState:
-    """Make the state before the first step; random parameters from the seed where none are given.
+    """Make the state before the first step, with random parameters if `params` is None.
 
     The same seed gives the same state. `frozen_paths` are not trained. With `average` the state has
-    a float32 average of the trained parameters, which starts as these.
+    a float32 moving average of the trained parameters, which starts as a copy of them.
     """
     key = jax.random.split(jax.random.key(seed))[1]
     params = init_params(model, seed=seed) if params is None else params
@@ -59,13 +60,13 @@ def init_state(
         return sharding.constrain_tree(optimizer.init(trainable))  # pyright: ignore[reportArgumentType]
 
     opt_state = jax.jit(init)(trainable)
-    # Copied, since the step gives up the parameters and the average, each for itself.
+    # A copy, because the step donates the parameters and the average separately.
     ema = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable) if average else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, ema)  # pyright: ignore[reportArgumentType]
 
 
 def averaged_params(state: TrainState) -> Params:
-    """Return what is evaluated: the averaged parameters, in their dtypes, where there are any."""
+    """Return the parameters to evaluate: their moving average, in their dtypes, if there is one."""
     params = host_embedding.on_device(state.params)
     return params if state.ema is None else overlay(params, state.ema)
 
@@ -81,20 +82,22 @@ def make_train_step(
     ema: float = 0.0,
     total: Callable[[Batch], Float[Array, ""]] = trained_weight,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Return the jitted `step(state, batch) -> (state, metrics)`; the state given is used up.
+    """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
-    The batch's rows are split into `accumulate` microbatches that run one after the other; weights
-    are normalised over all of them, so the loss and its gradient are those of one big batch (of the
-    router losses only the balancing one is not: it is averaged over microbatches by tokens).
-    Gradients accumulate in float32. Packed weights and those at `frozen_paths` are passed through,
-    never differentiated. `ema` is the decay of the state's averaged parameters, if it has them.
-    `total` says what a whole batch's `LossSums.weight` will come to, before it is run.
+    The batch's rows are split into `accumulate` microbatches, which run one after the other. The
+    weights are normalised over all microbatches, so the loss and its gradient are those of one big
+    batch. The load-balancing loss of the routers is the one exception: it is a mean over
+    microbatches, weighted by their tokens. Gradients accumulate in float32. Packed weights and
+    those at `frozen_paths` are passed through and not differentiated. `ema` is the decay of the
+    state's averaged parameters, if it has them. `total` returns the value that `LossSums.weight` of
+    a whole batch will have, before the batch runs.
 
-    With `on_nan="skip"` a step whose loss or gradient is not finite leaves parameters and optimizer
-    as they were, and only counts; with "stop" the caller looks at `metrics.finite`.
+    With `on_nan="skip"`, a step whose loss or gradient is not finite leaves parameters and
+    optimizer state unchanged, but counts as a step. With "stop" the caller has to check
+    `metrics.finite`.
     """
 
-    update = optax.with_extra_args_support(optimizer).update  # some ask for the experts' load
+    update = optax.with_extra_args_support(optimizer).update  # some take the experts' load
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         trainable, frozen = split_trainable(state.params, frozen_paths)
@@ -104,7 +107,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = update(grads, state.opt_state, trainable, load=sums.router.load)  # pyright: ignore[reportArgumentType]
             new = optax.apply_updates(trainable, updates)  # pyright: ignore[reportArgumentType]
-            # Ours counts what is trained alone; another optimizer may not tell.
+            # The package's optimizer reports the norm over trained parameters; others may not.
             grad_norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
             if grad_norm is None:
                 grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
@@ -139,8 +142,8 @@ def _gradient(
     accumulate: int,
     total: Callable[[Batch], Float[Array, ""]],
 ) -> tuple[Float[Array, ""], LossSums, Params]:
-    """Return the loss, its sums and the gradient of the objective over all microbatches."""
-    # Known before any microbatch runs, so that each one's gradient is simply added.
+    """Return the loss, its sums and the gradient, over all microbatches."""
+    # The divisors are known before any microbatch runs, so gradients can simply be added.
     weight = total(batch)
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     per_weight = jnp.where(weight == 0, 0.0, 1 / weight)
@@ -148,7 +151,7 @@ def _gradient(
 
     def objective(trainable: Params, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
         sums = loss_fn(merge(trainable, frozen), batch)
-        # Averages become sums here, to be added; `tokens` divides them again below.
+        # Means become sums here, so that they can be added; `per_token` makes them means again.
         router = jax.tree.map(lambda x: x * sums.tokens, sums.router)
         return sums.nll * per_weight + sums.penalty * per_token, dataclasses.replace(
             sums, router=router

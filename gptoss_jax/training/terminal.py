@@ -1,4 +1,4 @@
-"""What a run says on the terminal: progress while it trains, and a summary at its end."""
+"""The terminal output of a run: progress while it trains, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gptoss_jax.training.step import StepMetrics
 
 
 class RunProgress:
-    """A bar on a terminal; elsewhere a plain line now and then."""
+    """Shows progress: a bar on a terminal, elsewhere about 20 plain lines in a run."""
 
     def __init__(self, console: Console, *, start: int, steps: int) -> None:
         self._console, self._steps = console, steps
         self._every = max(1, steps // 20)
-        self._start, self._said, self._began = start, start, time.perf_counter()
+        self._start, self._shown, self._began = start, start, time.perf_counter()
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -39,7 +39,7 @@ class RunProgress:
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Show a step's record."""
         text = f"loss {values['loss']:.4f}"
-        for name in ("reward", "reward_accuracy"):  # what GRPO and DPO are run for
+        for name in ("reward", "reward_accuracy"):  # what GRPO and DPO improve
             if name in values:
                 text += f"  {name.replace('_', ' ')} {values[name]:.3f}"
         if "tokens_per_second" in values:
@@ -49,17 +49,17 @@ class RunProgress:
         if values.get("skipped_steps"):
             text += f"  skipped {values['skipped_steps']} (not finite)"
         self._bar.update(self._task, completed=step, text=text)
-        due = step - self._said >= self._every or step == self._steps or step == self._start + 1
+        due = step - self._shown >= self._every or step == self._steps or step == self._start + 1
         if not self._console.is_terminal and due:
-            self._said = step
+            self._shown = step
             pace = (time.perf_counter() - self._began) / (step - self._start)
             left = duration(pace * (self._steps - step))
             self._line(f"step {step}/{self._steps}  {text}  left {left}")
 
     def say(self, step: int, scores: dict[str, Any]) -> None:
-        """Print an evaluation, which stays on the screen."""
+        """Print the scores of an evaluation as a line that stays on the screen."""
         text = f"step {step}/{self._steps}  held-out loss {scores['held_out_loss']:.4f}"
-        if "held_out_reward_accuracy" in scores:  # of pairs, whose loss is no likelihood
+        if "held_out_reward_accuracy" in scores:  # preference pairs: their loss is no likelihood
             text += f"  reward accuracy {scores['held_out_reward_accuracy']:.3f}"
             text += f"  margin {scores['held_out_reward_margin']:.3f}"
         else:
@@ -69,9 +69,9 @@ class RunProgress:
         self._line(text, style="bold")
 
     def go_back(self, step: int, text: str) -> None:
-        """Print why the run goes on from an earlier step, and count from there."""
+        """Print why the run goes back to an earlier step, and count from that step."""
         self._line(text, style="bold")
-        self._start, self._said, self._began = step, step, time.perf_counter()
+        self._start, self._shown, self._began = step, step, time.perf_counter()
         self._bar.update(self._task, completed=step, text="going on")
 
     def stop(self) -> None:
@@ -83,14 +83,14 @@ class RunProgress:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as m:ss, or h:mm:ss."""
+    """Format seconds as m:ss, or h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def give_up(spike: Spike, workdir: Path, *, max_rewinds: int) -> None:
-    """Say which step was a spike too many, and exit with 1."""
+    """Print which step was one spike too many, and exit with 1."""
     _say_error(
         f"step {spike.step} is a spike: {spike.why}; the run went back "
         f"{max_rewinds} times already (train.max_rewinds); the newest checkpoint is of step "
@@ -100,7 +100,7 @@ def give_up(spike: Spike, workdir: Path, *, max_rewinds: int) -> None:
 
 
 def fail(step: int, m: StepMetrics, workdir: Path) -> None:
-    """Say which step was not finite, and exit with 1."""
+    """Print at which step the loss or gradient was not finite, and exit with 1."""
     what = "loss" if not math.isfinite(m.loss) else "gradient"
     kept = records.steps(workdir)
     since = f"the newest checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
@@ -117,19 +117,19 @@ def _say_error(text: str) -> None:
 
 
 def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> None:
-    """Draw the curves, and say where everything lies."""
+    """Write the report and the curves, and print where all files of the run are."""
     page, curves = report.write([workdir]), metrics.plot(workdir)
     kept, best = records.steps(workdir), records.best_step(workdir)
     record = records.newest_record(workdir)
     source = None if record is None else record.model_source
-    of_own = "" if source is None else f" --config {source.file}"  # which builds the model
+    own_model = "" if source is None else f" --config {source.file}"
     lines = {
         "report": page,
         "curves": curves,
         "metrics": workdir / metrics.FILE,
         "tensorboard": workdir / "tensorboard",
         "checkpoints": f"{workdir / records.FOLDER}, steps {', '.join(map(str, kept))}",
-        "sample": f"python -m gptoss_jax.sample --checkpoint {workdir}{of_own} --prompt TEXT",
+        "sample": f"python -m gptoss_jax.sample --checkpoint {workdir}{own_model} --prompt TEXT",
     }
     lines["go on"] = "the same command, with a larger --train.steps once it is complete"
     if best:
@@ -138,4 +138,4 @@ def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> 
         lines["time"] = duration(seconds)
     console.print()
     for name, text in lines.items():
-        console.print(f"{name:<12}{text}", soft_wrap=True)  # paths are not to be broken
+        console.print(f"{name:<12}{text}", soft_wrap=True)  # never break a path
