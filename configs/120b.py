@@ -2,8 +2,8 @@
 
     python -m gptoss_jax.train --config configs/120b.py --init DIR --data.train FILE
 
-Hardware: 16 bytes a parameter are 1.87 TB, so 16 H200, 32 v5p or 64 v6e. Result: whatever your data
-teaches.
+Hardware: 16 bytes per parameter are 1.87 TB, so 16 H200, 32 v5p or 64 v6e. Result: it depends on
+your data.
 """
 
 from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

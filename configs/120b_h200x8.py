@@ -2,12 +2,12 @@
 
     python -m gptoss_jax.train --config configs/120b_h200x8.py --init DIR --data.train FILE
 
-Adafactor has no first moment and keeps the second as rows and columns; parameters have no float32
-copy and are rounded by chance: 2 bytes a parameter, and 2 of its gradient.
+Adafactor has no first moment and keeps the second as rows and columns. Parameters have no float32
+copy; updates are rounded stochastically. So a parameter takes 2 bytes, and its gradient 2.
 
 Hardware: h200:8. `python -m gptoss_jax.plan --config configs/120b_h200x8.py --target h200:8` says
-63.7 of 139.4 GiB a GPU: parameters 27.2, gradients as much, and 9.3 of activations and of the
-update. Result: whatever your data teaches.
+63.7 of 139.4 GiB per GPU: parameters 27.2, gradients 27.2, activations and the update 9.3.
+Result: it depends on your data.
 """
 
 from gptoss_jax.config import (

@@ -2,15 +2,15 @@
 
     python -m gptoss_jax.train --config configs/120b_lora.py --init DIR --data.train FILE
 
-The base stays as it came, 4 bits an expert's weight, and takes no memory of the optimizer.
-Attention alone: --model.lora.targets attention --model.lora.rank 16.
+The base is frozen: the experts keep their 4-bit weights, and the base needs no optimizer state. To
+adapt attention only: --model.lora.targets attention --model.lora.rank 16.
 
-Hardware: one GPU of 80 GB or more. What a step takes, as compiled for an H200 (docs/plan.md), with
-the embedding table on the host (--model.embedding_on_host; 1.2 GB more without):
+Hardware: one GPU of 80 GB or more. Memory of a step, compiled for an H200 (docs/plan.md), with the
+embedding table on the host (--model.embedding_on_host; 1.2 GB more without):
 
-    attention alone, rank 16, rows of 1,024 tokens     66.9 GB
-    and experts, rank 8, rows of 1,024 tokens          76.0 GB
-    as it stands here, the table on the device         79.8 GB
+    attention only, rank 16, rows of 1,024 tokens         66.9 GB
+    attention and experts, rank 8, rows of 1,024 tokens   76.0 GB
+    this config as it is, with the table on the device    79.8 GB
 """
 
 from gptoss_jax.config import (
@@ -34,7 +34,7 @@ def get_config() -> Config:
             lora=LoRAConfig(targets=("attention", "experts"), rank=8, alpha=16.0),
         ),
         data=DataConfig(sequence_length=4096, batch_size=1),
-        # Ten times the learning rate of full tuning, and no decay: what is small stays so.
+        # Ten times the learning rate of full fine-tuning; no weight decay, as adapters stay small.
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20, weight_decay=0.0),
         train=TrainConfig(steps=1000),
     )

@@ -3,8 +3,8 @@
     python -m gptoss_jax.train --config configs/120b_v5p_4x4x4.py --init DIR --data.train FILE
 
 Hardware: v5p:4x4x4. `python -m gptoss_jax.plan --config configs/120b_v5p_4x4x4.py --target
-v5p:4x4x4` says 40.1 of 95.7 GiB a chip: parameters 3.4, moments and float32 copies 20.5, gradients
-3.4, the rest activations and what is gathered. Result: whatever your data teaches.
+v5p:4x4x4` says 40.1 of 95.7 GiB per chip: parameters 3.4, moments and float32 copies 20.5,
+gradients 3.4; the rest is activations and gathered arrays. Result: it depends on your data.
 """
 
 from gptoss_jax.config import (

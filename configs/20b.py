@@ -2,8 +2,8 @@
 
     python -m gptoss_jax.train --config configs/20b.py --init DIR --data.train FILE
 
-Hardware: 16 bytes a parameter are 335 GB, so 4 H200, 32 v5e, 4 v5p or 16 v6e; shrunk by overrides
-(--model.num_layers 2 ...) it runs anywhere. Result: whatever your data teaches.
+Hardware: 16 bytes per parameter are 335 GB, so 4 H200, 32 v5e, 4 v5p or 16 v6e. With overrides that
+shrink the model (--model.num_layers 2 ...) it runs anywhere. Result: it depends on your data.
 """
 
 from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

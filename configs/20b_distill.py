@@ -1,11 +1,12 @@
-"""gpt-oss-20b learns from gpt-oss-120b on the user's chats: both packed, adapters alone trained.
+"""gpt-oss-20b learns from gpt-oss-120b on the user's chats: only adapters train, both are packed.
 
     python -m gptoss_jax.train --config configs/20b_distill.py --init DIR --data.train FILE \\
         --objective.distill.teacher DIR_OF_120B
 
-Hardware: one H200: compiled for it, the student's step takes 19.1 GiB, and the teacher is held
-beside it, 61 GiB more. Not run on a GPU. What it teaches is in the tokens of FILE that
-data.train_on names: have it answer the questions first (`gptoss_jax.sample`) to teach its answers.
+Hardware: one H200. Compiled for it, the student's step takes 19.1 GiB; the teacher stays in memory
+beside it and takes 61 GiB more. Not run on a GPU. The student learns on the tokens of FILE that
+data.train_on selects. To teach the teacher's own answers, have it answer the questions first
+(`gptoss_jax.sample`).
 """
 
 from gptoss_jax.config import (

@@ -1,11 +1,11 @@
-"""gpt-oss-20b, direct preference optimisation by adapters over the packed MXFP4 weights.
+"""gpt-oss-20b, direct preference optimisation of adapters over the packed MXFP4 weights.
 
     python -m gptoss_jax.train --config configs/20b_dpo.py --init DIR --data.train FILE
 
-FILE has a pair a line: {"prompt": [messages], "chosen": TEXT or [messages], "rejected": ...}. The
-reference is the model of --init, its adapters switched off: a second copy of it is nowhere. A step
-costs one forward pass more than configs/20b_lora.py's. Hardware: one GPU of 24 GB; compiled for an
-H200, a step takes 15.0 GiB. Not run on a GPU.
+FILE has one pair per line: {"prompt": [messages], "chosen": TEXT or [messages], "rejected": ...}.
+The reference is the model of --init, with the adapters switched off: there is no second copy of the
+model. A step costs one forward pass more than that of configs/20b_lora.py. Hardware: one GPU of
+24 GB; compiled for an H200, a step takes 15.0 GiB. Not run on a GPU.
 """
 
 from gptoss_jax.config import (
@@ -29,7 +29,7 @@ def get_config() -> Config:
             lora=LoRAConfig(targets=("attention",), rank=16, alpha=32.0),
         ),
         objective=ObjectiveConfig(name="dpo", dpo=DPOConfig(beta=0.1)),
-        # 16 rows a step, one after the other: a row holds both sides of one pair, or of several.
+        # 16 rows per step, one after the other. A row holds both answers of one or several pairs.
         data=DataConfig(sequence_length=4096, batch_size=16),
         optimizer=OptimizerConfig(
             learning_rate=2e-5, warmup_steps=20, weight_decay=0.0, accumulate=16

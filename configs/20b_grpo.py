@@ -1,15 +1,15 @@
-"""gpt-oss-20b, GRPO on attention's adapters, over the packed MXFP4 weights.
+"""gpt-oss-20b, GRPO on adapters of attention, over the packed MXFP4 weights.
 
     python -m gptoss_jax.train --config configs/20b_grpo.py --init DIR --data.train FILE \
         --objective.grpo.reward FILE.py
 
-Chats whose answers a Python function judges: see docs/grpo.md. A step asks 8 questions 8 times
-each; answers have up to 3,072 tokens, questions the rest of 4,096.
+FILE has chats as questions; a Python function judges the answers: see docs/grpo.md. A step asks
+8 questions, 8 times each. Answers have up to 3,072 tokens, questions the rest of 4,096.
 
 Hardware: one GPU of 48 GB or more. Compiled for an H200 (python -m gptoss_jax.plan), the training
-step takes 18.5 GiB and decoding 64 answers 20.3 GiB; packed experts are kept in two orders, which
-adds 9.5 GiB to both. Reading the questions takes more the longer they are. By the data sheet a step
-of full rows trains in 8 s or more and 3,072 tokens decode in 12 s or more. Not run on a GPU.
+step takes 18.5 GiB and decoding 64 answers 20.3 GiB. Packed experts are kept in two layouts, which
+adds 9.5 GiB to both. Prefill takes more memory for longer questions. By the data sheet, training on
+full rows takes at least 8 s per step, and decoding 3,072 tokens at least 12 s. Not run on a GPU.
 """
 
 from gptoss_jax.config import (
@@ -34,7 +34,7 @@ def get_config() -> Config:
         ),
         objective=ObjectiveConfig(
             name="grpo",
-            # The upper bound of DAPO, by which unlikely tokens may become likely.
+            # The upper clipping bound of DAPO, which lets unlikely tokens become likely.
             grpo=GRPOConfig(group_size=8, max_tokens=3072, clip_high=0.28),
         ),
         data=DataConfig(sequence_length=4096, batch_size=64, reasoning="low"),
@@ -45,6 +45,6 @@ def get_config() -> Config:
             weight_decay=0.0,
             accumulate=16,  # microbatches of 4 rows
         ),
-        # Answers to held-out questions take long, and there is no loss to compare with.
+        # Evaluate rarely: answers to held-out questions take long, and there is no loss to compare.
         train=TrainConfig(steps=200, eval_every=50, checkpoint_every=25, eval_max_tokens=3072),
     )

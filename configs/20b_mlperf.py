@@ -3,12 +3,12 @@
     python -m gptoss_jax.train --config configs/20b_mlperf.py --init random \\
         --data.train C4/train/*.parquet --data.held_out C4/validation/*.parquet
 
-Sequences of 8,192, AdamW with betas 0.9 and 0.95 and eps 1e-5, weight decay 0.1, weights drawn with
-a standard deviation of 0.008. What the recipe leaves to a submission is ours: batch, learning rate,
-warm-up, steps.
+The recipe: sequences of 8,192 tokens, AdamW with betas 0.9 and 0.95, eps 1e-5 and weight decay 0.1,
+initial weights with a standard deviation of 0.008. It leaves batch size, learning rate, warm-up and
+steps to a submission; those here are our choice.
 
 Hardware: v5p:2x2x4, 16 chips. `python -m gptoss_jax.plan --config configs/20b_mlperf.py --target
-v5p:2x2x4` says 32.3 of 95.7 GiB a chip, of which the state is 17.0. Result: not run.
+v5p:2x2x4` says 32.3 of 95.7 GiB per chip, 17.0 of them the training state. Result: not run.
 """
 
 from gptoss_jax.config import (

@@ -1,10 +1,11 @@
-"""gpt-oss-20b in full, every parameter, on one GPU: each layer is updated in the backward pass.
+"""gpt-oss-20b, full fine-tuning on one GPU: each layer is updated in the backward pass.
 
     python -m gptoss_jax.train --config configs/20b_one_gpu.py --init DIR --data.train FILE
 
-Parameters and both of AdamW's moments are bfloat16, rounded by chance, and gradients exist of one
-layer at a time (`gptoss_jax/training/layerwise_step.py`), by which they are clipped, too. Not with
-fused: meshes of several devices, optimizer.accumulate, optimizer.ema, train.on_nan skip, adapters.
+Parameters and both moments of AdamW are bfloat16; updates are rounded stochastically. Gradients
+exist for one layer at a time (`gptoss_jax/training/layerwise_step.py`), and are clipped per layer.
+optimizer.fused excludes meshes of several devices, optimizer.accumulate, optimizer.ema,
+train.on_nan skip and adapters.
 
 Hardware: one H200. Compiled for it, a step of 8,192 tokens takes 127.3 of 139.4 GiB, 116.9 of them
 parameters and moments: `python -m gptoss_jax.plan --config configs/20b_one_gpu.py --target h200`.

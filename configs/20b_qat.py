@@ -1,11 +1,11 @@
-"""gpt-oss-20b, LoRA on attention and every expert, made for export in MXFP4.
+"""gpt-oss-20b, LoRA on attention and every expert, trained for export in MXFP4.
 
     python -m gptoss_jax.train --config configs/20b_qat.py --init DIR --data.train FILE
 
-The experts compute with what MXFP4 makes of their packed weights and adapters together, so that
-folding the adapters in and writing 4 bits again loses nothing of what was trained. A layer's sum is
-formed in full. Hardware: one GPU of 80 GB; compiled for an H100, a step takes 43.2 GiB.
-All weights, on more of them: --model.experts dense --model.lora.targets.
+The experts compute with the sum of their packed weights and adapters, rounded to MXFP4. So merging
+the adapters and writing 4 bits again loses nothing that was trained. The sum exists in full for a
+layer at a time. Hardware: one GPU of 80 GB; compiled for an H100, a step takes 43.2 GiB. To train
+all weights, on more GPUs: --model.experts dense --model.lora.targets.
 """
 
 from gptoss_jax.config import (
@@ -28,7 +28,7 @@ def get_config() -> Config:
             lora=LoRAConfig(targets=("attention", "experts"), rank=8, alpha=16.0),
         ),
         data=DataConfig(sequence_length=4096, batch_size=1),
-        # Ten times the learning rate of full tuning, and no decay: what is small stays so.
+        # Ten times the learning rate of full fine-tuning; no weight decay, as adapters stay small.
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20, weight_decay=0.0),
         train=TrainConfig(steps=1000),
     )

@@ -3,9 +3,10 @@
     python -m gptoss_jax.train --config configs/20b_v5e_4x8.py --init DIR --data.train FILE
 
 Hardware: v5e:4x8. `python -m gptoss_jax.plan --config configs/20b_v5e_4x8.py --target v5e:4x8` says
-13.7 of 15.75 GiB a chip. With bfloat16 moments and no float32 copy (--optimizer.masters stochastic
---optimizer.moment-dtype bfloat16 --optimizer.second-moment-dtype bfloat16) half the chips do:
-v5e:4x4 with --mesh.fsdp 4 --data.batch-size 16, 13.8 GiB. Result: whatever your data teaches.
+13.7 of 15.75 GiB per chip. With bfloat16 moments and no float32 copy, half the chips are enough
+(--optimizer.masters stochastic --optimizer.moment-dtype bfloat16 --optimizer.second-moment-dtype
+bfloat16): v5e:4x4 with --mesh.fsdp 4 --data.batch-size 16 takes 13.8 GiB. Result: it depends on
+your data.
 """
 
 from gptoss_jax.config import (

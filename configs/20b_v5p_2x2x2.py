@@ -3,8 +3,8 @@
     python -m gptoss_jax.train --config configs/20b_v5p_2x2x2.py --init DIR --data.train FILE
 
 Hardware: v5p:2x2x2. `python -m gptoss_jax.plan --config configs/20b_v5p_2x2x2.py --target
-v5p:2x2x2` says 52.3 of 95.7 GiB a chip, of which the state is 34.1.
-Result: whatever your data teaches.
+v5p:2x2x2` says 52.3 of 95.7 GiB per chip, 34.1 of them the training state.
+Result: it depends on your data.
 """
 
 from gptoss_jax.config import (

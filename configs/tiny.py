@@ -2,8 +2,8 @@
 
     make demo        (or: python -m gptoss_jax.train --config configs/tiny.py)
 
-Hardware: any; about 3 minutes on two cores. Result: of the questions it never saw it answers none
-exactly at first, and 0.98 of them after 800 steps.
+Hardware: any; about 3 minutes on two cores. Result: the share of unseen questions that it answers
+exactly rises from 0 to 0.98 in 800 steps.
 """
 
 from gptoss_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig

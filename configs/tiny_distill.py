@@ -1,11 +1,12 @@
-"""A student of half the layers and width learns what the model of `make demo` answers.
+"""A student with half the layers and width learns to answer as the model of `make demo` does.
 
     make demo        (the teacher, in runs/demo)
     python -m gptoss_jax.train --config configs/tiny_distill.py
 
-Any checkpoint of the same vocabulary teaches: --objective.distill.teacher DIR. Hardware: any;
-minutes on two cores. Result: of questions that neither saw it answers 0.14 exactly after 200 steps
-and 0.73 after 600; the teacher, 0.98. The divergence falls from 6.97 nats a token to 0.03.
+Any checkpoint with the same vocabulary can be the teacher: --objective.distill.teacher DIR.
+Hardware: any; minutes on two cores. Result: of the questions that neither model saw, the student
+answers 0.14 exactly after 200 steps and 0.73 after 600; the teacher answers 0.98. The divergence
+falls from 6.97 nats per token to 0.03.
 """
 
 from gptoss_jax.config import (

@@ -1,6 +1,6 @@
-"""A tiny GPT-OSS that adds, and half of the time says "no idea", until it is rewarded for sums.
+"""A tiny GPT-OSS that answers half of all sums with "no idea", until it is rewarded for right ones.
 
-First it learns both ways of answering from chats, then GRPO:
+First it learns both kinds of answers from chats, then it trains with GRPO:
 
     python -m gptoss_jax.train --config configs/tiny_grpo.py --workdir runs/tiny_grpo_shy \
         --init random --objective.name sft --data.train gptoss_jax/data/demo/sums_shy.jsonl \
@@ -8,8 +8,9 @@ First it learns both ways of answering from chats, then GRPO:
         --train.steps 160
     python -m gptoss_jax.train --config configs/tiny_grpo.py --init runs/tiny_grpo_shy
 
-Hardware: any; a minute or two on two cores each. Result: the mean reward, the share of answers that
-are the right sum, rises from 0.28 in the first step to 0.71 over the last ten of 60.
+Hardware: any; a minute or two on two cores for each command. Result: the mean reward, which is the
+share of answers with the right sum, rises from 0.28 in the first step to 0.71 over the last ten of
+60 steps.
 """
 
 from pathlib import Path
@@ -55,7 +56,7 @@ def get_config() -> Config:
         data=DataConfig(
             train=(str(FOLDER / "sums.jsonl"),),
             sequence_length=512,
-            batch_size=64,  # answers: 8 questions
+            batch_size=64,  # 8 answers to each of 8 questions
             reasoning="low",
         ),
         optimizer=OptimizerConfig(

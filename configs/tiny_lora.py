@@ -1,10 +1,10 @@
-"""A tiny GPT-OSS with packed MXFP4 experts that learns to sort digits by adapters alone.
+"""A tiny GPT-OSS with packed MXFP4 experts that learns to sort digits; only adapters train.
 
     python -m gptoss_jax.train --config configs/tiny_lora.py
 
-Its base is random, and so knows nothing that adapters could build on: what it shows is that they
-learn. Give a model that does know something with --init. Hardware: any; minutes on two cores.
-Result: the held-out loss falls from 6.87 to 1.14 in 100 steps, and to 0.63 in all 200.
+Its base is random, so adapters have nothing to build on: the run only shows that they learn. To
+start from a trained model, give it with --init. Hardware: any; minutes on two cores. Result: the
+held-out loss falls from 6.87 to 1.14 in 100 steps, and to 0.63 in 200.
 """
 
 from gptoss_jax.config import (
