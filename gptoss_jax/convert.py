@@ -80,9 +80,9 @@ def main(argv: list[str]) -> None:
     print(f"wrote {args.destination}")
     if make_model is not None:
         print(
-            "note: files of weights hold no code: other programs compute GPT-OSS's own model with "
-            f"{args.destination}, not what make_model() of {args.config} builds (a copy of its "
-            "source is in model_source/). Here --config runs it",
+            "note: files of weights hold no code: other programs run the original GPT-OSS model "
+            f"with {args.destination}, not what make_model() of {args.config} builds (a copy of "
+            "its source is in model_source/). The commands of this package run it with --config",
             file=sys.stderr,
         )
 

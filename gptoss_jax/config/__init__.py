@@ -19,9 +19,9 @@ class DataConfig:
     """Which data a run reads, and how it makes batches of them."""
 
     # Training data: files, globs or folders of .jsonl and .parquet. Records with "messages" are
-    # chats, others have "text"; with objective.name dpo they have "prompt", "chosen" and
-    # "rejected". A .txt is plain text. hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of
-    # the Hugging Face hub. NAME=ENTRY names a source of a mixture.
+    # chats, others have "text"; with objective.name dpo they have "prompt", "chosen", "rejected".
+    # A .txt is plain text. hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the Hugging
+    # Face hub. NAME=ENTRY names a source of a mixture.
     train: tuple[str, ...] = ()
     # Share of the training tokens for each entry of data.train. An entry that runs out starts
     # again. Empty: no mixture, all records are shuffled together.
@@ -94,8 +94,8 @@ class OptimizerConfig:
     # of the whole model never exist together. Gradients are clipped per layer. It excludes
     # optimizer.accumulate, optimizer.ema and train.on_nan skip.
     fused: bool = False
-    # Decay per step of an exponential moving average of the parameters, which evaluation then uses;
-    # 0 is off.
+    # Decay per step of an exponential moving average of the parameters, which evaluation then
+    # uses; 0 is off.
     ema: float = 0.0
     freeze: tuple[str, ...] = ()  # patterns of parameters that are not trained
     # Patterns of the only parameters that are trained. Empty: all that optimizer.freeze leaves.
@@ -160,8 +160,8 @@ class TrainConfig:
     # one more spike stops the run. It takes precedence over train.on_nan.
     on_spike: Literal["ignore", "rewind"] = "ignore"
     spike_factor: float = 2.0  # a loss above this many times the median is a spike
-    # Losses over which the median for train.on_spike is taken. There is no median before there are
-    # 10 losses, or this many if that is fewer.
+    # Losses over which the median for train.on_spike is taken. There is no median before
+    # there are 10 losses, or this many if that is fewer.
     spike_window: int = 50
     max_rewinds: int = 3  # rewinds in a run; one more spike stops it
     log_every: int = 1  # steps from one line of metrics to the next
@@ -211,7 +211,7 @@ class MeshConfig:
     the first device only. `gptoss_jax/parallel/sharding.py` says how each array is sharded.
     """
 
-    data: int = 1  # shards of the batch's rows; each has a full copy of the parameters
+    data: int = 1  # shards of the batch's rows; the parameters are the same on all
     fsdp: int = 1  # shards of the batch's rows, of every parameter and of its optimizer state
     expert: int = 1  # shards of the batch's rows, and of the experts
     context: int = 1  # shards of each row's tokens; it also shards the parameters, as mesh.fsdp
@@ -227,7 +227,7 @@ class MeshConfig:
                 f"mesh.{name} is {value}: it must be positive, or -1 for what the others leave",
             )
         free = [name for name, value in sizes.items() if value == -1]
-        _check(len(free) < 2, f"mesh: {' and '.join(free)} are both -1: one may be")
+        _check(len(free) < 2, f"mesh: {' and '.join(free)} are both -1: only one may be")
 
 
 @dataclass(frozen=True)

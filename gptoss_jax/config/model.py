@@ -88,8 +88,8 @@ class ModelConfig:
     # Dtype of compute. With float16 the residual stream stays in float32.
     dtype: DType = "bfloat16"
     param_dtype: DType = "bfloat16"  # dtype of the parameters in memory, except packed experts
-    # What the backward pass recomputes: nothing, all but matmul outputs (dots), or every layer
-    # (full). "offload" recomputes every layer from inputs that are kept in the host's memory.
+    # What the backward pass recomputes: nothing (none), all but matmul outputs (dots), or every
+    # layer (full). "offload" is full, with the inputs of layers kept in the host's memory.
     remat: Literal["none", "dots", "full", "offload"] = "none"
     # Quantisation-aware training: experts compute with their weights, adapters folded in, rounded
     # to MXFP4; gradients ignore the rounding (straight-through). Exporting to MXFP4 then changes
@@ -105,9 +105,9 @@ class ModelConfig:
     # Tokens that go through the experts at a time. The backward pass recomputes their
     # intermediates, which saves memory for long sequences. 0: all tokens at once.
     expert_chunk: int = 0
-    # How rows get to experts on other devices. all_gather: every device gets all rows of its group
-    # (simplest, best for up to 8 devices along mesh.expert). all_to_all: each row is sent to the
-    # devices of its experts.
+    # How rows get to experts on other devices. all_gather: every device gets all rows of its
+    # group (simplest, best for up to 8 devices along mesh.expert). all_to_all: each row is sent to
+    # the devices of its experts.
     expert_exchange: Literal["all_gather", "all_to_all"] = "all_gather"
     # Zero columns added to model.d_expert, so that packed blocks divide over mesh.tensor. It is set
     # from the mesh; the columns are not saved.

@@ -31,7 +31,7 @@ def test_all_ones_take_the_first_device_and_say_so():
         ({"fsdp": 3}, "fsdp 3 is for 3 devices, and there are 8"),
         ({"fsdp": 4, "expert": 4}, "fsdp 4 x expert 4 is for 16 devices, and there are 8"),
         ({"data": -1, "tensor": 3}, "make 3, which does not divide 8"),
-        ({"data": -1, "fsdp": -1}, "data and fsdp are both -1: one may be"),
+        ({"data": -1, "fsdp": -1}, "data and fsdp are both -1: only one may be"),
         ({"context": 0}, "mesh.context is 0: it must be positive, or -1"),
         ({"context": -2}, "mesh.context is -2: it must be positive, or -1"),
     ],
