@@ -1,15 +1,15 @@
-"""Adapters: where they live in the tree, how they begin, and how layers find them.
+"""Adapters: where they are in the tree, their initial values, and how layers find them.
 
-A weight is adapted by `params["lora"][<the weight's path>]`, which holds `a`, from the weight's
-inputs to the rank r, and `b`, from there to its outputs. What is added to the weight is
-scale * A B (`LoRAConfig.scale`). The axes of the two, L the stack of layers:
+`params["lora"][<the weight's path>]` is the adapter of a weight: `a` maps the weight's inputs to
+the rank r, and `b` maps the rank to the weight's outputs. The model adds scale * A B to the weight
+(`LoRAConfig.scale`). The axes of W, A and B, where L is the stack of layers:
 
     layers/attention/q_weight     W [L,N,H,D]    a [L,D,r]     b [L,r,N,H]
     layers/experts/down_weight    W [L,E,D,F]    a [L,E,F,r]   b [L,E,r,D]
     embedding/weight              W [V,D]        a [V,r]       b [r,D]
 
-Which axes of a weight are its inputs, and what of A and B is spread over a mesh, its row in the
-table of parameters says (`Parameter.adapter`).
+The weight's row in the table of parameters says which of its axes are inputs, and how A and B are
+sharded over a mesh (`Parameter.adapter`).
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from gptoss_jax.parameters import patterns, table
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
 
-ROOT = "lora"  # of the adapters' tree in the parameters
+ROOT = "lora"  # the key of the adapters' tree in the parameters
 
 
 def adaptable() -> list[str]:
-    """Return the paths that can take an adapter: in the layers first, then the tables."""
+    """Return the paths of weights that can take an adapter: those in layers first, then tables."""
     rows = [row for row in table.rows() if row.target]
     return [row.path for row in sorted(rows, key=lambda row: not row.in_layers)]
 
 
 def names() -> dict[str, str]:
-    """Return what LoRAConfig.targets may name beside patterns of paths, and the paths."""
+    """Return name -> path, for the names that LoRAConfig.targets accepts beside path patterns."""
     groups = {name: f"layers/{name}/*_weight" for name in ("attention", "experts")}
     return {str(table.row(path).target): path for path in adaptable()} | groups
 
 
 def target_patterns(config: ModelConfig) -> dict[str, str]:
-    """Return the targets as patterns of paths, each with what was written for it."""
+    """Return path pattern -> the target that the user wrote for it."""
     return {_as_pattern(text): text for text in config.lora.targets}
 
 
 def _as_pattern(text: str) -> str:
-    """Spell out a name, as gate_up[3,7]: layers/experts[3,7]/gate_up_weight."""
+    """Expand the name of a target: gate_up[3,7] is layers/experts[3,7]/gate_up_weight."""
     name, bracket, inside = text.partition("[")
     if name not in names():
         return text
@@ -63,8 +63,8 @@ def adapted(config: ModelConfig) -> list[str]:
     """Return the paths of the weights that get an adapter, in the order of `adaptable`.
 
     Raises:
-        UserError: a target that names nothing that can be adapted, or a rank larger than a side of
-            what it adapts.
+        UserError: a target names nothing that can be adapted, or the rank is larger than a side of
+            a target's weight.
     """
     known = ", ".join(names())
     paths = patterns.named(
@@ -97,11 +97,12 @@ def shapes(config: ModelConfig) -> dict[str, LowRank]:
 
 
 def init(key: Array, config: ModelConfig) -> Params:
-    """Make `params["lora"]`: B zeros, so that nothing is adapted yet, and A normal.
+    """Make `params["lora"]`: B is zero, so that adapters add nothing yet, and A is normal.
 
-    A's standard deviation is 1 / sqrt(inputs), so that x A has the variance of x; of the
-    embedding, whose input is one of V, 1. In float32 whatever the model's dtype: they are few,
-    an update of 1e-3 of a value is lost in bfloat16, and the optimizer would keep a copy anyway.
+    A's standard deviation is 1 / sqrt(inputs), so that x A has the variance of x. For the
+    embedding, whose input is one of V ids, it is 1. Adapters are float32 whatever the model's
+    dtype: they are small, bfloat16 loses an update of 1e-3 of a value, and the optimizer would keep
+    a float32 copy anyway.
     """
     flat: dict[str, Array] = {}
     for path, shape in shapes(config).items():
@@ -109,7 +110,7 @@ def init(key: Array, config: ModelConfig) -> Params:
         row = table.row(path)
         sizes = row.all_sizes(config) | {"F": config.d_expert, "V": 1}
         std = 1 / math.sqrt(math.prod(sizes[x] for x in row.inputs))
-        # Made without the padding of F, so that it is the same on any mesh; that stays zero.
+        # Draw without the padding of F, so that A is the same on any mesh; the padding is zero.
         pads = [(0, config.expert_padding if x == "F" else 0) for x in row.adapter("a")[0]]
         real: Any = [n - pad for n, (_, pad) in zip(shape.a, pads, strict=True)]
         flat[f"{path}/a"] = jnp.pad(std * jax.random.normal(own, real, jnp.float32), pads)
@@ -118,12 +119,12 @@ def init(key: Array, config: ModelConfig) -> Params:
 
 
 def add(model: ModelConfig, params: Params, *, seed: int = 0) -> Params:
-    """Return parameters with new adapters, if the model has any and they have none.
+    """Add new adapters to `params`, if the model has adapters and `params` has none.
 
-    The adapted model is the same function at first. The same seed gives the same adapters.
+    At first the adapted model is the same function. The same seed gives the same adapters.
 
     Raises:
-        UserError: parameters with adapters other than the model's.
+        UserError: `params` has adapters other than the model's.
     """
     wanted = jax.eval_shape(partial(init, config=model), jax.random.key(0))
     there = params.get(ROOT)
@@ -142,9 +143,9 @@ def add(model: ModelConfig, params: Params, *, seed: int = 0) -> Params:
 
 
 def join(params: Any) -> Params:
-    """Return `params["layers"]` with each module's adapters in it, as `lora`.
+    """Return `params["layers"]` with each module's adapters added under the name `lora`.
 
-    Where there is no `params["lora"]`, there are none, whatever the model's config says.
+    Without `params["lora"]` there are no adapters, whatever the model's config says.
     """
     own = params.get("lora", {}).get("layers", {})
     return {
@@ -154,14 +155,14 @@ def join(params: Any) -> Params:
 
 
 def adapter(module: nn.Module, name: str, scale: float) -> LowRank | None:
-    """Return the adapter of a weight of a layer's module, its B scaled; None if it has none."""
+    """Return the adapter of a weight in a layer's module, with B scaled; None without one."""
     if not module.has_variable("params", "lora"):
         return None
     return scaled(module.get_variable("params", "lora"), name, scale)
 
 
 def scaled(adapters: Params, name: str, scale: float) -> LowRank | None:
-    """Return the adapter of a name, its B scaled; None if there is none."""
+    """Return the adapter of that name, with B scaled; None if there is none."""
     if name not in adapters:
         return None
     own = adapters[name]
@@ -169,6 +170,6 @@ def scaled(adapters: Params, name: str, scale: float) -> LowRank | None:
 
 
 def of_table(params: Any, name: str, model: Any) -> LowRank | None:
-    """Return a model's adapter of the embedding or the unembedding; None if it has none."""
+    """Return the adapter of the embedding or unembedding, with B scaled; None without one."""
     own = params.get("lora", {}).get(name, {})
     return scaled(own, "weight", model.config.lora.scale) if own else None

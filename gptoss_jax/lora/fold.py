@@ -1,4 +1,4 @@
-"""Adapters folded into the weights that they adapt."""
+"""Fold adapters into the weights that they adapt."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gptoss_jax.types import MXFP4, Params, Relaid
 
 
 def merge(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """Fold adapters into the weights: return the model without any, and its parameters.
+    """Fold adapters into the weights; return the model without adapters, and its parameters.
 
-    Each sum is formed in float32 and kept in the weight's dtype. Packed experts are decoded and
-    encoded again with the scales of least error, in which updates that are small beside the steps
-    of 4 bits are lost: decode them first (`decode_experts`) where that matters. A layer at a time.
-    To write a model, give it to `gptoss_jax.save` with its adapters: it merges them piece by piece,
-    and says what survives.
+    Each sum is computed in float32 and stored in the weight's dtype. Packed experts are decoded,
+    then encoded again with the scales of least error. That loses updates that are small compared
+    with the steps of 4-bit values: where this matters, first decode the experts (`decode_experts`).
+    Layers are folded one at a time. To write a model to disk, give it to `gptoss_jax.save` with its
+    adapters: `save` merges them piece by piece, and says how much of them survives.
 
     Raises:
         UserError: there are no adapters, or a weight is in a layout for kernels.
@@ -45,7 +45,7 @@ def merge(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
 
 
 def decode_experts(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """Return the model with dense experts in its `param_dtype`; others are as they were."""
+    """Return the model with packed experts decoded to its `param_dtype`; the rest is unchanged."""
     dtype = jnp.dtype(model.param_dtype)
     leaves = {
         path: mxfp4.decode(leaf, dtype) if isinstance(leaf, MXFP4) else leaf
@@ -56,7 +56,9 @@ def decode_experts(model: ModelConfig, params: Params) -> tuple[ModelConfig, Par
 
 def _merge(path: str, weight: Any, adapter: LowRank, *, scale: float) -> Any:
     if isinstance(weight, Relaid):
-        raise UserError(f"{path} is in the layout {weight.layout!r} of kernels: load it without")
+        raise UserError(
+            f"{path} is in the kernel layout {weight.layout!r}: load the weights without a layout"
+        )
     if not table.row(path).in_layers:
         return _merge_one(weight, adapter, path, scale)
     layers = [
@@ -70,7 +72,7 @@ def _merge(path: str, weight: Any, adapter: LowRank, *, scale: float) -> Any:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _merge_one(weight: Any, adapter: LowRank, path: str, scale: float) -> Any:
-    """Add to one layer's weight, or to one that has no layers."""
+    """Fold an adapter into one layer's weight, or into a weight outside the layers."""
     row = table.row(path)
     total = fold(weight, adapter.times(scale), experts="E" in row.lead, lookup=row.lookup)
     return mxfp4.encode(total, scale_rule="least_error") if isinstance(weight, MXFP4) else total

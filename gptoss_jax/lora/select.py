@@ -1,15 +1,15 @@
 """LoRA: which weights get adapters, and what is trained.
 
-A low-rank product A B is learned beside a weight that stays as it is, packed or not (Hu et al.
-2021, arXiv:2106.09685). `ModelConfig.lora` names the weights:
+An adapter is a trained low-rank product A B, added to a weight that stays as it is, packed or not
+(Hu et al. 2021, arXiv:2106.09685). `ModelConfig.lora` names the weights:
 
     q k v o, attention (these four), gate_up, down, experts (both), router, embedding, unembedding
     gate_up[3,7]  experts[0-3]  down[top4]      experts by index, or by load on the user's data
     layers[12-]/attention/*_weight              patterns of paths, as in `optimizer.only`
 
-What has an adapter has one in every layer and for every expert, in one array; those of layers and
-experts that are not chosen stay zero and get no update. Everything but adapters is frozen, unless
-`optimizer.only` names it too. See `adapters` for where they live.
+An adapted weight has an adapter in every layer and for every expert, in one array. In layers and
+experts that are not selected, B stays zero and adapters get no update. All other parameters are
+frozen, unless `optimizer.only` names them too. `adapters` says where adapters are in the tree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gptoss_jax.types import Params
 
 
 def needs_load(model: ModelConfig, optimizer: OptimizerConfig) -> bool:
-    """Say whether experts are chosen by load, so that `masks` has to be given it.
+    """Return whether experts are selected by load, so that `masks` needs `load`.
 
     Raises:
         UserError: patterns that can't be read.
@@ -45,15 +45,15 @@ def masks(
     *,
     load: Float[np.ndarray, "L E"] | None = None,
 ) -> Params:
-    """Return the factor on the learning rate of each parameter: see `patterns.masks`.
+    """Return the learning-rate factor of each parameter: see `patterns.masks`.
 
-    With adapters these alone are trained, where their targets choose layers and experts, and what
-    `optimizer.only` names; where it names adapters, these alone of them. `freeze` and
-    `learning_rates` hold for them, too, by their paths.
+    In a model with adapters, only these are trained: the adapters, in the layers and experts that
+    their targets select, and what `optimizer.only` names. If `only` names adapters, the other
+    adapters are not trained. `freeze` and `learning_rates` apply to adapters too, by their paths.
 
     Raises:
-        UserError: as `patterns.masks`, of targets too; nothing that can be adapted by a target's
-            name; a rank larger than a side of the weight.
+        UserError: as `patterns.masks`, for targets too; a target that names nothing that can be
+            adapted; a rank larger than a side of the weight.
     """
     if not model.lora.targets:
         return patterns.masks(params, optimizer, load=load)
@@ -63,8 +63,8 @@ def masks(
     chosen = patterns.selected(
         "model.lora.targets", adapters.target_patterns(model), weights, load=load
     )
-    some = any(pattern.startswith(f"{ROOT}/") for pattern in optimizer.only)  # of the adapters
-    only = optimizer.only if some else (f"{ROOT}/*", *optimizer.only)
+    names_adapters = any(pattern.startswith(f"{ROOT}/") for pattern in optimizer.only)
+    only = optimizer.only if names_adapters else (f"{ROOT}/*", *optimizer.only)
     factors = flatten(patterns.masks(params, dataclasses.replace(optimizer, only=only), load=load))
     for path in adapted:
         for part in "ab":
@@ -73,7 +73,7 @@ def masks(
             factor = np.asarray(factors[name]) * where.astype(np.float32)
             if np.all(factor == factor.flat[0]):
                 factors[name] = float(factor.flat[0])
-            else:  # every layer by itself, for what `patterns.describe` says
+            else:  # one entry per layer, for `patterns.describe`
                 factors[name] = np.repeat(factor, model.num_layers // factor.shape[0], axis=0)
     if not any(np.any(factors[f"{ROOT}/{path}/{part}"]) for path in adapted for part in "ab"):
         raise UserError(
@@ -83,7 +83,7 @@ def masks(
 
 
 def _aligned(shape: tuple[int, ...], path: str, part: str) -> tuple[int, ...]:
-    """Return the shape of a mask of a weight, of layers and experts alone, for its adapter."""
+    """Return the shape in which a weight's mask, over layers and experts only, fits its adapter."""
     row = table.row(path)
     lead = len(row.lead)
     assert all(size == 1 for size in shape[lead:])

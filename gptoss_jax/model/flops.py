@@ -1,4 +1,4 @@
-"""How much arithmetic a model takes, counted from its sizes."""
+"""Count a model's floating-point operations from its sizes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from gptoss_jax.config import ModelConfig
 
 
 def matmul_params(config: ModelConfig) -> tuple[int, int]:
-    """Return the parameters that multiply each token in the layers, and each unembedded token.
+    """Return the matmul parameters that each token uses in the layers, and each unembedded token.
 
-    A of E experts; biases, norms and the embedding's look-up are no matmuls.
+    Of E experts, only the A active ones count. Biases, norms and the embedding look-up are no
+    matmuls.
     """
     c = config
     attention = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
@@ -22,9 +23,9 @@ def step_flops(
 ) -> float:
     """Return the floating-point operations of a training step, forward and backward.
 
-    6 per active matmul parameter and token (2 forward, 4 backward; the unembedding over the trained
-    tokens alone), and in attention 12 * N * H per pair of query and visible key, a row taken as one
-    segment. What remat computes again is not counted.
+    Matmuls take 6 per active parameter and token (2 forward, 4 backward); the unembedding runs only
+    on the `trained` tokens. Attention takes 12 * N * H per pair of a query and a key that it sees,
+    with each row counted as one segment. Recomputation by remat is not counted.
     """
     c, T = config, sequence_length
     layers, unembedding = matmul_params(config)

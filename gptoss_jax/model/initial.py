@@ -1,4 +1,4 @@
-"""Parameters as they begin: declared in modules by their row of the table, random by a seed."""
+"""Declare a module's parameters by their rows in the table, and make their initial values."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from gptoss_jax.types import MXFP4, LayerOf, Params, Relaid
 
 
 def declare(module: nn.Module, path: str, config: ModelConfig) -> Any:
-    """Declare a parameter of a module, by its path in the tree, and return its value.
+    """Declare a module's parameter by its path in the tree, and return its value.
 
-    Shape and first values are those of its row in the table of parameters, of one layer.
+    Its row in the table of parameters gives the shape and the initial values, for one layer.
 
     Raises:
-        ValueError: no row, or one that says that a model of this config has no such parameter.
+        ValueError: the path has no row, or its row says that this config's model lacks it.
     """
     row = table.row(path)
     if not row.exists(config):
         raise ValueError(f"{path}: its row in the table says that this model does not have it")
     if module.has_variable("params", row.name):
         value = module.get_variable("params", row.name)
-        # Only an op can read it as it is; Linen would check its arrays.
+        # Return it as it is, for an op to read; Linen would check the shapes of its arrays.
         if isinstance(value, Relaid | LayerOf) and value.shape == row.shape(config):
             return value
-    return module.param(row.name, partial(_begin, row, config))
+    return module.param(row.name, partial(_initial_value, row, config))
 
 
-def _begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
-    """Return a parameter's first values, of one layer.
+def _initial_value(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXFP4:
+    """Return a parameter's initial value, for one layer.
 
-    Made without the padding of F: the same numbers on any mesh.
+    It is drawn without the padding of F, so that it is the same on any mesh.
     """
     init = {
         "normal": nn.initializers.normal(config.init_std),
@@ -59,7 +59,7 @@ def _begin(row: table.Parameter, config: ModelConfig, key: Array) -> Array | MXF
 
 
 def init_params(model: Any, *, seed: int = 0) -> Params:
-    """Make random parameters; the same seed gives the same ones, on a mesh each in its shards."""
+    """Make random parameters, sharded on a mesh. The same seed gives the same values."""
     key = jax.random.split(jax.random.key(seed))[0]
 
     def init(key: Any) -> Params:
@@ -71,10 +71,10 @@ def init_params(model: Any, *, seed: int = 0) -> Params:
 
 
 def add_missing(model: Any, params: Params, *, seed: int = 0, split: bool = False) -> Params:
-    """Add the parameters that a model has and a tree lacks, as `init_params` makes them.
+    """Add the parameters that the model has and `params` lacks, with the values of `init_params`.
 
-    So a model with parameters of its own starts from weights that have none. With `split` stacks
-    are tuples of a layer's arrays. Adapters are left to `lora.adapters.add`.
+    So a model with extra parameters can start from weights without them. With `split`, each stack
+    is a tuple with one array per layer. Adapters are added by `lora.adapters.add`.
     """
     there = flatten(params)
     wanted = [path for path in flatten(model.abstract_params()) if not path.startswith("lora/")]

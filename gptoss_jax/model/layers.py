@@ -31,10 +31,10 @@ class RMSNorm(nn.Module):
 
 
 class Table(nn.Module):
-    """A [V, D] table: of embeddings, or of the unembedding's rows."""
+    """A [V, D] table: the embedding or the unembedding."""
 
     config: ModelConfig
-    parameter: str  # its path
+    parameter: str  # the path of the table
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
@@ -43,7 +43,7 @@ class Table(nn.Module):
 
 
 class Router(nn.Module):
-    """The linear layer that scores the experts, and what is read from its scores."""
+    """The linear layer that scores the experts, and the choice of experts by their scores."""
 
     config: ModelConfig
 
@@ -56,9 +56,9 @@ class Router(nn.Module):
         The linear layer accumulates in float32; the weights are a softmax over the chosen logits
         alone. Source: gpt_oss/torch/model.py, MLPBlock.forward.
 
-        With `capacity_factor` a pair beyond its expert's capacity has E for an expert: see
-        `ops.moe.drop_beyond_capacity`. The other weights of its row stay as they are, and load and
-        losses are of what was asked for, not of what was taken.
+        With `capacity_factor`, a (token, expert) pair beyond the expert's capacity gets E as its
+        expert: see `ops.moe.drop_beyond_capacity`. The token's other weights stay as they are. Load
+        and losses count all pairs that the router chose, dropped ones too.
         """
         c = self.config
         weight = declare(self, "layers/router/weight", c)
@@ -76,12 +76,12 @@ class Router(nn.Module):
 
         stopped = jax.lax.stop_gradient(logits)
         chosen = sharding.each_token(top, stopped, whole_rows=decoding)
-        # Reading by one-hot rather than by index keeps the gradient a product and not a scatter.
+        # Select by one-hot, not by index: the gradient is then a product and not a scatter.
         one_hot = jax.nn.one_hot(chosen, c.num_experts, dtype=jnp.float32)
         weights = jax.nn.softmax(jnp.einsum("BTAE,BTE->BTA", one_hot, logits), axis=-1)
         stats = _statistics(logits, one_hot, mask)
         if c.capacity_factor:
-            # In the order of rows and tokens, over the whole batch: ids are few bytes to gather.
+            # Count in the order of rows and tokens of the whole batch: gathering ids is cheap.
             kept, stats["dropped"] = moe.drop_beyond_capacity(
                 chosen.reshape(-1, c.active_experts),
                 mask.reshape(-1),
@@ -95,7 +95,7 @@ class Router(nn.Module):
 def _statistics(
     logits: Float[Array, "B T E"], one_hot: Float[Array, "B T A E"], mask: Bool[Array, "B T"]
 ) -> dict[str, Array]:
-    """Return load [E], balancing loss and z-loss of one layer, over the unmasked rows; no drops.
+    """Return one layer's load [E], balancing loss and z-loss over unmasked rows; `dropped` is 0.
 
     Balancing: E * sum_e load_e * mean_prob_e (Fedus et al. 2021, arXiv:2101.03961, equation 4, with
     load over all active slots). z-loss: Zoph et al. 2022, arXiv:2202.08906, equation 5.
@@ -126,9 +126,10 @@ class Experts(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Return the weighted sum of the chosen experts' outputs; see `ops.moe.experts`.
 
-        On a mesh by `parallel.experts`; in `decoding` tokens are not split over `context`. With
-        `ModelConfig.qat` by what MXFP4 makes of the weights, formed here, so that there is one
-        layer's at a time and the backward pass forms it again wherever it does the layer.
+        On a mesh, `parallel.experts` computes it; with `decoding`, tokens are not split over
+        `context`. With `ModelConfig.qat`, the experts use their weights quantised to MXFP4. This
+        happens here, so that only one layer's quantised copy exists at a time, and the backward
+        pass makes it again wherever it recomputes the layer.
         """
         c = self.config
         names = ("gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
@@ -149,7 +150,7 @@ def _weighted_sum(
     mask: Bool[Array, "B T"],
     decoding: bool,
 ) -> Float[Array, "B T D"]:
-    """Run the op on one device, or spread over the mesh; `routing` is experts and weights."""
+    """Run the op on one device or on the mesh; `routing` is the chosen experts and weights."""
     common = {"limit": c.swiglu_limit, "chunk": c.expert_chunk or None}
     if mesh.current() is None:
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, *routing))

@@ -1,7 +1,7 @@
-"""The model piece by piece, for who differentiates one layer after the other.
+"""The model in pieces, for a training step that differentiates one layer after another.
 
-The same modules in the same order as `Transformer.run` without a cache; see there. Without adapters
-and on one device.
+The pieces are the modules of `Transformer.run` without a cache, in the same order. They work
+without adapters and on one device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptoss_jax.types import Batch, Params
 
 
 def sequence(config: ModelConfig, batch: Batch) -> Sequence:
-    """Return what every layer's attention knows of the tokens."""
+    """Return the batch's segments, positions and RoPE angles, which every layer uses."""
     c = config
     inverse, concentration = inverse_frequencies(
         c.head_dim,
@@ -45,7 +45,7 @@ def embed(
 
 
 def pick(layers: Params, i: Int[Array, ""]) -> Params:
-    """Take a layer: kernels read packed stacks in place; a CPU takes them apart."""
+    """Take layer `i`: kernels read a packed stack in place; on a CPU it is sliced."""
     return (take_layer if chips.current().platform == "cpu" else point_at_layer)(layers, i)  # pyright: ignore[reportArgumentType]
 
 
@@ -66,6 +66,6 @@ def layer(
 def final_norm(
     config: ModelConfig, params: Params, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-    """Return the hidden states that are unembedded, from the residual stream after all layers."""
+    """Normalise the residual stream after the last layer into the hidden states to unembed."""
     norm = RMSNorm(config, "final_norm/scale")
     return norm.apply({"params": params}, x).astype(jnp.dtype(config.dtype))  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""From a model that trains for MXFP4 (`ModelConfig.qat`) to the packed one that it computes as."""
+"""Pack the experts of a model that trains for MXFP4 (`ModelConfig.qat`)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _MATRICES = [row.name for row in table.rows() if row.packable]
 
 
 def pack(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """Return the model with its experts in MXFP4, their adapters folded in; the rest as it is.
+    """Return the model with its experts in MXFP4, their adapters folded in.
 
-    Of a model with `qat` it is the same function, without the work of quantising in every pass; of
-    another it is what quantising after training gives. Scales are those of least error. Experts
-    that are packed and have no adapter keep their bytes; of a part of the experts' weights
-    (`Sampler.renew`) that part is packed. A layer at a time; over a mesh what is packed is spread
-    as what it is of.
+    All other weights stay as they are. For a model with `qat`, the result computes the same
+    function without quantising in every pass; for another model, it is quantisation after training.
+    The scales are those of least error. Experts that are already packed and have no adapter keep
+    their bytes. `params` may have only some of the experts' weights (`Sampler.renew`): those are
+    packed. Layers are packed one at a time. On a mesh, a packed weight is sharded like the weight
+    that it is made from.
     """
     experts = dict(params["layers"]["experts"])
     for name in _MATRICES:
@@ -40,17 +41,17 @@ def pack(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
 
 
 def packed(model: ModelConfig) -> ModelConfig:
-    """Return the model whose parameters `pack` gives."""
+    """Return the config of the model that `pack` returns."""
     return dataclasses.replace(model, experts="mxfp4", qat=False)
 
 
 def adapters(params: Params) -> Params:
-    """Return the experts' adapters, by the names of what they adapt: `pack` folds them in."""
+    """Return the experts' adapters, which `pack` folds in, by the names of their weights."""
     return params.get("lora", {}).get("layers", {}).get("experts", {})
 
 
 def _pack(weight: Any, adapter: LowRank | None) -> Any:
-    """Pack a stack [L, ...] or a tuple of L, with its adapter's."""
+    """Pack a stack [L, ...] or a tuple of L weights, with their adapters folded in."""
     if adapter is None and isinstance(
         weight[0] if isinstance(weight, tuple) else weight, MXFP4 | Relaid
     ):

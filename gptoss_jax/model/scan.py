@@ -1,4 +1,4 @@
-"""The stack of layers: a scan over groups of them, or one after the other."""
+"""Run the stack of layers: scan over groups of layers, or run one layer after another."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gptoss_jax.parameters.tree import is_weight, point_at_layer, take_layer
 from gptoss_jax.types import MXFP4, KVCache, Params, Relaid
 
 Results = tuple[dict[str, Array], dict[str, Array]]  # statistics and captures, each [L, ...]
-INPUT = "layer_input"  # by this name the inputs of layers are found that wait on the host
+INPUT = "layer_input"  # names the layers' inputs, which remat "offload" keeps on the host
 
 
 def scanned(
     config: ModelConfig, layers: Params, x: Array, sequence: Sequence, *, capture: tuple[str, ...]
 ) -> tuple[Float[Array, "B T D"], *Results]:
-    """Scan groups of one period of layer kinds; unroll what is left over. For arrays [L, ...]."""
+    """Scan groups of one period of layer kinds, then unroll the rest. Stacks are [L, ...]."""
     c = config
     groups, rest = divmod(c.num_layers, c.period)
     blocks = [_block(c, w, capture) for w in c.layer_windows[: c.period]]
@@ -36,7 +36,7 @@ def scanned(
         remat = partial(jax.checkpoint, policy=_all_but_cuts, prevent_cse=False)
 
     def layer(i: int, x: Array, first: Array, params: Params):
-        # The layer is cut out in what is run again: cut out before, it would be kept for that.
+        # Slice the layer in the recomputed function: a slice made outside would be kept for it.
         def of(stack: Any, cut: Any) -> Any:
             return pick(stack, first + i) if cut is None else cut[i]
 
@@ -55,7 +55,7 @@ def scanned(
         return whole.reshape(groups, c.period, *stack.shape[1:])
 
     def cut(stack: Any) -> Any:
-        """Leave out what is read in place: a scan would cut out each layer, which copies."""
+        """Leave out stacks that kernels read in place: a scan would copy each layer."""
         in_place = pick is point_at_layer and isinstance(stack, MXFP4 | Relaid)
         return None if in_place else jax.tree.map(grouped, stack)
 
@@ -84,7 +84,7 @@ def unrolled(
     capture: tuple[str, ...],
     cache: KVCache | None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None, *Results]:
-    """Run layer after layer, each with its part of the cache: how decoding does it."""
+    """Run one layer after another, each with its part of the cache, as decoding does."""
     parts, results = [], []
     for i, window in enumerate(config.layer_windows):
         part = None
@@ -116,14 +116,14 @@ def _block(config: ModelConfig, window: int | None, capture: tuple[str, ...]) ->
 
 
 def _picker() -> Callable:
-    """Choose how a layer is taken: kernels read packed stacks in place; a CPU takes them apart."""
+    """Choose how to take a layer: kernels read packed stacks in place; on a CPU it is sliced."""
     return take_layer if chips.current().platform == "cpu" else point_at_layer
 
 
 def _all_but_cuts(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep for the backward pass all but what is cut out: a scan would copy every layer's weights.
+    """Keep all but slices for the backward pass: a scan would copy every layer's weights.
 
-    Not for loops, which no policy reaches: what they return is run again, unless it has a name.
+    No policy reaches into loops: their results are computed again, unless they have a name.
     """
     return primitive not in (jax.lax.slice_p, jax.lax.squeeze_p)
 
@@ -134,7 +134,7 @@ def _remat(layer: Callable, how: str) -> Callable:
     if how == "none":
         return layer
     if how == "offload":
-        # Made again from what is named, which waits on the host: x itself is let go.
+        # Recompute from the named copy of x, which waits on the host; x itself is freed.
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[INPUT],

@@ -30,14 +30,14 @@ from gptoss_jax.types import KVCache, Output, Params, RouterStats
 
 
 class Transformer(nn.Module):
-    """GPT-OSS. `apply({"params": params}, tokens)` gives logits; `forward` gives everything."""
+    """GPT-OSS. `apply({"params": params}, tokens)` returns logits; `forward` an `Output`."""
 
     config: ModelConfig
-    # The layers one by one, for `training/layerwise_step.py`. A copy of this folder has its own.
+    # The model in pieces, for `training/layerwise_step.py`. A copy of this folder uses its own one.
     layerwise = layerwise
 
     def setup(self) -> None:
-        """Declare the parameters: `layers` stacked [L, ...], whatever a layer's kind."""
+        """Declare the parameters; those of all layers, banded or full, are stacked [L, ...]."""
         c = self.config
         self.embedding = Table(c, "embedding/weight")
         self.final_norm = RMSNorm(c, "final_norm/scale")
@@ -69,9 +69,10 @@ class Transformer(nn.Module):
         return self.to_logits(out.hidden)
 
     def to_logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Unembed: logits in float32 from the dtype of `hidden`.
+        """Unembed: return float32 logits of a product in the dtype of `hidden`.
 
-        On a mesh each device forms those of its part of the vocabulary for all of `hidden`.
+        On a mesh, each device computes the logits of its part of the vocabulary, for all of
+        `hidden`.
         """
         hidden = sharding.constrain(hidden, *(None,) * hidden.ndim)
         logits = unembed(hidden, self.unembedding())
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
         if unknown:
             raise ValueError(f"capture names {unknown[0]!r}; there are {', '.join(CAPTURES)}")
         if cache is not None and positions is None:
-            raise ValueError("positions are needed with a cache: where do the tokens stand?")
+            raise ValueError("positions are needed with a cache: give the position of each token")
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
@@ -111,7 +112,7 @@ class Transformer(nn.Module):
             embedded = None if embedded is None else order(embedded)
         sequence = Sequence(segment_ids, positions, *self._angles(positions))
         residual = jnp.dtype("float32" if c.dtype == "float16" else c.dtype)
-        self.unembedding()  # declared even where only hidden states are asked for
+        self.unembedding()  # declare it even if the caller wants only hidden states
         with jax.named_scope("embedding"):
             if embedded is None:
                 embedded = self._embed(self.embedding(), tokens, decoding=cache is not None)
@@ -164,17 +165,17 @@ class Transformer(nn.Module):
         balanced: bool = False,
         embedded: Float[Array, "B T D"] | None = None,
     ) -> Output:
-        """Return hidden states, cache, router statistics and captures: trainer and sampler both.
+        """Return hidden states, cache, router statistics and captures, for trainer and sampler.
 
-        `segment_ids` are 0 for padding (all 1 if not given); `positions` default to restarting in
-        each segment. With a cache `positions` are absolute, padding is not written, and a query
-        sees what the cache holds and the tokens before it; an `empty` cache is filled by the very
-        pass that training runs. `capture` names intermediates, see `CAPTURES`.
+        `segment_ids` are 0 for padding (default: all 1). By default `positions` restart in each
+        segment. With a cache, `positions` are absolute, padding is not written, and a query sees
+        the cache and the tokens before it. An `empty` cache is filled by the same pass that
+        training runs. `capture` names intermediates: see `CAPTURES`.
 
-        On a mesh that splits tokens over `context`, they are put into the order in which its shards
-        have equal work (`parallel.context.balance`), and results back; with `balanced` tokens,
-        segments and positions come in that order, and results stay in it. With `embedded`, the
-        tokens' rows of the embedding, `params` need not hold that table.
+        On a mesh that splits tokens over `context`, tokens are reordered so that its shards have
+        equal work (`parallel.context.balance`), and results are put back in order. With `balanced`,
+        tokens, segments and positions are already in that order, and results stay in it. `embedded`
+        gives the tokens' rows of the embedding; `params` then need not hold that table.
 
         Raises ValueError for an unknown capture, or a cache without positions.
         """
@@ -192,7 +193,7 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def dropless(self) -> Transformer:
-        """Return the model that evaluates and samples: the same one, without a capacity factor."""
+        """Return the same model without a capacity factor, for evaluation and sampling."""
         if not self.config.capacity_factor:
             return self
         return self.with_config(dataclasses.replace(self.config, capacity_factor=0.0))
@@ -230,9 +231,9 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def num_parameters(self) -> tuple[int, int]:
-        """Return total parameters, and those active for a token.
+        """Return the number of parameters, and the number that is active for a token.
 
-        Active leaves out the embedding and counts A of E experts, as the model card does.
+        The second leaves out the embedding and counts A of E experts, as the model card does.
         """
         leaves = jax.tree_util.tree_leaves_with_path(self.abstract_params(), is_leaf=is_weight)
         total = active = 0

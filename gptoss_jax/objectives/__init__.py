@@ -1,7 +1,8 @@
-"""What a run optimises: an objective is a file that says its data, its loss and its score.
+"""What a run optimises: each objective is a file that defines its data, loss and score.
 
-Each also says what it refuses and what it compares the model with. Imports: sampler, loading, data,
-lora, model and what comes before. `train` and planning take `make_objective`.
+It also defines which configs it refuses, and which reference it compares the model with. Imports:
+sampler, loading, data, lora, model and the rooms below them. `train` and planning call
+`make_objective`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _FILES = {"sft": sft, "dpo": dpo, "distill": distill, "grpo": grpo}
 
 
 def make_objective(config: Config) -> Objective:
-    """Return what a config optimises.
+    """Return the objective of a config.
 
     Raises:
         UserError: the config lacks what the objective needs.
@@ -25,17 +26,18 @@ def make_objective(config: Config) -> Objective:
 
 
 def check_start(config: Config, stored: ModelConfig | None) -> None:
-    """Refuse to begin with adapters where the reference is the model without any.
+    """Refuse to start from adapters if the reference is the model without adapters.
 
-    The run would be compared with what was there before these adapters, without a word.
+    The reference would silently be the model below these adapters, not the one that the run starts
+    from.
 
     Args:
-        config: Of a run that begins.
-        stored: The model that --init holds; None where it holds none.
+        config: The config of a run that begins.
+        stored: The config of the model in --init; None if it has none.
 
     Raises:
         UserError: there are adapters in --init or in --init-adapters, and `objective.reference`
-            does not say that this is meant.
+            does not say that this is intended.
     """
     if config.objective.reference == "base" or not make_objective(config).compares_with_base:
         return

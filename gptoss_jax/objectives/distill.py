@@ -1,14 +1,15 @@
-"""Distillation: the student's distribution of each next token is drawn to a teacher's.
+"""Distillation: train the student's distribution of each next token towards a teacher's.
 
 Hinton et al. 2015, arXiv:1503.02531. With p_T = softmax(logits / T) over the whole vocabulary,
 
     loss of a token = (1 - nll_weight) * T^2 * KL(teacher_T || student_T)
                       + nll_weight * -log student_1(token)
 
-times the token's weight; that of a batch is divided by the sum of its weights. T^2 keeps the size
-of the gradient as T changes. The teacher reads the same rows before each step (`Teacher`): what it
-hands on is its last hidden states, in `Batch.per_token`, and its unembedding table, in
-`Batch.shared`; logits of either exist for a chunk of tokens at a time (`ops/divergence.py`).
+times the token's weight. The loss of a batch is the sum over its tokens, divided by the sum of
+their weights. T^2 keeps the size of the gradient as T changes. The teacher reads the same rows
+before each step (`Teacher`). It adds its last hidden states to `Batch.per_token`, and its
+unembedding table to `Batch.shared`. Logits of student and teacher exist for a chunk of tokens at a
+time (`ops/divergence.py`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def distill_loss(
     """
     ordered, out = forward(model, params, batch)
     if ordered.per_token is None or ordered.shared is None:
-        raise ValueError("the batch has nothing of a teacher's: see distill.Teacher")
+        raise ValueError("the batch lacks a teacher's hidden states and table: see distill.Teacher")
     taught, taught_table = ordered.per_token[HIDDEN], ordered.shared[TABLE]
     trained = jnp.asarray(ordered.weights, jnp.float32)
     hidden, table = _widened(model, params, out.hidden)
@@ -94,7 +95,7 @@ def distill_loss(
 
 
 def check(config: Config) -> None:
-    """Refuse a teacher that is not there or can't teach this model. Raises `UserError`."""
+    """Refuse a teacher that is missing or can't teach this model. Raises `UserError`."""
     distill = config.objective.distill
     if distill.teacher is None:
         raise UserError(
@@ -119,23 +120,23 @@ class Teacher:
     """Runs the teacher on each batch: the `Prepare` of an objective."""
 
     def __init__(self, config: Config) -> None:
-        """Keep what is needed; the teacher is read when the first batch comes."""
+        """Store the config; the teacher is loaded when the first batch comes."""
         self._config = config
         self._run: Callable[[Batch], Batch] | None = None
 
     def __call__(
         self, state: TrainState, batch: Batch, spread: Callable[[Batch], Batch]
     ) -> tuple[Batch, dict[str, float]]:
-        """Return the batch with what the teacher makes of it, and nothing to log."""
+        """Return the batch with the teacher's hidden states and table, and nothing to log."""
         del state
         if self._run is None:
             self._run = self._load()
         return self._run(spread(batch)), {}
 
     def complete(self, batch: Batch) -> Batch:
-        """Return a batch's shapes with those of the teacher, which need not be there: planning.
+        """Add the shapes of the teacher's arrays to those of a batch, for planning.
 
-        A teacher that is not there is taken to be as wide as the student.
+        The teacher need not exist: then it is assumed to be as wide as the student.
         """
         c = self._config.model
         width, place = c.d_model, self._config.objective.distill.teacher
@@ -158,7 +159,7 @@ class Teacher:
 
 
 def teach(model: Transformer, params: Params, batch: Batch) -> Batch:
-    """Return a batch with the hidden states that a teacher has of it, and the teacher's table."""
+    """Return a batch with the teacher's hidden states of it, and the teacher's table."""
     out = model.forward(
         params, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
     )

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: from pairs of answers to a loss without a reward model.
+"""Direct preference optimisation (DPO): a loss on pairs of answers, without a reward model.
 
 Rafailov et al. 2023, arXiv:2305.18290, equation 7. With w the weights of an answer's tokens and
 p_0 the reference, which is the same model without its adapters,
@@ -9,7 +9,7 @@ p_0 the reference, which is the same model without its adapters,
                      + sft_weight * mean_t of -log p over the chosen answer, weighted by w
 
 s is `label_smoothing`, the chance that a pair is the wrong way round (Mitchell 2023, "A note on DPO
-with noisy preferences"). The loss of a batch is the mean over its pairs. In a row pair k is
+with noisy preferences"). The loss of a batch is the mean over its pairs. In a row, pair k is the
 segments 2k + 1, chosen, and 2k + 2, rejected: see `data/preferences.py`.
 """
 
@@ -49,7 +49,7 @@ def _held_out_loss(dpo: DPOConfig) -> Loss:
 
 
 def check(config: Config) -> None:
-    """Refuse what leaves no reference. Raises `UserError`."""
+    """Refuse a config that leaves no reference. Raises `UserError`."""
     if not config.model.lora.targets:
         raise UserError(
             "objective.name is dpo, whose reference is the model without its adapters, and there "
@@ -73,11 +73,11 @@ def dpo_loss(
     balance_loss: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossSums:
-    """Sum the loss over the pairs of a batch; `LossSums.weight` counts these.
+    """Sum the loss over the pairs of a batch; `LossSums.weight` counts the pairs.
 
-    The gradient is that of the adapters, and of what else `params` trains beside `params["lora"]`,
-    in the model as adapted alone: the reference has none. `extra` has, as sums over pairs, the
-    margin, how often it is positive (half, if 0), and the rewards of both sides.
+    The gradient, for the adapters and for what else in `params` is trained, comes from the adapted
+    model alone: the reference has no gradient. `extra` has these sums over pairs: the margin, how
+    often it is positive (a margin of 0 counts half), and the rewards of both sides.
     """
     ordered, out = forward(model, params, batch)
     weights = jnp.asarray(ordered.weights, jnp.float32)
@@ -89,22 +89,23 @@ def dpo_loss(
 
     nll, reference = jax.lax.stop_gradient((nll, reference))
     gains = dpo.beta * _by_pair(weights * (reference - nll), ordered.segment_ids)
-    there = jnp.arange(gains.shape[1]) < count_pairs(batch.segment_ids)[:, None]
+    is_pair = jnp.arange(gains.shape[1]) < count_pairs(batch.segment_ids)[:, None]
     margins = gains[..., 0] - gains[..., 1]
     losses, slopes = preference(margins, dpo.label_smoothing)
-    # The derivative by each token's nll: of the chosen side a reward falls with it.
-    slopes = jnp.where(there, slopes, 0)
+    # The derivative with respect to each token's nll. A higher nll lowers its side's reward, so
+    # the chosen side gets the opposite sign.
+    slopes = jnp.where(is_pair, slopes, 0)
     by_side = dpo.beta * jnp.stack([-slopes, slopes], axis=-1)
     if dpo.sft_weight:
         size = _by_pair(weights, ordered.segment_ids)[..., 0]
         each = dpo.sft_weight / jnp.where(size > 0, size, 1)
         losses += each * _by_pair(weights * nll, ordered.segment_ids)[..., 0]
-        by_side = by_side.at[..., 0].add(jnp.where(there, each, 0))
+        by_side = by_side.at[..., 0].add(jnp.where(is_pair, each, 0))
     factors = weights * _of_tokens(by_side, ordered.segment_ids)
     surrogate, _ = weighted_nll(model, params, out.hidden, ordered.targets, factors)
 
     def total(x: Array) -> Float[Array, ""]:
-        return jnp.sum(jnp.where(there, x, 0))
+        return jnp.sum(jnp.where(is_pair, x, 0))
 
     value = total(losses) + (surrogate - jax.lax.stop_gradient(surrogate))
     tokens, penalty = router_penalty(batch, out, balance_loss=balance_loss, z_loss=z_loss)
@@ -118,7 +119,7 @@ def dpo_loss(
 
 
 def total_pairs(batch: Batch) -> Float[Array, ""]:
-    """Count the pairs of a batch: what its loss is divided by."""
+    """Count the pairs of a batch: the divisor of its loss."""
     return jnp.sum(count_pairs(batch.segment_ids)).astype(jnp.float32)
 
 
@@ -137,13 +138,13 @@ def preference(
 
 
 def _by_pair(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Array:
-    """Sum over the tokens of each segment: [B, pairs, 2], as many pairs as a row could have."""
+    """Sum over the tokens of each segment: [B, pairs, 2], with all pairs that a row could have."""
     slots = 2 * (values.shape[1] // 2)
     sums = jax.vmap(lambda x, at: jax.ops.segment_sum(x, at, 1 + slots))(values, segment_ids)
     return sums[:, 1:].reshape(len(values), -1, 2)
 
 
 def _of_tokens(by_side: Float[Array, "B pairs 2"], segment_ids: Int[Array, "B T"]) -> Array:
-    """Give each token what its segment has; 0 to padding."""
+    """Give each token the value of its segment; padding gets 0."""
     slots = jnp.pad(by_side.reshape(len(by_side), -1), [(0, 0), (1, 0)])
     return jnp.take_along_axis(slots, segment_ids, axis=1)

@@ -1,23 +1,25 @@
-"""Group relative policy optimisation: the loss (Shao et al. 2024, arXiv:2402.03300).
+"""Group relative policy optimisation (GRPO): the loss (Shao et al. 2024, arXiv:2402.03300).
 
-With x = log p(token) of the model that is trained, q that of the sampler as the token was drawn,
-both at the temperature of sampling, r = exp(x - q), and A the answer's advantage over its group,
+Let x = log p(token) under the trained model and q = log p(token) under the sampler when it drew the
+token, both at the temperature of sampling. With r = exp(x - q), and A the answer's advantage over
+its group,
 
     loss = mean over all answer tokens of the step of
            -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl * (exp(b - x) - (b - x) - 1)
 
-where b is that of the reference, the same model without its adapters. The second term is the "k3"
-estimate of the divergence from it, with its gradient as it stands, as in GRPO.
+where b = log p(token) under the reference, the same model without its adapters. The second term is
+the "k3" estimate of the divergence from the reference. As in GRPO, the gradient is that of this
+estimate.
 
-The mean is over the tokens of all answers together, and the clipping bounds may differ, as in DAPO
-(Yu et al. 2025, arXiv:2503.14476): every token counts the same, where GRPO's mean over answers
-makes those of long answers count less. Answers whose group is all alike count in the mean, with an
-advantage of 0: none are sampled in their place.
+As in DAPO (Yu et al. 2025, arXiv:2503.14476), the mean is over the tokens of all answers together,
+and the two clipping bounds may differ. So every token counts the same, while GRPO's mean over
+answers makes the tokens of long answers count less. If all answers of a group have the same reward,
+their advantage is 0; they still count in the mean, and no others are sampled in their place.
 
-q is the sampler's and not the trainer's own before the first update. The two differ by rounding,
-since prompts, cached steps and training are computed by different kernels and in bfloat16 a near
-tie may route a token to another expert. r is the importance weight of what was drawn in fact, and
-where the two are far apart it is clipped; and no pass over the answers is spent on it.
+q comes from the sampler, not from the trainer before the first update. The two differ by rounding:
+different kernels compute prompts, cached steps and training, and in bfloat16 a near tie may route a
+token to another expert. With the sampler's q, r is the importance weight of the tokens that were in
+fact drawn, it is clipped where the two are far apart, and no extra pass over the answers is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from gptoss_jax.objectives.reinforcement.rollouts import ADVANTAGES, FRESH, SAMP
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, weighted_nll
 from gptoss_jax.types import Batch, Params
 
-# A log ratio beyond this is one of broken numbers; its exponential stays a float32.
+# Log ratios are limited to this: its exponential fits float32, and larger ones are broken numbers.
 _FARTHEST = 30.0
 
 
@@ -68,9 +70,9 @@ def grpo_loss(
     """Run the model on a batch of `rollouts.make_batch` and sum the loss over the answers' tokens.
 
     `extra` has, as sums over tokens:
-    - `clipped`: tokens whose gradient the clipping cuts;
-    - `kl`: the estimate of the divergence from the reference, with grpo.kl above 0;
-    - of the first step on a set of answers (else NaN): `sampler_gap`, |x - q|; `sampler_gap_max`,
+    - `clipped`: tokens whose gradient is 0 because of clipping;
+    - `kl`: the estimate of the divergence from the reference, if grpo.kl is above 0;
+    - in the first step on a set of answers (else NaN): `sampler_gap`, |x - q|; `sampler_gap_max`,
       its maximum over the batch (with accumulation: the mean of the microbatches' maxima);
       `sampler_kl`, the k3 estimate of the divergence of the trainer from the sampler.
     """
@@ -78,7 +80,8 @@ def grpo_loss(
     batch, out = forward(model, params, given)
     assert batch.per_token is not None and batch.shared is not None
     weights = jnp.asarray(batch.weights, jnp.float32)
-    # Divides the logits; in bfloat16 a rounding more than the sampler's, which `sampler_gap` has.
+    # This divides the logits. In bfloat16 it rounds once more than the sampler does, which
+    # `sampler_gap` includes.
     hidden = out.hidden / grpo.temperature
 
     def logprobs(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
@@ -99,7 +102,7 @@ def grpo_loss(
         grpo=grpo,
     )
     value = jnp.sum(weights * each)
-    # The gradient by x goes through the unembedding as that of a weighted likelihood does.
+    # The gradient with respect to x goes through the unembedding like a weighted likelihood's.
     surrogate, _ = weighted_nll(model, params, hidden, batch.targets, -weights * slope)
     loss = surrogate + jax.lax.stop_gradient(value - surrogate)
     tokens, penalty = router_penalty(batch, out, balance_loss=balance_loss, z_loss=z_loss)
@@ -119,17 +122,17 @@ def token_losses(
     reference: Float[Array, "B T"] | None,
     grpo: GRPOConfig,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
-    """Return each token's loss, its derivative by the log-probability `x`, and what is logged."""
+    """Return each token's loss, its derivative with respect to `x`, and the values to log."""
     gap = jnp.clip(x - sampled, -_FARTHEST, _FARTHEST)
     ratio = jnp.exp(gap)
     bounded = jnp.clip(ratio, 1 - grpo.clip_low, 1 + grpo.clip_high)
-    cut = bounded * advantages < ratio * advantages  # where min takes what has no gradient
+    cut = bounded * advantages < ratio * advantages  # where min takes the side that has no gradient
     each = -jnp.minimum(ratio * advantages, bounded * advantages)
     slope = jnp.where(cut, 0.0, -ratio * advantages)
     extra = {
         "clipped": cut.astype(jnp.float32),
         "sampler_gap": jnp.abs(x - sampled),
-        "sampler_kl": jnp.expm1(gap) - gap,  # of small gaps without cancelling
+        "sampler_kl": jnp.expm1(gap) - gap,  # expm1: no cancellation for small gaps
     }
     if reference is not None:
         away = jnp.clip(reference - x, -_FARTHEST, _FARTHEST)

@@ -1,4 +1,4 @@
-"""What an objective is: the functions that training asks it for."""
+"""What an objective is: the functions that training calls."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from jaxtyping import Array, Float
 from gptoss_jax.objectives.token_loss import LossSums
 from gptoss_jax.types import Batch, Params, TrainState
 
-Loss = Callable[[Any, Params, Batch], LossSums]  # of (model, parameters, batch)
-Spread = Callable[[Batch], Batch]  # from the rows that this process has to global arrays
+Loss = Callable[[Any, Params, Batch], LossSums]  # takes (model, parameters, batch)
+Spread = Callable[[Batch], Batch]  # makes global arrays from the rows of this process
 
 
 class Prepare(Protocol):
-    """What becomes of a batch of the data before a step.
+    """A function that prepares a batch of the data for a step.
 
-    Runs on the host, on all processes alike, with the state that the step begins with (which it
-    leaves as it is). Returns the step's batch, as global arrays, and numbers for the log.
+    It runs on the host, in the same way in all processes, with the train state before the step,
+    which it does not change. It returns the step's batch, as global arrays, and numbers to log.
     """
 
     def __call__(
@@ -31,20 +31,21 @@ class Prepare(Protocol):
 class Objective(NamedTuple):
     """What a run optimises; each objective is a file that has `objective(config) -> Objective`."""
 
-    open_batches: Callable[..., Any]  # (rows=) the training data, as `data.train_batches` gives it
-    first_batches: Callable[[int], list[Batch]]  # that many, whole; of questions without answers
-    make_prepare: Callable[[Any], Prepare]  # of the model
+    open_batches: Callable[..., Any]  # (rows=) opens the training data, like `data.train_batches`
+    # Returns the first n batches, with all rows; questions come without answers.
+    first_batches: Callable[[int], list[Batch]]
+    make_prepare: Callable[[Any], Prepare]  # takes the model
     loss: Loss
     total: Callable[[Batch], Float[Array, ""]]  # what `LossSums.weight` of a whole batch will be
     held_out_loss: Loss  # the same function for equal configs, so that it is compiled once
     has_perplexity: bool = True  # whether the held-out loss is the mean nll of a token
     # Whether the model without its adapters is the reference that the model is compared with.
     compares_with_base: bool = False
-    # From the shapes of a batch of tokens to those of a prepared batch: for planning.
+    # Turns the shapes of a batch of tokens into those of a prepared batch, for planning.
     complete: Callable[[Batch], Batch] = lambda batch: batch
 
 
 def spread_batch(state: TrainState, batch: Batch, spread: Spread) -> tuple[Batch, dict[str, float]]:
-    """Prepare a batch that needs nothing but to be spread over the mesh: a `Prepare`."""
+    """Prepare a batch that only needs to be sharded over the mesh: a `Prepare`."""
     del state
     return spread(batch), {}

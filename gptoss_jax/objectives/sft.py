@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: the likelihood of the tokens that `data.train_on` names.
+"""Supervised fine-tuning (SFT): the likelihood of the tokens that `data.train_on` names.
 
-Chats, plain texts (continued pre-training), or a mixture of both.
+The data are chats, plain texts (continued pre-training), or a mixture of both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def router_losses(config: Config) -> dict[str, Any]:
 
 
 def first_batches(config: Config, count: int) -> list[Batch]:
-    """Return the first batches of the training data, whole. Raises UserError for bad data."""
+    """Return the training data's first batches, with all rows. Raises UserError for bad data."""
     batches = data.train_batches(config)
     try:
         return [next(batches) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""From a model and a batch to the sums that a loss is made of."""
+"""Compute the sums that make up a loss, from a model and a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptoss_jax.ops.lora import widen
 from gptoss_jax.parallel import context, mesh, vocabulary
 from gptoss_jax.types import Batch, Output, Params, RouterStats
 
-# The unembedding runs over chunks of an eighth of the rows, or of this many where that is less.
+# The unembedding runs over chunks of an eighth of the rows, but at least `_MIN_ROWS`.
 _CHUNKS = 8
 _MIN_ROWS = 128
 
@@ -35,10 +35,10 @@ class SourceSums:
 
 @struct.dataclass
 class LossSums:
-    """Sums over a batch, float32: to be added over microbatches, hosts and shards, then divided.
+    """Sums over a batch, float32: add them over microbatches, hosts and shards, then divide.
 
-    The loss is `nll / weight`; what is minimised is `nll / weight + penalty / tokens`, each sum
-    over the whole step, so that accumulation and one big batch are the same.
+    The loss is `nll / weight`. Training minimises `nll / weight + penalty / tokens`. Each sum is
+    over the whole step, so that gradient accumulation equals one big batch.
     """
 
     nll: Float[Array, ""]  # sum of weight * negative log-likelihood, in nats
@@ -47,12 +47,12 @@ class LossSums:
     tokens: Float[Array, ""]  # tokens that are not padding
     router: RouterStats
     by_source: SourceSums | None = None
-    # What an objective tells beside its loss, for the log: sums too, to be divided by `weight`.
+    # What an objective logs beside its loss: sums too, which are divided by `weight`.
     extra: dict[str, Float[Array, ""]] = struct.field(default_factory=dict)
 
 
 def trained_weight(batch: Batch) -> Float[Array, ""]:
-    """Return the sum of a batch's weights: what a loss that is a mean over tokens is divided by."""
+    """Return the sum of a batch's weights: the divisor of a loss that is a mean over tokens."""
     return jnp.sum(batch.weights.astype(jnp.float32))
 
 
@@ -69,8 +69,8 @@ def loss_fn(
 
     Only positions with weight > 0 are unembedded, in chunks, so that logits [tokens, V] never exist
     and the cost follows the trained tokens, in steps of an eighth of the batch. The router losses
-    are averaged over layers; with coefficients of 0 they are no part of the gradient. `model` has
-    the `forward` of `model.Transformer`. With `num_sources` the sums come for each source, too.
+    are averaged over layers; with coefficients of 0 they add nothing to the gradient. `model` has
+    the `forward` of `model.Transformer`. With `num_sources`, there are also sums for each source.
     """
     batch, out = forward(model, params, batch)
     weights = jnp.asarray(batch.weights, jnp.float32)
@@ -83,9 +83,9 @@ def loss_fn(
 
 
 def forward(model: Any, params: Params, batch: Batch) -> tuple[Batch, Output]:
-    """Run the model on a batch: return the batch in the order of tokens that it ran in, and that.
+    """Run the model on a batch; return the batch, its tokens in the output's order, and the output.
 
-    On a mesh that splits tokens over `context` that order is another one, which changes no sum.
+    A mesh that splits tokens over `context` reorders them, which changes no sum.
     """
     where: dict[str, Any] = {}
     if mesh.size("context") > 1:
@@ -107,11 +107,11 @@ def weighted_nll(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Unembed, and sum weights * nll; say each target's nll, too, where its weight is not 0.
+    """Unembed; return the sum of weights * nll, and each target's nll where its weight is not 0.
 
-    Both in nats, float32. Only the sum has a gradient, in the parameters and hidden states. An
-    objective that is another function of the nll gets its gradient through a second call, with the
-    derivative by each nll as the weight of that one.
+    Both are in nats, float32. Only the sum has a gradient, with respect to the parameters and
+    hidden states. An objective that is another function of the nll gets its gradient from a second
+    call, in which the weights are the objective's derivatives with respect to the nll.
     """
     table = params["unembedding"]["weight"]
     if (adapter := adapters.of_table(params, "unembedding", model)) is not None:
@@ -126,7 +126,7 @@ def weighted_nll(
         rows, *of_rows = trained
         nll, each = _nll_sum(rows, table, *of_rows)
         each = each[goes_to]
-    else:  # all rows: chunks of them would carry a float32 gradient of the whole table
+    else:  # all rows at once: a loop over chunks would carry a float32 gradient of the table
         nll, each = cross_entropy(rows, table, *of_rows)
     return nll, each.reshape(weights.shape)
 
@@ -134,7 +134,7 @@ def weighted_nll(
 def router_penalty(
     batch: Batch, out: Output, *, balance_loss: float, z_loss: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the tokens that are not padding, and the router losses times these: for `LossSums`."""
+    """Return the number of tokens without padding, and the router losses times that number."""
     tokens = jnp.sum(batch.segment_ids != 0).astype(jnp.float32)
     penalty = jnp.float32(0)
     if balance_loss:
@@ -167,9 +167,9 @@ def _by_source(batch: Batch, nll: Float[Array, "B T"], *, num_sources: int) -> S
 def trained_first(
     hidden: Float[Array, "M D"], targets: Int[Array, " M"], weights: Float[Array, " M"]
 ) -> tuple[Float[Array, "M D"], Int[Array, " M"], Float[Array, " M"], Int[Array, " M"]]:
-    """Move the rows whose weight is not 0 to the front, in order; say last where each went."""
-    trained = weights != 0  # below 0 where an objective makes a target less likely
-    # Where each row goes, by counting: no sort.
+    """Move the rows whose weight is not 0 to the front, in order; return last where each went."""
+    trained = weights != 0  # negative where an objective makes a target less likely
+    # Find where each row goes by counting, without a sort.
     after = jnp.sum(trained) + jnp.cumsum(~trained) - 1
     goes_to = jnp.where(trained, jnp.cumsum(trained) - 1, after)
     rows = jnp.arange(weights.shape[0])
@@ -203,12 +203,12 @@ def _nll_sum(
     targets: Int[Array, " M"],
     weights: Float[Array, " M"],
 ) -> tuple[Float[Array, ""], Float[Array, " M"]]:
-    """Sum weights * nll over the rows up to the last with a weight; all of those come first.
+    """Sum weights * nll over the rows with a weight, all of which must come first.
 
     The second result is the nll of each row, for reports: no gradient flows through it.
 
-    The number of chunks is known only when it runs, and such a loop has no autodiff: hence a rule
-    of its own, by which the gradients are formed in the loop that forms the loss.
+    The number of chunks is known only when it runs, and autodiff can't handle such a loop. So this
+    has its own derivative rule, which computes the gradients in the loop that computes the loss.
     """
     return _over_chunks(hidden, weight, targets, weights, grads=(False, False))[0]
 
@@ -218,11 +218,11 @@ def _over_chunks(
 ) -> tuple[tuple[Array, Array], Array, Array]:
     """Return (sum of weights * nll, nll of each row), and the gradients in hidden and weight.
 
-    `grads` says which of the two are wanted; of what is not, an empty array comes back.
+    `grads` says which of the two are wanted; for the others a scalar 0 is returned.
     """
     M = hidden.shape[0]
     rows = min(M, max(-(-M // _CHUNKS), _MIN_ROWS))
-    # Chunks have one size: the last may reach over the end, into rows of weight 0.
+    # All chunks have one size: the last may reach beyond the end, into rows of weight 0.
     spare = -M % rows
     parts = [jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, targets, weights)]
     put = jax.lax.dynamic_update_slice_in_dim

@@ -1,4 +1,4 @@
-"""config -> optax: AdamW, Adafactor or Muon, its schedule, and which parameters it trains."""
+"""Build the optax optimizer of a config: AdamW, Adafactor or Muon, schedule, trained part."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Schedule = Callable[[Any], Any]
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Return the learning rate as a function of the updates made so far.
+    """Return the learning rate as a function of the number of updates made so far.
 
-    Rises linearly over `warmup_steps` (the first update already moves), then stays ("constant"), or
-    falls along a cosine to `final_learning_rate * learning_rate` at the last of `total_steps`, or
-    stays and falls to that linearly in the last `decay_share` of all steps ("wsd").
+    It rises linearly over `warmup_steps`; the first update already has a rate above 0. Then it
+    stays constant ("constant"), or falls along a cosine to `final_learning_rate * learning_rate` at
+    the last of `total_steps` ("cosine"), or stays constant and falls linearly to that value in the
+    last `decay_share` of all steps ("wsd").
     """
     peak, warmup, end = config.learning_rate, config.warmup_steps, config.final_learning_rate
     last = total_steps - 1
@@ -55,31 +56,30 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Make the optimizer of the trainable part of a parameter tree (see `split_trainable`).
 
-    Gradients and updates are float32 whatever the parameters' dtype. The first moment is kept in
-    `moment_dtype`, AdamW's second in `second_moment_dtype`, rounded to the nearest after a step in
-    float32. A parameter kept in less than float32 has a float32 copy in the
-    state, which is what is updated, or with masters "stochastic" none, and is rounded by chance
-    (see `rounding`). Bytes a parameter for AdamW in bfloat16: 2 + 2 of parameter and gradient,
-    4 + 4 of moments, 4 of copy: 16; 10 with neither copy nor float32 first moment; 8 with neither
-    moment in float32.
+    Gradients and updates are float32 whatever the parameters' dtype. The first moment is stored in
+    `moment_dtype` and AdamW's second in `second_moment_dtype`, rounded to the nearest after a step
+    in float32. For a parameter in less than float32, the state has a float32 copy, which is
+    updated. With masters "stochastic" there is no copy: the parameter is rounded at random (see
+    `low_precision`). AdamW in bfloat16 takes 16 bytes per parameter: 2 + 2 for parameter and
+    gradient, 4 + 4 for the moments, 4 for the copy. It takes 10 with neither copy nor float32 first
+    moment, and 8 with neither moment in float32.
 
-    Clips by global norm; decays matrices only (see `is_decayed`), by weight decay times learning
-    rate whatever the optimizer.
+    It clips by global norm. It decays matrices only (see `is_decayed`), by weight decay times
+    learning rate whatever the optimizer.
 
     Args:
-        config: What and how.
-        total_steps: Where the schedule ends.
-        masks: Factors on the learning rate, of all parameters or of those trained: what
-            `patterns.masks` returns. Where a factor is 0, the gradient counts nowhere and no bit
-            of the parameter changes. `update` takes `factors` in place of them, for a part of the
-            parameters.
+        config: The optimizer's settings.
+        total_steps: The number of steps of the schedule.
+        masks: Learning-rate factors of all parameters or of the trained ones, from
+            `patterns.masks`. Where a factor is 0, the gradient counts nowhere and no bit of the
+            parameter changes. `update` accepts `factors` instead, for a part of the parameters.
         balance_bias: What a step adds to the router bias of an expert with less than its share of
-            the rows, and takes from one with more, instead of following its gradient (Wang et al.
-            2024, arXiv:2408.15664). `update` then takes `load`, [L, E]: each expert's share.
-        seed: Of the random bits of stochastic rounding.
+            the rows, and subtracts for one with more, instead of following its gradient (Wang et
+            al. 2024, arXiv:2408.15664); 0 is off. `update` then needs `load` [L, E], the shares.
+        seed: Seed of the random bits for stochastic rounding.
 
     Raises:
-        UserError: from `init`: `balance_bias` where the router bias is not trained, or
+        UserError: `init` raises it for `balance_bias` where the router bias is not trained, or
             masters "stochastic" with float16 parameters.
     """
     moments: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
@@ -105,18 +105,18 @@ def make_optimizer(
 
 
 def update_ema(ema: Params, params: Params, *, decay: float, step: Int[Array, ""]) -> Params:
-    """Return the float32 average of parameters after one more step, the `step`-th from 0.
+    """Return the float32 moving average of the parameters after step `step`, counted from 0.
 
-    Starts at the parameters themselves. So that these do not stay in it for 1 / (1 - decay) steps,
-    the decay rises to its value, as (step + 1) / (step + 10) (TensorFlow's
-    ExponentialMovingAverage does so with `num_updates`).
+    The average starts as the parameters themselves. So that these do not stay in it for
+    1 / (1 - decay) steps, the decay rises to its value as (step + 1) / (step + 10) (as TensorFlow's
+    ExponentialMovingAverage does with `num_updates`).
     """
     rate = 1 - jnp.minimum(decay, (step + 1) / (step + 10))
     return jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), ema, params)
 
 
 def is_decayed(params: Params) -> Any:
-    """Say for each parameter whether weight decay applies: not to norms, biases and sinks."""
+    """Return for each parameter whether weight decay applies: not to norms, biases and sinks."""
 
     def by_path(path: tuple[Any, ...], _: Any) -> bool:
         name = path[-1].key
@@ -128,8 +128,8 @@ def is_decayed(params: Params) -> Any:
 def split_trainable(params: Params, frozen_paths: Collection[str] = ()) -> tuple[Params, Params]:
     """Split a tree into (trainable, frozen); packed experts and integer leaves are frozen.
 
-    So are those at `frozen_paths` (`patterns.frozen_paths`): they get no gradient and take no
-    memory of the optimizer. Both parts keep the paths of their leaves; `merge` puts them together
+    Leaves at `frozen_paths` (`patterns.frozen_paths`) are frozen too. Frozen leaves get no gradient
+    and take no optimizer memory. Both parts keep the paths of their leaves; `merge` joins them
     again.
     """
 
@@ -149,7 +149,7 @@ def merge(a: Params, b: Params) -> Params:
 
 
 def _where(tree: Params, flags: Params, wanted: bool) -> Params:
-    """Return the leaves whose flag is as wanted, without empty branches."""
+    """Return the leaves whose flag equals `wanted`, without empty branches."""
     kept: Params = {}
     for name, child in tree.items():
         if not isinstance(child, dict):
@@ -170,13 +170,13 @@ _ROUTER_BIAS = "layers/router/bias"
 
 
 class ClipState(NamedTuple):
-    """The norm of the last gradient before clipping, of what is trained: for the log."""
+    """The norm of the trained parameters' last gradient before clipping: for the log."""
 
     grad_norm: Float[Array, ""]
 
 
 class ScheduleState(NamedTuple):
-    """Updates made, and the learning rate of the last one: for the log."""
+    """The number of updates made, and the learning rate of the last one: for the log."""
 
     updates: Int[Array, ""]
     learning_rate: Float[Array, ""]
@@ -185,7 +185,7 @@ class ScheduleState(NamedTuple):
 def _store_second_moment(
     adam: optax.GradientTransformation, dtype: jnp.dtype
 ) -> optax.GradientTransformation:
-    """Keep Adam's second moment in `dtype` between steps; a step is in float32."""
+    """Store Adam's second moment in `dtype` between steps; a step computes in float32."""
     if dtype == jnp.float32:
         return adam
 
@@ -205,7 +205,7 @@ def _store_second_moment(
 def _drop_unused(
     masks: Params | None, balance_bias: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Zero the gradient where nothing follows it, so that it counts in no norm and no moment."""
+    """Zero gradients that update nothing, so that they count in no norm and no moment."""
 
     def of_leaf(path: tuple[Any, ...], grad: Array, factor: Any) -> Array:
         if balance_bias and path_name(path) == _ROUTER_BIAS:
@@ -216,7 +216,7 @@ def _drop_unused(
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
-    """Scale gradients down to a global norm; a limit of 0 only measures it."""
+    """Scale gradients down to a global norm; a limit of 0 only measures the norm."""
 
     def init(_: Params) -> ClipState:
         return ClipState(jnp.zeros((), jnp.float32))
@@ -224,7 +224,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
     def update(grads: Params, _: ClipState, params: Params | None = None):
         norm = optax.tree.norm(grads)
         if limit > 0:
-            # One factor: a division of each entry would be written out before it is used.
+            # Multiply by one factor: dividing each entry would write the result to memory first.
             factor = jnp.where(norm < limit, 1.0, limit / norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
         return grads, ClipState(norm)
@@ -244,7 +244,7 @@ def _scale_by_schedule(schedule: Schedule) -> optax.GradientTransformation:
 
 
 def _balance(step: float) -> optax.GradientTransformationExtraArgs:
-    """Replace the router bias's update by `step`, towards experts with less than their share."""
+    """Replace the router bias's update by `step`, up for experts with less than their share."""
 
     def init(params: Params) -> optax.EmptyState:
         if step and "bias" not in params.get("layers", {}).get("router", {}):
@@ -277,28 +277,28 @@ def _balance(step: float) -> optax.GradientTransformationExtraArgs:
 def _scale_by_factors(
     masks: Params | None, balance_bias: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiply updates by their factors; a balanced router bias only stays where it is frozen."""
+    """Multiply updates by their factors; of a balanced router bias, only a factor 0 counts."""
 
     def of_leaf(path: tuple[Any, ...], update: Array, factor: Any) -> Array:
         if balance_bias and path_name(path) == _ROUTER_BIAS:
             factor = (factor != 0) * np.float32(1)
         if _all_are(factor, lambda f: np.all(f == 1)):
             return update
-        # Added to a zero of either sign, -0.0 leaves it as it is; and 0 * inf would be NaN.
+        # Adding -0.0 changes no value, not even a zero's sign; 0 * inf would be NaN.
         return jnp.where(factor == 0, jnp.float32(-0.0), update * factor)
 
     return _with_factors(of_leaf, masks)
 
 
 def _all_are(factor: Any, test: Callable[[Any], Any]) -> bool:
-    """Say whether a factor passes a test, as far as that is known before the step runs."""
+    """Return whether a factor passes a test; False if it is only known as the step runs."""
     return not isinstance(factor, jax.Array) and bool(test(factor))
 
 
 def _with_factors(
     of_leaf: Callable[[tuple[Any, ...], Array, Any], Array], masks: Params | None
 ) -> optax.GradientTransformationExtraArgs:
-    """Map path, gradient and factor of each parameter to what becomes of the gradient."""
+    """Replace each gradient by a function of the parameter's path, gradient and factor."""
 
     def update(
         updates: Params,

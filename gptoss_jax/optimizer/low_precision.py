@@ -1,4 +1,4 @@
-"""Parameters kept in less than float32: float32 copies of them, or stochastic rounding."""
+"""Parameters in less than float32: update them by float32 copies or by stochastic rounding."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gptoss_jax.types import Params
 
 
 class Float32State(NamedTuple):
-    """State of the transformation within, and float32 copies of what is kept in less."""
+    """The inner transformation's state, and float32 copies of parameters stored in less."""
 
     inner: Any
     copies: Params
 
 
 class StochasticState(NamedTuple):
-    """State of the transformation within, and where the random bits come from.
+    """The inner transformation's state, and the source of the random bits.
 
-    The bits of an update are a function of (key, updates), and of `part` where `update` is given
-    that: which part of the parameters it is called with. So a run that is resumed draws those that
-    it would have drawn.
+    The bits of an update are a function of (key, updates), and of `part` if `update` gets one: the
+    index of the part of the parameters that it updates. So a resumed run draws the same bits as a
+    run without a stop.
     """
 
     inner: Any
@@ -37,10 +37,11 @@ class StochasticState(NamedTuple):
 def round_stochastically(
     x: Float32[Array, "*shape"], key: PRNGKeyArray
 ) -> BFloat16[Array, "*shape"]:
-    """Round to one of the two nearest bfloat16, by chance, so that the expectation is `x`.
+    """Round to one of the two nearest bfloat16 values at random; the expectation is `x`.
 
-    The chance of each is exact to the 16 bits that are dropped. What bfloat16 can hold stays as it
-    is; infinities and NaN too. A value beyond the largest finite bfloat16 can become infinite.
+    The chance of each is exact to the 16 bits that are dropped. A value that bfloat16 can hold does
+    not change; nor do infinities and NaN. A value beyond the largest finite bfloat16 can become
+    infinite.
     """
     return _on_the_grid(x, key).astype(jnp.bfloat16)
 
@@ -55,11 +56,11 @@ def _on_the_grid(x: Float32[Array, "*shape"], key: PRNGKeyArray) -> Float32[Arra
 
 
 def _random_bits(shape: tuple[int, ...], key: PRNGKeyArray) -> UInt32[Array, "..."]:
-    """Return a hash of each index and the key, which is what chance needs to be here.
+    """Return a hash of each index and the key, which is random enough for rounding.
 
-    Not `jax.random.bits`: on a CPU that compiles for seconds an array of five axes, and takes
-    longer than the rest of the optimizer. This is a few operations in the loop that rounds, without
-    an array of its own, and the same however the array is sharded.
+    This is not `jax.random.bits`: on a CPU, that compiles for seconds for an array of five axes,
+    and takes longer than the rest of the optimizer. The hash is a few operations in the loop that
+    rounds, without an array of its own, and is the same however the array is sharded.
     """
     start, step = jax.random.key_data(key)
     bits = jnp.broadcast_to(start, shape)
@@ -79,18 +80,19 @@ def in_float32(
     masters: Literal["float32", "stochastic"] = "float32",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Run a transformation in float32 whatever the parameters' dtypes; float32 ones are its own.
+    """Run a transformation in float32 whatever the parameters' dtypes.
 
-    With masters "float32", of a parameter kept in less there is a float32 copy in the state. It is
-    what is updated, and the parameter is that copy rounded. With "stochastic" there is none: the
-    parameter is what it was plus its update, rounded by `round_stochastically`.
+    It updates float32 parameters as it would alone. With masters "float32", the state has a float32
+    copy of each parameter in less than float32. The copy is updated, and the parameter is the copy
+    rounded. With "stochastic" there is no copy: the parameter plus its update is rounded by
+    `round_stochastically`.
 
-    The updates of such parameters are (new value - parameter) in float32, which
-    `optax.apply_updates` adds in float32 and rounds. A zero update is -0.0, which when added leaves
-    every bit as it is.
+    The update of such a parameter is (new value - parameter) in float32, which
+    `optax.apply_updates` adds in float32 and rounds. A zero update is -0.0: adding it changes no
+    bit.
 
     Raises:
-        UserError: "stochastic" with a parameter in another dtype than bfloat16 and float32.
+        UserError: "stochastic" with a parameter that is neither bfloat16 nor float32.
     """
     if masters == "stochastic":
         return _rounded_by_chance(inner, seed)
@@ -113,7 +115,7 @@ def in_float32(
 def _rounded_by_chance(
     inner: optax.GradientTransformationExtraArgs, seed: int
 ) -> optax.GradientTransformationExtraArgs:
-    # Named, for the default may change, and its bits would with it.
+    # Name the generator: JAX's default may change, and the bits with it.
     generator = "threefry2x32"
 
     def init(params: Params) -> StochasticState:

@@ -1,8 +1,8 @@
 """Optimizers that see a parameter as matrices: Adafactor and Muon on stacked parameters.
 
-A stack of layers and experts is many matrices, each with its own statistics. Which axes stack, and
-which are a matrix's rows, the table of parameters says. Weights are [out..., in...]: rows are
-outputs.
+A stack of layers and experts is many matrices, each with its own statistics. The table of
+parameters says which axes are stacked, and which are a matrix's rows. Weights are [out..., in...]:
+rows are outputs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gptoss_jax.types import Params
 def scale_by_adafactor() -> optax.GradientTransformation:
     """Scale gradients by Adafactor's second moment, each matrix and vector by its own.
 
-    Of a matrix with both sides of at least 128 the second moment is kept as a row and a column
-    (optax's rule); of others, and of vectors, in full. The update of each matrix is clipped to a
-    root mean square of 1. There is no momentum, and no scaling by the parameter's size, so that
-    AdamW's learning rates carry over.
+    For a matrix with both sides of at least 128, the second moment is stored as a row and a column
+    (optax's rule); for other matrices and for vectors, in full. The update of each matrix is
+    clipped to a root mean square of 1. There is no momentum, and no scaling by the parameter's
+    size, so that AdamW's learning rates carry over.
 
     Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 and 5, without relative steps; without
     the parameter's size as in Zhai et al. 2021, arXiv:2106.04560, section 3.4.
@@ -48,7 +48,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
         view, batch = _view(path, grad)
 
         def update(grad: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-            # optax looks at the parameters' shapes and dtypes alone.
+            # The gradient stands in for the parameters: optax reads only their shapes and dtypes.
             return one.update(grad, state, grad)  # pyright: ignore[reportReturnType]
 
         for _ in range(batch):
@@ -67,7 +67,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
 
 def _groups(path: tuple[Any, ...]) -> tuple[int, int]:
-    """Return how many axes of a parameter stack, and how many after them are rows."""
+    """Return how many axes of a parameter are stacked, and how many after them are rows."""
     row, part, _ = table.place(path_name(path))
     if part:  # a [stack..., inputs..., r] or b [stack..., r, outputs...]
         return len(row.lead), len(row.inputs) if part == "a" else 1
@@ -76,7 +76,7 @@ def _groups(path: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def _view(path: tuple[Any, ...], x: jax.Array) -> tuple[jax.Array, int]:
-    """Return a parameter as [stacked..., rows, columns] or [stacked..., n], and how many stack."""
+    """Return a parameter as [stack..., rows, columns] or [stack..., n], and how many axes stack."""
     stack, rows = _groups(path)
     sides = x.shape[stack : stack + rows], x.shape[stack + rows :]
     return x.reshape(*x.shape[:stack], *(math.prod(side) for side in sides if side)), stack
@@ -85,7 +85,7 @@ def _view(path: tuple[Any, ...], x: jax.Array) -> tuple[jax.Array, int]:
 def scale_by_muon_or_adam(
     *, b1: float, b2: float, eps: float, moment_dtype: DTypeLike
 ) -> optax.GradientTransformation:
-    """Scale gradients by Muon where they are hidden matrices, and by Adam elsewhere.
+    """Scale the gradients of hidden matrices by Muon, and all others by Adam.
 
     Muon makes each layer's and each expert's momentum nearly orthogonal by five Newton-Schulz
     steps: q, k and v as [N*H, D] matrices, o as [D, N*H], the experts' gate, up and down as three
@@ -93,8 +93,9 @@ def scale_by_muon_or_adam(
     Adam's updates usually have, so that AdamW's learning rate and weight decay carry over (Liu et
     al. 2025, arXiv:2502.16982, section 2.2).
 
-    Jordan 2024, https://kellerjordan.github.io/posts/muon: embedding, output head and vectors are
-    AdamW's. So is the router here, the head that chooses experts. `b1` is both's momentum.
+    As in Jordan 2024, https://kellerjordan.github.io/posts/muon, AdamW updates the embedding, the
+    output head and vectors. Here it also updates the router, the head that chooses experts. `b1` is
+    the momentum of both.
     """
     return optax.partition(
         {
@@ -107,18 +108,18 @@ def scale_by_muon_or_adam(
             "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moment_dtype),
         },
         lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: "muon" if _is_muons(table.place(path_name(path))) else "adam", params
+            lambda path, _: "muon" if _uses_muon(table.place(path_name(path))) else "adam", params
         ),
     )
 
 
-def _is_muons(place: table.Place) -> bool:
-    """Say whether Muon updates a parameter; adapters and the rest are Adam's."""
+def _uses_muon(place: table.Place) -> bool:
+    """Return whether Muon updates a parameter; Adam updates adapters and the rest."""
     return place.row.muon and not place.part
 
 
 def _dimension_numbers(params: Any) -> Any:
-    """Say for each matrix which axes are its rows and which its columns; others are stacked."""
+    """Return which axes of each matrix are its rows and columns; other axes are stacked."""
 
     def of_leaf(path: tuple[Any, ...], x: jax.Array) -> MuonDimensionNumbers:
         stack, rows = _groups(path)

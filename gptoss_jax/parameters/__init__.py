@@ -1,6 +1,6 @@
-"""What parameters a model has, and how one speaks of them.
+"""Which parameters a model has, and how code refers to them.
 
-`table` says all that there is to say of each one, `tree` has the parameter tree and its paths,
-`patterns` chooses among them. Imports: types, errors, chips, config. Every room that handles
-parameters takes these.
+`table` describes each parameter, `tree` handles the parameter tree and its paths, and `patterns`
+selects parameters by path. Imports: types, errors, chips, config. Every room that handles
+parameters imports this one.
 """

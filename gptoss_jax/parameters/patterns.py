@@ -1,20 +1,20 @@
-"""Which parameters are trained, and how fast: patterns of paths, with layers and experts by index.
+"""Patterns of paths: which parameters are trained, and at which learning rate.
 
 A pattern is a path of the parameter tree in which `*` stands for any characters, slashes too:
 
     embedding/weight            layers/attention/*          */q_weight          *bias
 
-Brackets behind `layers` and `experts` choose along those axes of the stacked parameters, by
-numbers from 0, ranges with both ends, and open ranges:
+Brackets after `layers` or `experts` select along that axis of the stacked parameters, by numbers
+from 0, ranges that include both ends, and open ranges:
 
     layers[0-11]/*              layers[12-15,20]/attention/*            layers[8-]/experts[0,3,7]/*
 
-`experts[top4]` are, in each layer, the four experts with the highest load on the user's own data.
-`experts[...]` is about the experts' own parameters: their rows of the router are `layers/router/*`.
+`experts[top4]` selects, in each layer, the four experts with the highest load on the user's data.
+`experts[...]` selects the experts' own parameters only; the router's are `layers/router/*`.
 
-A parameter is trained unless `optimizer.freeze` names it or `optimizer.only` is given and does not;
-its learning rate is multiplied by the factor of the last of `optimizer.learning_rates` that names
-it (a factor of 0 freezes it). Packed weights are never trained.
+A parameter is trained unless `optimizer.freeze` names it, or `optimizer.only` is given and does not
+name it. Its learning rate is multiplied by the factor of the last pattern in
+`optimizer.learning_rates` that names it (0 freezes it). Packed weights are never trained.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import MXFP4, Params, Relaid
 
-_BRACKETS = {"layers": "layers[0-3]", "experts": "experts[0,3]"}  # each with an example
+_BRACKETS = {"layers": "layers[0-3]", "experts": "experts[0,3]"}  # axis -> an example
 
 
 class _Item(NamedTuple):
-    """One item between brackets: a range with both ends, `last` None if open; or the top ones."""
+    """One item in brackets: a range that includes both ends (`last` None: open), or top experts."""
 
     first: int = 0
     last: int | None = None
-    top: int = 0  # of experts by load; 0: the item is a range
+    top: int = 0  # how many experts, by load; 0: the item is a range
 
 
 @dataclass(frozen=True)
 class _Pattern:
-    field: str  # of the config, for messages
+    field: str  # the config field, for messages
     text: str
     path: str  # without brackets
-    chosen: dict[str, tuple[_Item, ...]]  # by "layers" and "experts"
+    chosen: dict[str, tuple[_Item, ...]]  # "layers" or "experts" -> items in brackets
 
     def matches(self, path: str) -> bool:
-        """Say whether the pattern names a path, apart from its brackets."""
+        """Return whether the pattern, without its brackets, matches a path."""
         return bool(re.fullmatch(".*".join(map(re.escape, self.path.split("*"))), path))
 
     def error(self, what: str) -> UserError:
@@ -64,10 +64,10 @@ class _Pattern:
 
 
 def needs_load(config: OptimizerConfig) -> bool:
-    """Say whether a pattern chooses experts by load, so that `masks` has to be given it.
+    """Return whether a pattern selects experts by load, so that `masks` needs `load`.
 
     Raises:
-        UserError: as `masks`, for what is wrong whatever the model.
+        UserError: as `masks`, for errors that do not depend on the model.
     """
     rates = [p for p, _ in _learning_rates(config)]
     freeze, only = _parse("optimizer.freeze", config.freeze), _parse("optimizer.only", config.only)
@@ -77,23 +77,23 @@ def needs_load(config: OptimizerConfig) -> bool:
 def masks(
     params: Params, config: OptimizerConfig, *, load: Float[np.ndarray, "L E"] | None = None
 ) -> Params:
-    """Return the factor on the learning rate of each parameter, as a tree like that given.
+    """Return the learning-rate factor of each parameter, as a tree like `params`.
 
-    A leaf is a float where one factor holds for the whole parameter (1.0: trained fully, 0.0:
-    frozen, as packed ones are), else a float32 array that broadcasts to it, [L, 1, ...] or
-    [L, E, 1, ...].
+    A leaf is a float if one factor holds for the whole parameter (1.0: fully trained; 0.0: frozen,
+    as packed weights are). Otherwise it is a float32 array that broadcasts to the parameter,
+    [L, 1, ...] or [L, E, 1, ...].
 
     Args:
         params: Arrays, or their shapes.
-        config: Its `freeze`, `only` and `learning_rates` are what is read.
-        load: Each expert's share of the rows, needed where `needs_load`. Which experts are chosen
-            depends on it, but not how many: any load will do to check patterns and to count.
+        config: Only `freeze`, `only` and `learning_rates` are read.
+        load: Each expert's share of the rows; required if `needs_load`. It decides which experts
+            are selected, but not how many: to check patterns or to count, any load will do.
 
     Raises:
-        UserError: a pattern that matches nothing (with the nearest path), brackets that can't be
-            read, an index that there is not, an axis that the parameter does not have, `only` or a
-            learning rate for nothing but packed weights, a factor that is no number of at least 0,
-            or nothing left to train.
+        UserError: a pattern that matches nothing (the message names the nearest path), brackets
+            that can't be read, an index out of range, an axis that the parameter does not have,
+            `only` or a learning rate for packed weights alone, a factor that is not a number of at
+            least 0, or nothing left to train.
     """
     leaves = flatten(params)
     sizes = _sizes(leaves)
@@ -134,9 +134,9 @@ def frozen_paths(factors: Params) -> tuple[str, ...]:
 
 
 def describe(params: Params, factors: Params) -> list[str]:
-    """Return lines that say what is trained: a row a parameter, the sum, and chosen experts.
+    """Return lines that say what is trained: one per parameter, the total, and selected experts.
 
-    A packed weight counts as the numbers that it stands for.
+    A packed weight counts the elements of the array that it stands for.
     """
     flat, rows = flatten(factors), []
     trained = total = 0
@@ -159,16 +159,16 @@ def describe(params: Params, factors: Params) -> list[str]:
 def named(
     field: str, texts: Mapping[str, str], paths: Sequence[str], *, otherwise: str
 ) -> list[str]:
-    """Return those of `paths` that any pattern names, whatever is between its brackets.
+    """Return those of `paths` that some pattern matches, whatever its brackets contain.
 
     Args:
-        field: Where in the config the patterns are, for messages.
-        texts: The patterns, each with what the user wrote for it.
-        paths: What may be named.
-        otherwise: What is said of a pattern that names none of them.
+        field: The config field of the patterns, for messages.
+        texts: Pattern -> the text that the user wrote for it.
+        paths: The paths to choose from.
+        otherwise: The error message for a pattern that matches none of them.
 
     Raises:
-        UserError: such a pattern, or brackets that can't be read.
+        UserError: a pattern matches none of `paths`, or its brackets can't be read.
     """
     found = [dataclasses.replace(p, text=texts[p.text]) for p in _parse(field, list(texts))]
     for pattern in found:
@@ -184,9 +184,9 @@ def selected(
     *,
     load: Float[np.ndarray, "L E"] | None,
 ) -> dict[str, Bool[np.ndarray, "..."]]:
-    """Return path -> where any pattern names a parameter, in a form that broadcasts to it.
+    """Return path -> a mask of what some pattern selects; it broadcasts to the parameter.
 
-    `leaves` are all that a model has, by path; the rest is as in `named` and `masks`.
+    `leaves` are all parameters of a model by path; the rest is as in `named` and `masks`.
 
     Raises:
         UserError: as `masks`.
@@ -204,7 +204,7 @@ def selected(
 
 
 def chooses_by_load(texts: Sequence[str]) -> bool:
-    """Say whether a pattern has [top4] or the like. Raises UserError for what can't be read."""
+    """Return whether a pattern has [top4] or the like. Raises UserError if one can't be read."""
     return any(_has_top(pattern) for pattern in _parse("patterns", texts))
 
 
@@ -271,7 +271,7 @@ def _learning_rates(config: OptimizerConfig) -> list[tuple[_Pattern, float]]:
 
 
 def _check(pattern: _Pattern, leaves: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Refuse a pattern that says nothing about these leaves, or chooses what there is not."""
+    """Refuse a pattern that matches no leaf, or that selects what does not exist or train."""
     matched = [path for path in leaves if pattern.matches(path)]
     if not matched:
         raise pattern.error(
@@ -294,7 +294,7 @@ def _check(pattern: _Pattern, leaves: dict[str, Any], sizes: dict[str, int]) -> 
 
 
 def _nearest(path: str, leaves: dict[str, Any]) -> str:
-    """Return the path, or the branch of paths, that looks most like one that there is not."""
+    """Return the existing path, or branch of paths, that is most similar to an unknown one."""
     known = dict.fromkeys(leaves)
     for leaf in leaves:
         names = leaf.split("/")
@@ -311,7 +311,7 @@ def _chosen(
     sizes: dict[str, int],
     load: np.ndarray | None,
 ) -> Bool[np.ndarray, "..."]:
-    """Say where a pattern names a parameter, in a form that broadcasts to it."""
+    """Return a mask of what a pattern selects of a parameter; it broadcasts to the parameter."""
     if not pattern.matches(path):
         return np.zeros((1,) * ndim, bool)
     chosen = np.ones((1,) * ndim, bool)
@@ -359,7 +359,7 @@ def _describe_factor(factor: np.ndarray) -> str:
 
 
 def _describe_experts(flat: dict[str, Any]) -> list[str]:
-    """Name the experts that are trained, once for all layers that agree."""
+    """Name the trained experts, in one line for all layers that train the same ones."""
     found: dict[str, list[int]] = {}
     for path, factor in flat.items():
         factor = np.asarray(factor)
@@ -377,7 +377,7 @@ def _describe_experts(flat: dict[str, Any]) -> list[str]:
 
 
 def _ranges(numbers: Sequence[int] | np.ndarray) -> str:
-    """Write numbers that rise as 0-3, 7."""
+    """Format increasing numbers as in 0-3, 7."""
     runs: list[list[int]] = []
     for n in map(int, numbers):
         if runs and n == runs[-1][1] + 1:
@@ -388,7 +388,7 @@ def _ranges(numbers: Sequence[int] | np.ndarray) -> str:
 
 
 def _sizes(leaves: dict[str, Any]) -> dict[str, int]:
-    """Return how many layers and experts there are, where the tree says so."""
+    """Return the number of layers and of experts, each if the tree has such parameters."""
     sizes = {}
     for path, leaf in leaves.items():
         if path.startswith("layers/"):

@@ -1,8 +1,8 @@
-"""The table of parameters: what a parameter is, in one row.
+"""The table of parameters: each row describes one parameter.
 
-A parameter is a row here and a line in `model/` that declares it (docs/add_a_parameter.md). Shapes,
-first values, sharding, tensors of files, padding, LoRA and the optimizers' matrices all follow from
-the row. A path without a row raises ValueError in each of them.
+A parameter needs a row here and a line in `model/` that declares it (docs/add_a_parameter.md). Its
+row decides its shape, initial values, sharding, tensors in files, padding, LoRA adapter and the
+matrices that optimizers see. Each of these raises ValueError for a path without a row.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gptoss_jax.config import ModelConfig
 
 # Mesh axes that an axis of an array is split over: none, one, or several.
 Axis = str | tuple[str, ...] | None
-# What parameters are split over beside what their op splits them by (FSDP): experts' matrices,
-# which are split over "expert" already, and all others.
+# The mesh axes that FSDP splits parameters over, in addition to the split by their op: EXPERT for
+# experts' matrices, which are already split over "expert", and DENSE for all others.
 EXPERT = ("fsdp", "context")
 DENSE = ("fsdp", "expert", "context")
 
@@ -26,20 +26,20 @@ DENSE = ("fsdp", "expert", "context")
 class Parameter:
     """One row. Only `path` and `axes` are required.
 
-    `axes` are dimension letters (see `types.py`; `C` is the axis of gate and up, of 2) in three
-    groups: "stack rows|columns". Optimizers see a stack of matrices, or "L NH", a stack of vectors.
-    The stack of what is under `layers/` begins with L. In memory the axes are in this order.
+    `axes` are dimension letters (see `types.py`; `C` is the axis of gate and up, of size 2) in
+    three groups: "stack rows|columns". Optimizers see a stack of matrices, or, as in "L NH", a
+    stack of vectors. Under `layers/`, the stack begins with L. The order in memory is the same.
     """
 
     path: str
     axes: str
     split: tuple[Axis, ...] = ()  # mesh axes of each axis after L; those left out are not split
-    # Tensors of OpenAI's and of the Hugging Face layout, without the layer's prefix. Neighbours in
-    # the table that share a tensor lie in it one after another. None: the layout can't hold it.
+    # Its tensors in OpenAI's and in the Hugging Face layout, without the layer's prefix. Neighbours
+    # in the table with the same tensor follow one another in it. None: the layout can't hold it.
     files: tuple[str | None, str | None] = (None, None)
     init: Literal["normal", "zeros", "ones"] = "normal"  # "normal": times `ModelConfig.init_std`
     target: str | None = None  # its name in `LoRAConfig.targets`; None: it takes no adapter
-    lookup: bool = False  # rows are looked up: they are the inputs, and not the columns
+    lookup: bool = False  # the op looks up rows, so rows, not columns, are the inputs
     muon: bool = False  # Muon orthogonalises it; else Adam updates it
     packable: bool = False  # may be MXFP4, in blocks along its last axis
     exists: Callable[[ModelConfig], bool] = field(default=lambda _: True, compare=False)
@@ -54,7 +54,7 @@ class Parameter:
 
     @property
     def in_layers(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has this parameter."""
         return self.path.startswith("layers/")
 
     @property
@@ -76,17 +76,17 @@ class Parameter:
 
     @property
     def mesh_axes(self) -> tuple[Axis, ...]:
-        """What each axis after L is split over."""
+        """The mesh axes that each axis after L is split over."""
         whole = len(self.letters) - self.in_layers - len(self.split)
         return (*self.split, *(None,) * whole)
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Return the shape, of one layer (no L) under `layers/`."""
+        """Return the shape; under `layers/` that of one layer, without L."""
         size = self.all_sizes(config)
         return tuple(size[x] for x in self.letters[self.in_layers :])
 
     def all_sizes(self, config: ModelConfig) -> dict[str, int]:
-        """Return the size of each letter: of the model's and of its own."""
+        """Return the size of each letter: the model's letters and the row's own."""
         return {**sizes(config), **self.sizes}
 
     def tensor(self, layout: Literal["openai", "hf"]) -> str | None:
@@ -97,7 +97,7 @@ class Parameter:
 
     @property
     def lead(self) -> str:
-        """The axes with which a weight and its adapter's A and B all begin: layers, experts."""
+        """The first axes of a weight and of its adapter's A and B: layers, experts."""
         return self.groups[0].replace("C", "")
 
     @property
@@ -112,10 +112,10 @@ class Parameter:
         return gate_and_up + self.groups[2 if self.lookup else 1]
 
     def adapter(self, part: str) -> tuple[str, tuple[Axis, ...]]:
-        """Return letters and mesh axes (L included) of its adapter's A, "a", or B, "b".
+        """Return letters and mesh axes (L included) of its adapter's A (`part` "a") or B ("b").
 
-        They are small, and split only as the op is. With more shards than kv heads, and in a table
-        of the vocabulary, they are whole.
+        Adapters are small, so they are split only as the op is. Axes of kv heads, which may be
+        fewer than the shards, and of the vocabulary stay whole.
         """
         after_l = zip(self.letters[self.in_layers :], self.mesh_axes, strict=True)
         own = [*(None,) * self.in_layers, *(_of_op(x, axis) for x, axis in after_l)]
@@ -128,11 +128,11 @@ class Parameter:
 
 
 class Place(NamedTuple):
-    """What a path of a tree speaks of: a parameter or its adapter, and what of it."""
+    """What a path in a tree refers to: a parameter or its adapter, and which part of it."""
 
     row: Parameter
-    part: str  # of an adapter: "a" or "b"; of the parameter itself: ""
-    rest: str  # of the path: "blocks", "v_row", "3" of a tuple of layers
+    part: str  # "a" or "b" of an adapter; "" for the parameter itself
+    rest: str  # the end of the path: "blocks", "v_row", "3" in a tuple of layers
 
     @property
     def path(self) -> str:
@@ -146,7 +146,7 @@ class Place(NamedTuple):
 
     @property
     def mesh_axes(self) -> tuple[Axis, ...]:
-        """What each axis, L included, is split over."""
+        """The mesh axes that each axis, L included, is split over."""
         if self.part:
             return self.row.adapter(self.part)[1]
         return (*(None,) * self.row.in_layers, *self.row.mesh_axes)
@@ -160,28 +160,28 @@ def row(path: str) -> Parameter:
 
 
 def rows(config: ModelConfig | None = None) -> list[Parameter]:
-    """Return the rows in the order of the table; with a config those that its model has."""
+    """Return the rows in the order of the table; with a config, only those of its model."""
     return [x for x in _ROWS.values() if config is None or x.exists(config)]
 
 
 def add(parameter: Parameter) -> None:
-    """Add a row, for this process: for an experiment with a model of its own.
+    """Add a row in this process, for an experiment with its own model.
 
     Raises:
-        ValueError: there is another row of that path.
+        ValueError: the table has another row for that path.
     """
     if _ROWS.setdefault(parameter.path, parameter) != parameter:
         raise ValueError(f"{_NAME} has another row for {parameter.path}")
 
 
 def place(path: str) -> Place:
-    """Return what an array's path in a tree of parameters, or in a state that holds some, is of.
+    """Return what an array's path refers to, in a tree of parameters or in a train state.
 
-    The path may be longer than the parameter's at both ends: that of a moment begins with the
-    optimizer's own names, that of a packed weight ends in `blocks`.
+    The path may be longer than the parameter's path at both ends: the path of a moment begins with
+    the optimizer's own names, and the path of a packed weight ends in `blocks`.
 
     Raises:
-        ValueError: no parameter of the table is in it.
+        ValueError: the path contains no parameter of the table.
     """
     inside = [name for name in _ROWS if f"/{name}/" in f"/{path}/"]
     name = max(inside, key=len, default="")
@@ -194,7 +194,7 @@ def place(path: str) -> Place:
 
 
 def place_in_state(path: str, ndim: int) -> Place | None:
-    """Return `place`; None for a number or a short vector of a state that is of no parameter."""
+    """Return `place(path)`; None for a state's scalar or vector that belongs to no parameter."""
     try:
         return place(path)
     except ValueError:
@@ -204,7 +204,7 @@ def place_in_state(path: str, ndim: int) -> Place | None:
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the size of each letter, F with a mesh's padding."""
+    """Return the size of each letter; F includes the padding for a mesh."""
     c = config
     return {
         "V": c.vocab_size, "L": c.num_layers, "D": c.d_model, "N": c.num_heads,
@@ -214,7 +214,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _of_op(letter: str, axis: Axis) -> str | None:
-    """Return what an op splits an axis over, apart from FSDP; see `Parameter.adapter`."""
+    """Return the mesh axis that the op splits an axis over, without FSDP: see `adapter`."""
     first = axis[0] if isinstance(axis, tuple) else axis
     return first if first in ("tensor", "expert") and letter not in "VK" else None
 
@@ -252,7 +252,7 @@ _TABLE = (
               files=("attn.out.bias", "self_attn.o_proj.bias"), init="zeros"),
     Parameter("layers/moe_norm/scale", "L D",
               files=("mlp.norm.scale", "post_attention_layernorm.weight"), init="ones"),
-    # The router is the head that chooses experts: to Muon it is like the unembedding.
+    # The router is the head that chooses experts: like the unembedding, it is not for Muon.
     Parameter("layers/router/weight", "L E|D", (None, DENSE),
               ("mlp.gate.weight", "mlp.router.weight"), target="router"),
     Parameter("layers/router/bias", "L E",

@@ -1,4 +1,4 @@
-"""Trees of parameters: nested dicts, their paths, layers cut out of stacks, parts put in place."""
+"""Trees of parameters: nested dicts, their paths, single layers of stacks, replaced leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
 
 
 def nest(flat: dict[str, Any]) -> Params:
-    """Return the tree of what `flatten` returns."""
+    """Rebuild the tree from what `flatten` returns."""
     params: Params = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -42,7 +42,7 @@ def nest(flat: dict[str, Any]) -> Params:
 
 
 def replace(tree: Params, part: Params) -> Params:
-    """Return a tree with the leaves of another in place of those at their paths."""
+    """Return `tree` with the leaves of `part` in place of its own at their paths."""
     new = dict(tree)
     for name, child in part.items():
         new[name] = replace(tree[name], child) if isinstance(child, dict) else child
@@ -76,7 +76,7 @@ def split_layers(layers: Params, num_layers: int) -> Params:
 
 @jax.jit
 def overlay(params: Params, over: Params) -> Params:
-    """Put the leaves of `over`, in the old ones' dtypes, in place of those at their paths."""
+    """Replace leaves of `params` by those of `over` at their paths, cast to the old dtypes."""
 
     def join(params: Params, over: Params) -> Params:
         return {

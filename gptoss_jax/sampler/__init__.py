@@ -1,4 +1,4 @@
-"""Sampling: prefill, a decode loop on the device, and the rules by which a token is chosen."""
+"""Sampling: prefill, a decode loop on the device, and the rules that choose a token."""
 
 from gptoss_jax.sampler.rules import Rules as Rules
 from gptoss_jax.sampler.sampler import Generation as Generation

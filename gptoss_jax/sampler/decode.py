@@ -1,6 +1,6 @@
-"""The two compiled functions of sampling: the prompt's pass, and the loop that grows the answer.
+"""The two compiled functions of sampling: `prefill` reads prompts, `decode` adds tokens.
 
-Both are jitted here, once a process, with the model as a static argument: another `Sampler` of an
+Both are jitted here, once per process, with the model as a static argument: another `Sampler` of an
 equal model compiles nothing. Parameters are arguments, never constants of the program.
 """
 
@@ -26,30 +26,30 @@ class Options:
 
     rules: RuleValues
     seeds: UInt32[Array, "B 2"]  # a row's seed and its index under that seed
-    stop_ids: Int[Array, " stops"]  # filled up with -1, which no token is
-    lengths: Int[Array, " B"]  # of the prompts
+    stop_ids: Int[Array, " stops"]  # padded with -1, which is no token's id
+    lengths: Int[Array, " B"]  # lengths of the prompts
 
 
 @struct.dataclass
 class State:
-    """What decoding changes, the cache aside."""
+    """What decoding changes, apart from the cache."""
 
-    tokens: Int[Array, "B out"]  # sampled so far; of a row that is done, the rest means nothing
+    tokens: Int[Array, "B out"]  # sampled so far; in a row that is done, the rest means nothing
     logprobs: Float[Array, "B out"]
     done: Bool[Array, " B"]  # has sampled a stop token
-    counts: Int[Array, " B"]  # tokens sampled in a row, its stop token included
+    counts: Int[Array, " B"]  # tokens sampled per row, the stop token included
     steps: Int[Array, ""]  # columns of `tokens` that are written
 
 
 def _record(
     state: State, logits: Float[Array, "B V"], options: Options, *, mode: Mode
 ) -> tuple[State, Int[Array, " B"]]:
-    """Choose the next token of each row, write it down, and return it."""
+    """Choose the next token of each row; return the state with the tokens, and the tokens."""
 
     def row_key(seed: Array, position: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), position)
 
-    logits = sharding.rows(sharding.replicate(logits))  # gathered; then each device has its rows
+    logits = sharding.rows(sharding.replicate(logits))  # gather, then give each device its rows
     keys = jax.vmap(row_key)(options.seeds, options.lengths + state.steps)
     token, logprob = choose(logits, keys, options.rules, mode=mode)
     stops = jnp.any(token[:, None] == options.stop_ids, axis=-1)
@@ -77,8 +77,9 @@ def prefill(
 ) -> tuple[KVCache, State]:
     """Read the prompts, padded on the right, and sample the first token of each.
 
-    The last position of each prompt alone meets the unembedding. `piece`: tokens at a time, each
-    piece attending to the cache, so that memory does not grow with the prompt but by its cache.
+    Only the last position of each prompt is unembedded. `piece` is how many tokens are read at a
+    time (None: all). Each piece attends to the cache, so a longer prompt takes no more memory than
+    its cache.
     """
     batch = prompts.shape[0]
     into: dict[str, Any] = {"cache": model.init_cache(batch, cache_length), "options": options}
@@ -106,7 +107,10 @@ def _read(
     cache: KVCache,
     options: Options,
 ) -> tuple[KVCache, Float[Array, "B D"]]:
-    """Read the tokens from `start` on; return what stands where a prompt ends, if it does here."""
+    """Read the tokens from `start` on; return the cache, and the hidden state of each prompt's end.
+
+    The hidden state of a row means nothing if its prompt does not end in these tokens.
+    """
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     out = model.forward(
         params,
@@ -158,9 +162,9 @@ def decode(
     until: Int[Array, ""],
     mode: Mode,
 ) -> tuple[KVCache, State]:
-    """Sample on, until `until` tokens a row are there or every row is done.
+    """Sample until each row has `until` tokens or every row is done.
 
-    A row that is done is padding from then on: it writes nothing to its cache and costs no expert.
+    A row that is done is padding from then on: it writes nothing to its cache and uses no expert.
     """
 
     def going(carry: tuple[KVCache, State, Array]) -> Array:

@@ -1,4 +1,4 @@
-"""What is sampled, printed as it comes: Harmony's channels apart, or plain text; and its speed."""
+"""Print tokens as they are sampled, by Harmony channel or as plain text; measure the speed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def print_channels(
     console: Console, stream: Iterable[Sampled], *, encoding: tiktoken.Encoding
 ) -> StreamParser:
-    """Print Harmony messages as they are sampled, all but the final channel dim and named.
+    """Print Harmony messages as they are sampled; all channels but final are dim and named.
 
-    Returns the parser, with the messages in it.
+    Returns the parser, which holds the messages.
     """
     parser = StreamParser(encoding)
 
@@ -58,7 +58,7 @@ def print_text(console: Console, stream: Iterable[Sampled], *, encoding: tiktoke
 
 
 class Clocked:
-    """A stream that counts and times what passes."""
+    """A stream that counts and times its tokens."""
 
     def __init__(self, stream: Iterable[Sampled]) -> None:
         self._stream = stream
@@ -70,7 +70,7 @@ class Clocked:
             yield item
 
     def summary(self) -> str:
-        """Return one line; the first token, with the prompt and compiling, is not in the speed."""
+        """Return one line; the speed leaves out the first token, with prompt and compilation."""
         count = len(self._times)
         if count < 2:
             return f"{count} token"

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, and what is recorded of the choice."""
+"""Choose tokens from logits, by temperature, top-k, top-p and min-p, with log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptoss_jax.errors import UserError
 
-# What the compiled code does; within a mode no value of a rule compiles anything anew. "greedy"
-# draws nothing, "draw" needs no order among the logits (temperature, min-p), "sorted" does.
+# What the compiled code does. Within a mode, another value of a rule compiles nothing. "greedy"
+# draws nothing, "draw" (temperature, min-p) does not sort the logits, "sorted" does.
 Mode = Literal["greedy", "draw", "sorted"]
 
-_COLDEST = 1e-6  # temperatures below are this: its inverse times a logit stays a float32
+_COLDEST = 1e-6  # the lowest temperature that is used: a logit divided by it fits float32
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How tokens are chosen; applied in this order, each to what the one before left.
+    """How tokens are chosen. Rules apply in this order, each to the tokens that are left.
 
-    temperature: divides the logits; 0 takes the likeliest token and makes the rest irrelevant.
+    temperature: divides the logits; 0 takes the likeliest token and ignores the other rules.
     top_k: keep the k likeliest tokens (more where the last ones tie).
     top_p: keep the likeliest tokens until their probability reaches top_p.
     min_p: keep tokens of at least min_p times the probability of the likeliest.
 
-    tempered: record log-probabilities of the tempered logits, which is what was drawn from where
-        nothing was cut off. Else they are the model's own, whatever the rules.
+    tempered: record log-probabilities of the tempered logits: those that tokens were drawn with, if
+        no rule cut any off. Otherwise record the model's own, whatever the rules.
     """
 
     temperature: float = 0.0
@@ -41,7 +41,7 @@ class Rules:
     tempered: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no rule."""
+        """Refuse invalid values."""
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(
                 f"temperature is {self.temperature}: it is a number of at least 0 (0 is greedy)"
@@ -61,7 +61,7 @@ class Rules:
         return "draw" if self.top_k is None and self.top_p == 1 else "sorted"
 
     def values(self, vocab_size: int) -> RuleValues:
-        """Return the rules as numbers of the host, which every host of a run has alike."""
+        """Return the rules as host numbers, which are the same on every host of a run."""
         values: Any = (
             np.float32(self.temperature),
             np.int32(min(self.top_k or vocab_size, vocab_size)),
@@ -86,18 +86,18 @@ class RuleValues:
 def kept(
     scaled: Float[Array, "B V"], values: RuleValues, *, ordered: bool = True
 ) -> Bool[Array, "B V"]:
-    """Say which tokens top-k, top-p and min-p leave; the likeliest is always among them.
+    """Return which tokens top-k, top-p and min-p keep; they always keep the likeliest.
 
-    `scaled` are tempered logits with maximum 0 in each row. `ordered=False` leaves top-k and top-p
-    out, and the sort with them.
+    `scaled` are tempered logits with maximum 0 in each row. `ordered=False` skips top-k and top-p,
+    and with them the sort.
     """
     floor = jnp.log(values.min_p)  # -inf for 0: keeps everything
     if ordered:
         down = -jnp.sort(-scaled, axis=-1)
         in_k = jnp.arange(down.shape[-1]) < values.top_k
         probs = jax.nn.softmax(down, axis=-1, where=in_k)
-        before = jnp.cumsum(probs, axis=-1) - probs  # of the tokens that are likelier
-        # A sum that rounding has brought to 1 must not cut the tail off where top_p is 1.
+        before = jnp.cumsum(probs, axis=-1) - probs  # probability of the likelier tokens
+        # With top_p 1, a sum that rounding has brought to 1 must not cut the tail off.
         in_p = (before < values.top_p) | (values.top_p >= 1)
         lowest = jnp.min(down, axis=-1, keepdims=True, where=in_k & in_p, initial=0.0)
         floor = jnp.maximum(floor, lowest)
@@ -111,11 +111,11 @@ def choose(
     *,
     mode: Mode,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Choose a token a row, and return it with its log-probability.
+    """Choose a token for each row, and return it with its log-probability.
 
-    The log-probability is that of the model, log_softmax(logits) in float32, whatever the rules;
-    with `Rules.tempered`, of the tempered logits. `keys` [B] is a random key a row: a row's token
-    depends on its own logits and key alone.
+    The log-probability is the model's own, log_softmax(logits) in float32, whatever the rules; with
+    `Rules.tempered`, it is that of the tempered logits. `keys` [B] has a random key for each row: a
+    row's token depends only on its own logits and key.
     """
     logits = logits.astype(jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The host's side of sampling: checks, padding to few shapes, and lists of ids out."""
+"""The host side of sampling: check prompts, pad them to few shapes, return lists of ids."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from gptoss_jax.sampler.decode import Options, State, decode, prefill
 from gptoss_jax.sampler.rules import Rules
 from gptoss_jax.types import MXFP4, KVCache, Params
 
-_CHUNK_SECONDS = 0.05  # streaming: decode on the device for about as long before showing tokens
+_CHUNK_SECONDS = 0.05  # streaming: decode on the device for about this long, then show the tokens
 _MAX_CHUNK = 64
-# Tokens of a prompt at a time on chips that just hold the weights of 20b, and little besides; on
-# others a prompt is read at once, by the kernels that training has.
+# Tokens of a prompt that are read at a time on small chips, which hold the weights of 20b and
+# little besides. On other chips a prompt is read at once, with the kernels of training.
 PIECE = 512
 SMALL_CHIPS = ("v5e", "t4", "l4")
 
-_split_layers = jax.jit(split_layers, static_argnums=1)  # one program instead of one a slice
+_split_layers = jax.jit(split_layers, static_argnums=1)  # one program instead of one per slice
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was sampled, a list a prompt: the prompt left out, the stop token kept."""
+    """The sampled tokens, one list per prompt: without the prompt, with the stop token."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]  # log_softmax of the model's logits, or of tempered ones: `Rules`
-    prefill_seconds: float  # to the first token of all prompts, compiling included if there was any
-    decode_seconds: float  # for the tokens after the first of each prompt, without compiling
+    prefill_seconds: float  # to the first token of all prompts, with any compilation
+    decode_seconds: float  # for the tokens after the first of each prompt, without compilation
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens decoded a second over all prompts, without the first of each; 0 if none were."""
+        """Tokens decoded per second over all prompts, without the first of each; 0 if none were."""
         decoded = sum(len(row) - 1 for row in self.tokens)
         return decoded / self.decode_seconds if decoded else 0.0
 
@@ -58,7 +58,7 @@ class Sampled(NamedTuple):
 
 @dataclass
 class _Run:
-    """A batch on its way: what `decode` takes."""
+    """A batch that is being decoded: the arguments of `decode`."""
 
     cache: KVCache
     state: State
@@ -67,24 +67,24 @@ class _Run:
 
 
 class Sampler:
-    """Samples from a model.
+    """Sample from a model.
 
-    Compiled code is shared by all samplers of equal models. On a CPU stacked layers are copied into
-    one array a layer, unless they are so already (`loading.load(..., split=True)`): decoding from a
-    stack would copy it at every token. On an accelerator packed experts are copied into the order
-    that its kernels read, unless they are so already (`loading.load(..., layout=)`). Of parameters
-    that are spread over a mesh (`parallel.mesh`) each device samples with its part; on many hosts
-    all have to call alike, and all get the result.
+    All samplers of equal models share compiled code. On a CPU, stacked layers are copied into one
+    array per layer, unless they are already split (`loading.load(..., split=True)`): decoding from
+    a stack would copy it at every token. On an accelerator, packed experts are copied into the
+    layout that its kernels read, unless they already have it (`loading.load(..., layout=)`). If the
+    parameters are sharded over a mesh (`parallel.mesh`), each device samples with its shards. With
+    several hosts, all of them must make the same calls, and all get the result.
 
-    A model with `qat`, which quantises its experts in every pass, is sampled as the packed one that
-    it computes as (`model.pack_experts.pack`): the same function, and `model` is that one.
+    A model with `qat` quantises its experts in every pass. It is sampled as the packed model that
+    computes the same function (`model.pack_experts.pack`), and `model` is that packed model.
     """
 
     def __init__(self, model: Transformer, params: Params, *, relay: bool = True) -> None:
-        """Take a model and its parameters, which stay where they are otherwise.
+        """Take a model and its parameters; apart from the copies above, these stay where they are.
 
-        With `relay=False` packed experts stay in the order that they are in on an accelerator, too,
-        and are read as in training: slower, but without a copy of them beside the training state.
+        With `relay=False`, packed experts keep their layout on an accelerator too, and are read as
+        in training: this is slower, but needs no copy of them beside the train state.
         """
         self._relays = relay
         self._mesh = _mesh_of(params)
@@ -95,11 +95,11 @@ class Sampler:
         self.params = self._in_order(params)
 
     def renew(self, params: Params) -> None:
-        """Take what training has made of the parameters: nothing compiles anew.
+        """Replace the parameters by newer ones from training; this compiles nothing.
 
-        Packed weights are taken to be those that are here, since nothing trains them: what was
-        copied of them, into another order, is not copied again. With `qat` those that have adapters
-        are not: these are folded in anew.
+        Packed weights are assumed to be unchanged, since nothing trains them: those that were
+        copied into another layout are not copied again. With `qat`, this does not hold for weights
+        that have adapters, which are folded in again.
         """
         have = self.params["layers"]["experts"]
         experts = params["layers"]["experts"]
@@ -110,17 +110,17 @@ class Sampler:
             if isinstance(stack, MXFP4) and not isinstance(have[name], MXFP4) and name not in folded
         }
         del have
-        self.params = {}  # makes room for the new ones
+        self.params = {}  # free memory for the new ones
         new = {name: stack for name, stack in experts.items() if name not in kept}
         params = self._in_order({**params, "layers": {**params["layers"], "experts": new}})
         layers = params["layers"]
         self.params = {**params, "layers": {**layers, "experts": {**layers["experts"], **kept}}}
 
     def _in_order(self, params: Params) -> Params:
-        """Return the parameters in the form that is decoded from."""
+        """Return the parameters in the form that decoding reads."""
         params = host_embedding.on_device(params)
         with self._on_mesh():
-            if self._given.config.qat:  # on a CPU before what is large is copied
+            if self._given.config.qat:  # first, so that a CPU copies no unpacked experts below
                 params = pack_experts.pack(self._given.config, params)[1]
             if _on_cpu(params):
                 params = _taken_apart(params, self.model.config.num_layers)
@@ -147,13 +147,13 @@ class Sampler:
     ) -> Generation:
         """Continue each prompt until it samples a stop token or has `max_tokens` new ones.
 
-        The rules are those of `Rules`; by default the likeliest token is taken. With one `seed`,
-        prompt i draws by (seed, i); with a seed a prompt, as it would alone with that seed. A
-        prompt's tokens depend on nothing else in the batch. `stop_ids` are by default those of
-        `<|return|>` and `<|call|>`; an empty list stops at nothing.
+        `Rules` describes the rules; by default the likeliest token is taken. With one `seed`,
+        prompt i draws by (seed, i). With a seed per prompt, each draws as it would alone with its
+        seed. A prompt's tokens depend on nothing else in the batch. `stop_ids` are by default those
+        of `<|return|>` and `<|call|>`; an empty list stops at nothing.
 
         Raises UserError for a prompt without ids, ids outside the vocabulary, prompts that with
-        `max_tokens` are longer than `model.config.context`, and rules that are none.
+        `max_tokens` are longer than `model.config.context`, and invalid rules.
         """
         rules = Rules(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, tempered=tempered
@@ -164,7 +164,7 @@ class Sampler:
         run = self._start(prompts, max_tokens=max_tokens, rules=rules, seed=seed, stops=stop_ids)
         jax.block_until_ready(run.state)
         prefilled = time.perf_counter()
-        self._decode(run, 1)  # no step: compiles what the clock should not see
+        self._decode(run, 1)  # takes no step: compiles, which the clock should not see
         compiled = time.perf_counter()
         self._decode(run, max_tokens)
         state = jax.device_get(run.state)
@@ -187,17 +187,17 @@ class Sampler:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
     ) -> Iterator[Sampled]:
-        """Yield what `generate` returns for one prompt, as it comes: the stop token is the last.
+        """Yield the tokens that `generate` returns for one prompt as they come, stop token last.
 
-        Arguments are checked before this returns. The device runs ahead by a few tokens at a time,
-        as many as it makes in about 0.05 s.
+        Arguments are checked before this returns. The device decodes a few tokens at a time, as
+        many as it makes in about 0.05 s.
         """
         rules = Rules(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         run = self._start([prompt], max_tokens=max_tokens, rules=rules, seed=seed, stops=stop_ids)
         return self._stream(run, max_tokens)
 
     def _stream(self, run: _Run, max_tokens: int) -> Iterator[Sampled]:
-        self._decode(run, 1)  # compiles before the first token: no pause after it
+        self._decode(run, 1)  # compile before the first token is shown: no pause after it
         shown, chunk = 0, 1
         while True:
             tokens, logprobs, done = jax.device_get(
@@ -228,7 +228,7 @@ class Sampler:
         config = self.model.config
         rows = _check_prompts(prompts, config.vocab_size)
         seeds = _row_seeds(seed, len(rows))
-        if self._mesh is not None:  # as many rows as it divides, of which the last are let go of
+        if self._mesh is not None:  # pad to rows that it divides; the added rows are dropped
             with self._on_mesh():
                 spare = -len(rows) % mesh.size(*mesh.ROWS)
             rows += rows[:1] * spare
@@ -243,12 +243,12 @@ class Sampler:
             )
         if stops is None:
             stops = tokenizer.stop_ids(tokenizer.get_tokenizer(config.vocab_size))
-        # Lengths that recur: nothing compiles anew.
+        # Pad to lengths that recur, so that nothing compiles again.
         padded_stops = np.asarray([*stops, *[-1] * (8 - len(stops) % 8)], np.int32)
         padded = np.zeros((len(rows), min(_bucket(longest), config.context)), np.int32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
-        # Arrays of the host: being alike on every host they are for all devices.
+        # Host arrays: equal on every host, they can go to all devices.
         arrays: Any = seeds, padded_stops, np.asarray([len(row) for row in rows], np.int32)
         options = Options(rules.values(config.vocab_size), *arrays)
         with self._on_mesh():
@@ -278,7 +278,7 @@ class Sampler:
 
 
 def _bucket(n: int) -> int:
-    """Return the next of 32, 48, 64, 96, 128, ...: few shapes, at most half as much again."""
+    """Round up to one of 32, 48, 64, 96, 128, ...: few shapes, and at most half as much again."""
     size = 32
     while size < n:
         size *= 2
@@ -290,7 +290,7 @@ def _lists(values: np.ndarray, counts: np.ndarray, *, rows: int) -> list[list[An
 
 
 def _mesh_of(params: Params) -> jax.sharding.Mesh | None:
-    """Return the mesh of `parallel.mesh` that parameters are spread over, if they are."""
+    """Return the mesh of `parallel.mesh` that the parameters are sharded over, if any."""
     leaf = jax.tree.leaves(params)[0]
     spread = getattr(leaf, "sharding", None)
     if isinstance(spread, jax.NamedSharding) and tuple(spread.mesh.axis_names) == mesh.AXES:
@@ -299,12 +299,12 @@ def _mesh_of(params: Params) -> jax.sharding.Mesh | None:
 
 
 def prefill_piece() -> int | None:
-    """Return how many tokens of a prompt are read at a time; None: all, where memory is plenty."""
+    """Return how many tokens of a prompt to read at a time; None: all, if memory is plentiful."""
     return PIECE if chips.current().kind in SMALL_CHIPS else None
 
 
 def _taken_apart(params: Params, count: int) -> Params:
-    """Return parameters, their adapters too, with an array a layer; what is so already stays."""
+    """Split stacked layers, and their adapters, into one array per layer, if they are not yet."""
     own = params.get("lora", {})
     if not _is_apart(params["layers"]):
         params = {**params, "layers": _split_layers(params["layers"], count)}
@@ -319,7 +319,7 @@ def _is_apart(layers: Params) -> bool:
 
 
 def _can_relay(model: Transformer) -> bool:
-    """Say whether the chip has a layout, and the mesh splits packed experts by expert alone."""
+    """Return whether the chip has a layout and the mesh splits packed experts by expert alone."""
     packed = model.config.experts == "mxfp4" and mesh.size("tensor", *EXPERT) == 1
     return packed and moe.layout_for_chip() is not None
 

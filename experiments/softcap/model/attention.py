@@ -1,4 +1,4 @@
-"""The attention module: projections with biases, RoPE, the cache, the op, the way back."""
+"""The attention module: biased projections, RoPE, the key/value cache and the attention op."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gptoss_jax.parallel.cache import write
 
 
 class Sequence(NamedTuple):
-    """Where the tokens of a call stand: the same for every layer."""
+    """Segments, positions and RoPE angles of a call's tokens: the same for every layer."""
 
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
@@ -38,7 +38,7 @@ class LayerCache(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with sinks; its layer's window comes with the call."""
+    """Grouped-query attention with sinks; the caller passes the layer's window."""
 
     config: ModelConfig
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         window: int | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Return the layer's output, and the cache, if there was one, with these tokens in it."""
+        """Return attention's output, and the cache, if any, with these tokens added."""
         c = self.config
         q, k, v = (self._project(name, x) for name in "qkv")
         if c.qk_norm:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         weight = declare(self, f"layers/attention/{name}_weight", c)
         weight = sharding.gathered(f"layers/attention/{name}_weight", weight)
         bias = declare(self, f"layers/attention/{name}_bias", c)
-        # As a matrix: a product with [N, H, D] has XLA transpose the weight at every call.
+        # Multiply by a matrix: with [N, H, D], XLA would transpose the weight at every call.
         flat = weight.reshape(-1, c.d_model).astype(x.dtype)
         out = jnp.einsum("BTD,CD->BTC", x, flat).reshape(*x.shape[:2], *bias.shape)
         if (adapter := adapters.adapter(self, f"{name}_weight", c.lora.scale)) is not None:
@@ -94,13 +94,13 @@ class Attention(nn.Module):
 
 
 def _by_head(x: Float[Array, "B T N H"], *, decoding: bool) -> Float[Array, "B T N H"]:
-    """Spread heads over the mesh, where its axis `tensor` divides them."""
+    """Shard the heads over the mesh axis `tensor`, if it divides them."""
     heads = "tensor" if x.shape[2] % mesh.size("tensor") == 0 else None
     return sharding.constrain(x, mesh.ROWS, None if decoding else "context", heads, None)
 
 
 def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | None):
-    """Attend to the tokens of the call and to the cache; return the cache with them in it."""
+    """Attend to the call's tokens and to the cache; return the output and the updated cache."""
     segments, positions = sequence.segment_ids, sequence.positions
 
     # On a mesh, too: of plain jnp XLA finds out by itself what each device computes.
@@ -115,7 +115,8 @@ def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | N
         return self_attention(), written
     keys, values, key_positions = written.keys, written.values, written.positions
     if window is not None and q.shape[1] > 1:
-        # Later tokens of the call may have taken the slots of keys that earlier ones still see.
+        # The call's later tokens may have overwritten keys that its earlier tokens still see, so
+        # attend to the old slots and the new keys.
         keys = _append(cache.keys, k, fill=0)
         values = _append(cache.values, v, fill=0)
         new = jnp.where(segments != 0, positions, -1)
@@ -135,16 +136,16 @@ def _attend(q, k, v, sinks, sequence: Sequence, *, window, cache: LayerCache | N
 
 
 def _append(slots, new, *, fill: int):
-    """Put `new` behind the slots, and empty ones up to a multiple of 8: GPU kernels want that."""
+    """Append `new` to the slots, and fill up to a multiple of 8 slots, as GPU kernels need."""
     spare = -(slots.shape[1] + new.shape[1]) % 8
     new = jnp.pad(new, [(0, 0), (0, spare)] + [(0, 0)] * (new.ndim - 2), constant_values=fill)
     return jnp.concatenate([slots, new.astype(slots.dtype)], axis=1)
 
 
 def _write(cache: LayerCache, k, v, *, segments, positions) -> LayerCache:
-    """Put the call's keys and values into their slots: position p in slot p % S.
+    """Write the call's keys and values into their slots: position p into slot p % S.
 
-    Padding is dropped, and of the tokens that share a slot all but the last.
+    Padding is not written. Of several tokens that share a slot, only the last is written.
     """
     slots = cache.positions.shape[1]
     real = segments != 0

@@ -12,11 +12,11 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import Experts, RMSNorm, Router
 from gptoss_jax.parallel import sharding
 
-# What `capture` may name, each [L, B, T, ...] in the result.
+# The names that `capture` accepts. Each result is [L, B, T, ...], with the last axis given here.
 CAPTURES: tuple[str, ...] = (
     "residual",  # the residual stream after the layer [D]
-    "attention_out",  # what attention adds [D]
-    "moe_out",  # what the experts add [D]
+    "attention_out",  # attention's output, which is added to the residual stream [D]
+    "moe_out",  # the experts' output, which is added too [D]
     "router_logits",  # [E], float32
     "expert_ids",  # [A]; E where the expert was full (training with a capacity factor)
     "expert_weights",  # [A], float32
@@ -38,7 +38,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         capture: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array], dict[str, Array]]:
-        """Return the residual stream, the cache, the router's statistics and what was captured."""
+        """Return the residual stream, the cache, the router's statistics and the captures."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
         spread = sharding.tokens if cache is None else sharding.rows

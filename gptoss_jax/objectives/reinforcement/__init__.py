@@ -1,1 +1,1 @@
-"""Reinforcement: rewards, and the answers that are sampled for them."""
+"""Reinforcement learning: sample answers, and score them with a reward function."""

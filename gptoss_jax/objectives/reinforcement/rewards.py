@@ -3,12 +3,12 @@
     def reward(answer, record):
         return float(answer.final == record["messages"][-1]["content"])
 
-`objective.grpo.reward` names the file, and the function where it is not called `reward`:
-FILE.py[:FUNCTION]. It is called once an answer, with an `Answer` and the record as data.train's
-file has it, all of its fields included (of a .parquet file those that are not null), and returns a
-number: a float, an int or a bool. It runs in the training process, on the first host alone, so it
+`objective.grpo.reward` names the file, and the function if it is not called `reward`:
+FILE.py[:FUNCTION]. The function is called once per answer, with an `Answer` and the record from
+data.train's file with all of its fields (from a .parquet file, those that are not null). It returns
+a number: a float, an int or a bool. It runs in the training process, on the first host alone, so it
 may be slow and need not be deterministic.
-The file's folder is not on Python's path: what it imports has to be installed.
+The file's folder is not on Python's path: the modules that it imports have to be installed.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from gptoss_jax import harmony
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
-DEFAULT = "reward"  # the function of a file that names none
+DEFAULT = "reward"  # the function that is called if none is named
 _SHOWN = 60  # characters of a prompt in a message
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer, as a reward function is given it."""
+    """One sampled answer, as a reward function gets it."""
 
-    final: str | None  # what the final channel says, stripped; None if it never came to that
-    analysis: str  # what the analysis channel says, "" if nothing
-    text: str  # all that was sampled, special tokens included
-    messages: list[dict[str, Any]]  # the same, parsed: what a chat's record has, tool calls too
+    final: str | None  # the final channel's text, stripped; None if there is none
+    analysis: str  # the analysis channel's text; "" if there is none
+    text: str  # everything that was sampled, special tokens included
+    messages: list[dict[str, Any]]  # the same, parsed as in a chat's record, with tool calls
     tokens: list[int]  # the ids, as sampled
-    finished: bool  # ended its turn: False where max_tokens cut it off
-    question: str  # what the user said last
+    finished: bool  # whether it ended its turn; False if max_tokens cut it off
+    question: str  # the user's last message
 
 
-Reward = Callable[[Answer, dict[str, Any]], Any]  # a number, if it is right
+Reward = Callable[[Answer, dict[str, Any]], Any]  # returns a number, if it is correct
 
 
 def read_answer(tokens: Sequence[int], *, question: str, encoding: Any) -> Answer:
-    """Read sampled ids by their channels. Never raises: any ids are an answer."""
+    """Parse sampled ids into channels. Never raises: any ids are an answer."""
     parsed = harmony.parse(tokens, encoding)
     final = [m.content for m in parsed if m.header.channel == "final"]
     thought = [m.content for m in parsed if m.header.channel == "analysis"]
@@ -86,7 +86,7 @@ def load(spec: str | None) -> Reward:
         names = _run(path.resolve(), path.stat().st_mtime_ns)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit and asyncio's are no `Exception`
+    except BaseException as error:  # SystemExit and asyncio.CancelledError are no `Exception`
         raise UserError(f"{field}: {file} can't be run: {_what(error, path)}") from error
     function = names.get(name)
     if not callable(function):
@@ -99,20 +99,20 @@ def load(spec: str | None) -> Reward:
 
 @lru_cache(maxsize=1)
 def _run(path: Path, _changed: int) -> dict[str, Any]:
-    """Run a file, once a process unless it changed, and return what it defines."""
+    """Run a file, once per process unless it changes, and return what it defines."""
     spec = importlib.util.spec_from_file_location(f"gptoss_jax_reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
+    sys.modules[spec.name] = module  # dataclasses look it up there
     spec.loader.exec_module(module)
     return vars(module)
 
 
 def score(reward: Reward, answer: Answer, record: dict[str, Any], *, where: str) -> float:
-    """Call a reward function on an answer to the question of `where`, which is file:line.
+    """Call a reward function on an answer to the question at `where`, which is file:line.
 
     Raises:
-        UserError: it raised, or what it returned is no finite number; names the prompt.
+        UserError: it raised or returned no finite number; the message names the prompt.
     """
     prompt = " ".join(answer.question.split())
     prompt = prompt if len(prompt) <= _SHOWN else prompt[: _SHOWN - 3] + "..."
@@ -125,7 +125,7 @@ def score(reward: Reward, answer: Answer, record: dict[str, Any], *, where: str)
         file = getattr(getattr(reward, "__code__", None), "co_filename", None)
         what = _what(error, Path(file) if file else None)
         raise UserError(f"{where}: the reward of an answer to {prompt!r}: {what}") from error
-    # numpy's and jax's scalars have float(), too: only what says that it is a number is taken.
+    # Accept numbers, and scalars of numpy and jax; float() alone would accept strings, too.
     number = math.nan
     if isinstance(value, numbers.Real) or getattr(value, "shape", None) == ():
         with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -139,9 +139,9 @@ def score(reward: Reward, answer: Answer, record: dict[str, Any], *, where: str)
 
 
 def _what(error: BaseException, file: Path | None) -> str:
-    """Say what an exception is, in a line, and where in the user's file it came up."""
-    said = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Describe an exception in one line, with its place in the user's file."""
+    message = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if file is not None and Path(f.filename).name == file.name]
     return f"{text} ({inside[-1].filename}:{inside[-1].lineno})" if inside else text

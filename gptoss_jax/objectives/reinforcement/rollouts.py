@@ -1,11 +1,11 @@
-"""Sampled and judged answers as training batches: what comes before each step of GRPO.
+"""Rollouts: sample answers, score them, and make them a batch, before each step of GRPO.
 
 The project's own sampler answers each question `group_size` times with the parameters of the step.
-Its token ids are trained on as they were sampled, never decoded and encoded again, and the
-log-probabilities that it drew them with are what the loss compares the trainer's with.
+Training uses its token ids as they were sampled, never decoded and encoded again. The loss compares
+the trainer's log-probabilities with those that the sampler drew the tokens with.
 
-Random numbers are a function of (seed, round, answer), rewards come from the first host alone: a
-run that was stopped goes on as if it had not been.
+Random numbers are a function of (seed, round, answer), and only the first host computes rewards. A
+run that was stopped continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from gptoss_jax.runs import metrics
 from gptoss_jax.sampler import Sampler
 from gptoss_jax.types import Batch, Params, TrainState
 
-ADVANTAGES, SAMPLED = "advantages", "sampled_logprobs"  # of `Batch.per_token`
-FRESH = "fresh"  # of `Batch.shared`: 1 in the first step on a set of answers, else 0
+ADVANTAGES, SAMPLED = "advantages", "sampled_logprobs"  # keys of `Batch.per_token`
+FRESH = "fresh"  # key of `Batch.shared`: 1 in the first step on a set of answers, else 0
 ANSWERS = "answers.jsonl"
-_STD_FLOOR = 1e-6  # rewards that differ by less than this are equal but for rounding
+_STD_FLOOR = 1e-6  # rewards with a smaller standard deviation differ by rounding only
 
 
 def check(config: Config) -> None:
-    """Refuse what GRPO can't do. Raises `UserError`."""
+    """Refuse a config that GRPO can't train. Raises `UserError`."""
     grpo = config.objective.grpo
     if grpo.kl and not config.model.lora.targets:
         raise UserError(
@@ -57,20 +57,20 @@ def check(config: Config) -> None:
         )
     if config.train.on_spike == "rewind":
         raise UserError(
-            "train.on_spike is rewind, which goes by the loss, and that of objective.name grpo is "
-            "about 0 whatever the model does: make it ignore"
+            "train.on_spike is rewind, which watches the loss, but the loss of objective.name grpo "
+            "is about 0 whatever the model does: set train.on_spike to ignore"
         )
 
 
 def open_questions(config: Config) -> Questions:
-    """Open data.train as questions, after a look at the reward function. Raises `UserError`."""
+    """Load the reward function, then open data.train as questions. Raises `UserError`."""
     check(config)
     rewards.load(config.objective.grpo.reward)
     return Questions(config)
 
 
 def unanswered(config: Config, count: int) -> list[Batch]:
-    """Return the questions of the first rounds, as many, as batches without answers to them."""
+    """Return the questions of the first `count` rounds as batches without answers."""
     questions = open_questions(config)
     updates = config.objective.grpo.updates
     rounds = [next(questions) for _ in range(count * updates)][::updates]
@@ -81,26 +81,26 @@ def unanswered(config: Config, count: int) -> list[Batch]:
 
 
 class Rollouts:
-    """Answers the questions of each round, has the answers judged, and makes a batch of them.
+    """Answer the questions of each round, score the answers, and make a batch of them.
 
-    Calling it is the `Prepare` of an objective.
+    An instance is the `Prepare` of an objective.
     """
 
     def __init__(self, config: Config, model: Transformer) -> None:
-        """Keep what is needed; nothing is loaded or sampled yet."""
+        """Store the arguments; nothing is loaded or sampled yet."""
         self._config, self._model = config, model
         self._encoding = tokenizer.get_tokenizer(config.model.vocab_size)
         self._sampler: Sampler | None = None
-        self._log_from: int | None = None  # the first step that this process logs answers of
+        self._last_logged: int | None = None  # the last step whose answers this process logged
 
     def __call__(
         self, state: TrainState, batch: Round, spread: Any
     ) -> tuple[Batch, dict[str, float]]:
-        """Return a round's batch and what to log of its answers, sampled if they are not yet.
+        """Return a round's batch and numbers to log; first sample its answers, if it has none.
 
-        Raises `UserError` where the reward function fails.
+        Raises `UserError` if the reward function fails.
         """
-        del spread  # for rows that the hosts read each for themselves; here each has them all
+        del spread  # `spread` is for rows that each host reads for itself; here each has all rows
         fresh = batch.answers is None
         if batch.answers is None:
             batch.answers = self._answer(state.params, batch)
@@ -113,7 +113,7 @@ class Rollouts:
         return made, describe(batch.answers, self._config.objective.grpo)
 
     def _answer(self, params: Params, asked: Round) -> dict[str, Any]:
-        """Sample and judge; return lists of ids, of log-probabilities, and rewards: JSON-able."""
+        """Sample and score; return lists of ids, log-probabilities and rewards, fit for JSON."""
         grpo = self._config.objective.grpo
         if self._sampler is None:
             self._sampler = Sampler(self._model, params)
@@ -137,23 +137,24 @@ class Rollouts:
         for i, ids in enumerate(tokens):
             q = asked.questions[i // size]
             answer = rewards.read_answer(ids, question=q.question, encoding=self._encoding)
-            record = copy.deepcopy(q.record)  # the function's own, to do with as it likes
+            record = copy.deepcopy(q.record)  # a copy that the function may change
             judged.append(rewards.score(reward, answer, record, where=q.where))
         return judged
 
     def _write(self, step: int, asked: Round) -> None:
         """Append the best and the worst answer to the round's first question to answers.jsonl.
 
-        The first time records of later steps are taken out, of a run that was stopped after them.
+        The first call, and any for a step that is not after the last logged one, removes records of
+        this step and later ones: they are from a run that was stopped after them.
         """
         folder = Path(self._config.run_folder)
         if not (processes.is_first() and folder.is_dir()) or asked.answers is None:
             return
         file = folder / ANSWERS
-        if self._log_from is None or step <= self._log_from:
+        if self._last_logged is None or step <= self._last_logged:
             kept = [r for r in metrics.read(folder, ANSWERS) if r["step"] < step]
             file.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self._log_from = step
+        self._last_logged = step
         group = asked.answers["rewards"][: self._config.objective.grpo.group_size]
         with file.open("a") as out:
             for i in dict.fromkeys((int(np.argmax(group)), int(np.argmin(group)))):
@@ -165,10 +166,10 @@ class Rollouts:
 def advantages(
     given: Float[np.ndarray, "questions answers"], *, scale_by_std: bool
 ) -> Float[np.ndarray, "questions answers"]:
-    """Return how much better each answer's reward is than the mean of its group.
+    """Return each answer's reward minus the mean reward of its group.
 
-    In units of the group's standard deviation (of the group itself: over n) with `scale_by_std`. A
-    group whose rewards are all the same, but for rounding, gives zeros.
+    With `scale_by_std`, it is divided by the group's standard deviation (over n, not n - 1). A
+    group whose rewards are all the same, up to rounding, gives zeros.
     """
     over = given - given.mean(axis=1, keepdims=True)
     std = given.std(axis=1, keepdims=True)
@@ -178,11 +179,11 @@ def advantages(
 
 
 def make_batch(asked: Round, config: Config, *, fresh: bool) -> Batch:
-    """Pack questions with their answers, a segment each, into rows of sequence_length.
+    """Pack each question and answer, as one segment, into rows of sequence_length.
 
-    Answers that are short share rows, and there are then fewer than batch_size: half as many, a
-    quarter, and so on, as few sizes as that so that few steps are compiled. The weights are 1 on
-    the answers' tokens. Arrays are of the host, complete on every one.
+    Short answers share rows. There may then be fewer rows than batch_size: half as many, a quarter,
+    and so on. There are only these sizes, so that few steps are compiled. The weights are 1 on the
+    answers' tokens. The arrays are host arrays, complete on every host.
     """
     grpo = config.objective.grpo
     assert asked.answers is not None
@@ -203,7 +204,7 @@ def make_batch(asked: Round, config: Config, *, fresh: bool) -> Batch:
         start = 0
         for i in row:
             ids = asked.answers["tokens"][i]
-            # The place of a token is that of the one before it, of which it is the target.
+            # A token's values are at the position before it, whose target it is.
             first = start + len(prompts[i]) - 1
             at = slice(first, first + len(ids))
             per_token[ADVANTAGES][b, at] = over[i]
@@ -213,7 +214,7 @@ def make_batch(asked: Round, config: Config, *, fresh: bool) -> Batch:
 
 
 def num_rows(least: int, config: Config) -> int:
-    """Return how many rows a batch of at least so many has: batch_size halved, and again."""
+    """Return the rows of a batch with at least `least`: batch_size, halved as often as possible."""
     size, unit = config.data.batch_size, config.optimizer.accumulate * meshes.size(*meshes.ROWS)
     while size % (2 * unit) == 0 and size // 2 >= least:
         size //= 2
@@ -221,7 +222,7 @@ def num_rows(least: int, config: Config) -> int:
 
 
 def complete(batch: Batch) -> Batch:
-    """Add to the shapes of a batch of tokens those of what `make_batch` adds."""
+    """Add the shapes of the arrays that `make_batch` adds to those of a batch of tokens."""
     x = batch.weights
     per_token = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name in (ADVANTAGES, SAMPLED)}
     shared = {FRESH: jax.ShapeDtypeStruct((), np.float32)}
@@ -229,11 +230,11 @@ def complete(batch: Batch) -> Batch:
 
 
 def describe(answers: dict[str, Any], grpo: GRPOConfig) -> dict[str, float]:
-    """Return what the log says of a round's answers.
+    """Return the numbers to log about a round's answers.
 
-    `reward` and `reward_std` are of all answers; `groups_alike` the share of questions whose
-    answers all had one reward, so that they teach nothing; `answer_tokens` the mean length;
-    `cut_off` the share of answers that are max_tokens long.
+    `reward` and `reward_std` are mean and standard deviation over all answers. `groups_alike` is
+    the share of questions whose answers all got the same reward, so that they teach nothing.
+    `answer_tokens` is the mean length. `cut_off` is the share of answers that are max_tokens long.
     """
     given = np.asarray(answers["rewards"], np.float64).reshape(-1, grpo.group_size)
     lengths = np.array([len(ids) for ids in answers["tokens"]])
@@ -247,6 +248,6 @@ def describe(answers: dict[str, Any], grpo: GRPOConfig) -> dict[str, float]:
 
 
 def _seed(seed: int, number: int) -> int:
-    """Return the sampler's seed of a round: those of neighbours have nothing in common."""
+    """Return the sampler's seed of a round; seeds of neighbouring rounds are unrelated."""
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
