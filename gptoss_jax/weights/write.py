@@ -98,10 +98,9 @@ def write_checkpoint(
 ) -> Report:
     """Write `source` to `folder` in `layout`, with its experts in `form` (None keeps their form).
 
-    `dtype` is the dtype of all floats, `dense_dtype` is that of dense experts; None keeps the
-    source's dtype. `finish(folder)`, if given, writes the files beside the tensors, and config.json
-    and the others are then not made from the config here. Returns and raises UserError as `save`
-    does.
+    `dtype` is for all floats, `dense_dtype` for dense experts; None keeps the source's dtype.
+    `finish(folder)`, if given, writes config.json and the other files beside the tensors; else they
+    are made from the config. Returns and raises UserError as `save` does.
     """
     if layout not in ("hf", "openai"):
         raise UserError(f"layout {layout!r}: it is hf or openai")
@@ -120,9 +119,7 @@ def write_checkpoint(
         kind = np.dtype(np.uint8) if tensor.packed else type_of(tensor)
         each = hashed(tensor.name, partial(coder.pieces, tensor, kind), digests)
         plan = Plan(tensor.name, kind, tensor.shape, each)
-        # Scales go into the same file as their blocks, which come just before them: converters
-        # take scales to belong to the last blocks that they read.
-        if tensor.parts[0].field == "scales":
+        if tensor.parts[0].field == "scales":  # converters pair scales with the last blocks read
             groups[-1].append(plan)
         else:
             groups.append([plan])
