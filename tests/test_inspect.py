@@ -15,7 +15,7 @@ from gptoss_jax.harmony import tokenizer
 
 VOCAB = 700
 LEGEND = (
-    "[[trained]] (the loss counts these tokens; [0.3[these]] by that factor)  other  <|special|>"
+    "[[trained]] (the loss counts these tokens; [0.3[these]] with weight 0.3)  other  <|special|>"
 )
 
 

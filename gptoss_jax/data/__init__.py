@@ -1,4 +1,4 @@
-"""Data: files of chats and text to packed, sharded, resumable batches."""
+"""Data: turn files of chats and text into packed, sharded, resumable batches."""
 
 from gptoss_jax.data.describe import describe as describe
 from gptoss_jax.data.describe import differences as differences

@@ -1,13 +1,14 @@
-"""Demo chats: lists of digits to be sorted, which a tiny model learns to do by rule; and pairs.
+"""Write the demo data: chats that sort lists of digits, and pairs of a right and a wrong answer.
 
     python -m gptoss_jax.data.demo OUT [--seed 0] [--count 2400]
 
-writes OUT/train.jsonl and OUT/held_out.jsonl, byte for byte those that ship in data/demo/ where the
-seed and the count are the default ones; and OUT/pairs.jsonl and OUT/pairs_held_out.jsonl, a
-question each with the list sorted, which is chosen, and in another order, which is rejected.
+A tiny model can learn the rule. The command writes OUT/train.jsonl and OUT/held_out.jsonl. With the
+default seed and count they equal the files that ship in data/demo/, byte for byte. It also writes
+OUT/pairs.jsonl and OUT/pairs_held_out.jsonl: each record has one question, the sorted list as the
+chosen answer, and the same digits in another order as the rejected answer.
 
 No held-out list is in the training set, and neither is any list of the same digits in another
-order: to know the training answers by heart does not help.
+order. So a model that only memorises the training answers gains nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from gptoss_jax.errors import UserError, run_entry
 FOLDER = Path(__file__).parent / "demo"
 SEED = 0
 COUNT = 2_400  # training chats
-HELD_OUT = 256  # held-out chats, one question each
+HELD_OUT = 256  # held-out chats with one question each
 PAIRS, PAIRS_HELD_OUT = 800, 192
 
 LENGTHS = (4, 5, 6, 7, 8)  # digits in a list
-TURNS = 6  # most questions in a training chat
+TURNS = 6  # a training chat has at most this many questions
 
 Record = dict[str, Any]
 
@@ -35,10 +36,10 @@ Record = dict[str, Any]
 def generate(
     seed: int = SEED, count: int = COUNT, *, held_out: int = HELD_OUT
 ) -> tuple[list[Record], list[Record]]:
-    """Return `count` training chats and `held_out` chats of one question, from a seed.
+    """Generate `count` training chats and `held_out` chats of one question each from a seed.
 
-    A training chat asks 1 to 6 questions, so that Harmony's system message is paid for once. The
-    records are the same for a seed on every machine. Raises UserError where a count is negative.
+    A training chat asks 1 to 6 questions, which share the tokens of one Harmony system message. A
+    seed gives the same records on every machine. Raises UserError if a count is negative.
     """
     if count < 0 or held_out < 0:
         raise UserError(f"demo chats: counts are {count} and {held_out}: they can't be negative")
@@ -65,14 +66,17 @@ def generate(
 def write(
     folder: str | Path, *, seed: int = SEED, count: int = COUNT, held_out: int = HELD_OUT
 ) -> tuple[Path, Path]:
-    """Write train.jsonl and held_out.jsonl into a folder, made if need be; return their paths."""
+    """Write train.jsonl and held_out.jsonl into a folder and return their paths.
+
+    The folder is created if it is missing.
+    """
     return _write(Path(folder), generate(seed, count, held_out=held_out), "train", "held_out")
 
 
 def write_pairs(
     folder: str | Path, *, seed: int = SEED, count: int = PAIRS, held_out: int = PAIRS_HELD_OUT
 ) -> tuple[Path, Path]:
-    """Write pairs.jsonl and pairs_held_out.jsonl as `write` does the chats."""
+    """Write pairs.jsonl and pairs_held_out.jsonl into a folder, as `write` does for chats."""
     sets = generate_pairs(seed, count, held_out=held_out)
     return _write(Path(folder), sets, "pairs", "pairs_held_out")
 
@@ -80,11 +84,12 @@ def write_pairs(
 def generate_pairs(
     seed: int = SEED, count: int = PAIRS, *, held_out: int = PAIRS_HELD_OUT
 ) -> tuple[list[Record], list[Record]]:
-    """Return `count` training and `held_out` other pairs, as `generate` does chats of a question.
+    """Generate `count` training pairs and `held_out` held-out pairs of one question each.
 
-    The rejected answer has the digits of the chosen one in another order.
+    The rejected answer has the digits of the chosen answer in another order. A list whose digits
+    are all equal has no other order, so it gives no pair.
     """
-    questions = generate(seed, 0, held_out=count + held_out)[1]  # no two of the same digits
+    questions = generate(seed, 0, held_out=count + held_out)[1]  # no two have the same digits
     rng = random.Random(seed + 1)
     pairs = []
     for record in questions:
@@ -119,7 +124,7 @@ def _draw(rng: random.Random) -> list[str]:
 
 
 def _chat(lists: list[list[str]]) -> Record:
-    """Return a chat that has each list sorted in turn."""
+    """Return a chat that asks for each list in turn and answers with the sorted list."""
     messages = []
     for digits in lists:
         messages.append({"role": "user", "content": f"sort {' '.join(digits)}"})
@@ -128,7 +133,7 @@ def _chat(lists: list[list[str]]) -> Record:
 
 
 def main(argv: list[str]) -> None:
-    """Write the demo chats of a seed into a folder."""
+    """Write the demo chats and pairs of a seed into a folder."""
     parser = argparse.ArgumentParser(prog="python -m gptoss_jax.data.demo", description=__doc__)
     parser.add_argument("out", help="the folder to write into")
     parser.add_argument("--seed", type=int, default=SEED)

@@ -1,4 +1,4 @@
-"""What the data is: in words for people, and as a fingerprint for a run that goes on."""
+"""Describe the data: in words for people, and as a fingerprint that a resumed run compares."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from gptoss_jax.data.examples import Examples, Stats, open_examples, open_source
 from gptoss_jax.data.mixture import plan, shares
 from gptoss_jax.data.windows import Windows
 
-HASH_WHOLE = 1 << 30  # bytes; of a larger file, SAMPLES spread evenly are hashed
-SAMPLES = 64
+HASH_WHOLE = 1 << 30  # bytes; a file up to this size is hashed as a whole
+SAMPLES = 64  # places at which a larger file is hashed, spread evenly
 SAMPLE_BYTES = 1 << 20
 
 
 def describe(config: Config, *, held_out: bool = False) -> str:
-    """Say what `data.train`, or `data.held_out`, holds and how well it packs.
+    """Describe what `data.train` (or `data.held_out`) holds and how well it packs.
 
-    One line; of a mixture one more for each source, with its share of the tokens and how often
-    `train.steps` repeat it. Exact for data up to some MiB; else from a sample, and marked "about".
+    The text is one line. A mixture has one more line for each source: its share of the tokens, and
+    how many epochs of it `train.steps` steps make. The numbers are exact for data up to some MiB.
+    For larger data they are estimated from a sample and marked "about".
     """
     if config.objective.kind.records == "questions" and not held_out:
         return questions.describe(config)
@@ -31,11 +32,12 @@ def describe(config: Config, *, held_out: bool = False) -> str:
         examples = open_examples(config, held_out=held_out)
         seed = 0 if held_out else config.train.seed
         survey = _survey(Windows(examples, seed=seed))
-        return f"{examples.field}: {_say(examples, survey)}"
+        return f"{examples.field}: {_summarise(examples, survey)}"
     sources = open_sources(config)
     surveys = [_survey(plan(source, config)) for source in sources]
     split = shares(config.data.weights)
-    # Of R rows, tokens share out as `split`, and source i has a row for every `per_row` of them.
+    # Source i gets the share split[i] of the tokens, and one of its rows holds per_row[i] tokens on
+    # average. So T tokens need sum_i(T * split[i] / per_row[i]) rows, which we solve for T.
     per_row = [max(1.0, s.used / max(1, s.packed)) for s in surveys]
     rows = config.train.steps * config.data.batch_size
     tokens = rows / sum(w / n for w, n in zip(split, per_row, strict=True))
@@ -47,7 +49,7 @@ def describe(config: Config, *, held_out: bool = False) -> str:
         epochs = share * tokens / (survey.stats.tokens * survey.scale)
         lines.append(
             f"  {source.name}: {share:.1%} of the tokens, {epochs:,.2f} epochs; "
-            f"{_say(source.examples, survey)}"
+            f"{_summarise(source.examples, survey)}"
         )
     return "\n".join(lines)
 
@@ -55,10 +57,10 @@ def describe(config: Config, *, held_out: bool = False) -> str:
 @dataclass(frozen=True)
 class _Survey:
     stats: Stats
-    scale: float  # all records, over those counted: 1 if they are all
-    rows: int  # of an epoch
-    packed: int  # rows, of an epoch or a window
-    used: int  # tokens in these
+    scale: float  # number of all records divided by the number counted; 1 if all were counted
+    rows: int  # rows of one epoch
+    packed: int  # rows that were packed for the survey: those of a whole round or of one window
+    used: int  # tokens in these packed rows
 
 
 def _survey(windows: Windows) -> _Survey:
@@ -71,7 +73,7 @@ def _survey(windows: Windows) -> _Survey:
     return _Survey(stats, n / stats.records, rows, len(packed), used)
 
 
-def _say(examples: Examples, survey: _Survey) -> str:
+def _summarise(examples: Examples, survey: _Survey) -> str:
     stats, scale, n = survey.stats, survey.scale, len(examples)
     length = examples.config.sequence_length
     about = "" if stats.records == n else "about "
@@ -95,10 +97,11 @@ def _plural(n: int, noun: str) -> str:
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """Return what decides the batches of `data.train`, JSON-able: files by content, and settings.
+    """Return what determines the batches of `data.train`: hashes of the files, and settings.
 
-    Files go by their names without folders, so a data set that moved is the same, and sources by
-    their places in the list. Files over 1 GiB are hashed at 64 places of 1 MiB.
+    The value can be written as JSON. Files are named without their folders, so a data set that was
+    moved stays the same. Sources are identified by their places in the list. Of a file over 1 GiB,
+    64 pieces of 1 MiB are hashed.
     """
     data = config.data
     files, mixture = resolve(data.train), {}
@@ -140,7 +143,7 @@ def _file(path: Path) -> dict[str, Any]:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say, a phrase each, in what two fingerprints differ; empty if they do not."""
+    """List the differences of two fingerprints, one phrase each; empty if there are none."""
     found = []
     for key in {**now["settings"], **then["settings"]}:
         was, value = (one["settings"].get(key, "not given") for one in (then, now))
@@ -161,7 +164,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _by_name(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Key files by name; a name that several folders have gets a number from the second on."""
+    """Key files by name; when a name repeats, number it from the second file on."""
     named: dict[str, dict[str, Any]] = {}
     for file in files:
         name, k = file["name"], 2

@@ -1,7 +1,7 @@
-"""What `data.train` and `data.held_out` list: entries to files, and the names of the sources.
+"""Turn the entries of `data.train` and `data.held_out` into files and names of sources.
 
 An entry is a file, a glob, a folder, or `hf:OWNER/NAME`, a data set of the hub (`data/hub.py`).
-`NAME=` before it names it as a source of a mixture.
+A prefix `NAME=` gives the entry its name as a source of a mixture.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ _FORMATS = ".jsonl, .parquet or .txt"
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: the name of its source, which no other of the list has, and its files."""
+    """One entry: its name as a source, which is unique in the list, and its files."""
 
     name: str
     files: tuple[Path, ...]
 
 
 def resolve(patterns: Sequence[str], *, field: str = "data.train") -> list[Path]:
-    """List the files that all entries name, each once, in the order given. See `entries`."""
+    """List the files of all entries, each file once, in the order given. See `entries`."""
     found = entries(patterns, field=field)
     return list(dict.fromkeys(path for entry in found for path in entry.files))
 
 
 def entries(patterns: Sequence[str], *, field: str = "data.train") -> list[Entry]:
-    """Find the files of each entry, and a name for it.
+    """Find the files of each entry, and give each entry a name.
 
-    A glob (`**` crosses folders) and a folder (searched in depth for .jsonl, .parquet and .txt;
-    hidden files are left out) give theirs sorted. What has no name gets that of its file, folder or
-    data set, with a number where another has it. Raises `UserError` where an entry names nothing,
-    or another format, and where two have one name.
+    In a glob, `**` crosses folders. A folder is searched recursively for .jsonl, .parquet and .txt;
+    hidden files are left out. The files of a glob or folder are sorted. An entry without a name
+    gets the name of its file, folder or data set, plus a number if that name is taken. Raises
+    `UserError` if an entry matches no file or a file of another format, or if two entries were
+    given the same name.
     """
     if not patterns:
         raise UserError(f"{field} names no file: set it to {_FORMATS} files, globs or folders")
@@ -69,7 +70,7 @@ def _split_name(pattern: str) -> tuple[str, str]:
 
 
 def _derive_name(place: str) -> str:
-    """Name a source after the last part of its path that has more than wildcards."""
+    """Name a source after the last part of its path that is not just wildcards."""
     if place.startswith("hf:"):
         place = re.split("[@:]", place.removeprefix("hf:"))[0]
     else:

@@ -1,4 +1,4 @@
-"""Records to token segments with loss weights, and what the data holds in all."""
+"""Turn records into token segments with loss weights, and count what the data holds."""
 
 from __future__ import annotations
 
@@ -19,35 +19,41 @@ from gptoss_jax.data.sources import Record, Records, Stamp, progress, stamp
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
-BYTES_PER_TOKEN = 4  # English under o200k; a stretch of a .txt file then comes to about a row
-CACHE_TOKENS = 16 << 20  # tokenised records kept in memory: 128 MiB, 8 bytes a token
-SURVEY_BYTES = 8 << 20  # files up to this are tokenised whole before training starts
-SURVEY_RECORDS = 1_000  # of larger ones, these many, spread evenly
+# Bytes of a token of English text under o200k. It sizes the stretches of a .txt file (the chunks
+# that `Records` cuts it into) so that each fills about one row.
+BYTES_PER_TOKEN = 4
+CACHE_TOKENS = 16 << 20  # tokens of records kept in memory: 128 MiB at 8 bytes a token
+SURVEY_BYTES = 8 << 20  # data up to this size is tokenised as a whole before training starts
+SURVEY_RECORDS = 1_000  # records of larger data that are tokenised instead, spread evenly
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What `records` records came to, counted after truncation."""
+    """Counts over `records` records, after truncation."""
 
     records: int
     tokens: int
-    trained: int  # tokens with a weight above 0 as targets
+    trained: int  # tokens whose loss weight as a target is above 0
     cut: int  # records truncated
-    untrained: int  # records left out since no token of theirs is trained
+    untrained: int  # records left out because none of their tokens is trained
 
 
 class Examples:
-    """The segments that each record gives: `examples[i]` is a list of `packing.Segment`.
+    """The token segments of each record: `examples[i]` is a list of `packing.Segment`.
 
-    A chat is one segment: Harmony's tokens, truncated to sequence_length or refused, as
-    `data.on_long` says. A {"text"} record is one too: its tokens, then <|endoftext|>, all trained.
-    A stretch of a .txt file is as many as it takes, of at most sequence_length tokens, each
-    starting with the last token of the one before, so that every token is a target once; only the
-    last stretch of the file ends in <|endoftext|>. A segment that trains nothing is left out.
-    A pair is two segments, chosen and rejected (`data/preferences.py`), which fit into a row
-    together; it is left out where truncating leaves one of them nothing to train, or both the same.
-    Raises `UserError` naming file and line where a record can't be rendered or is too long, and
-    where the sides of a pair are the same.
+    - A chat gives one segment, its Harmony tokens. If it is longer than sequence_length, it is
+      truncated or refused, as `data.on_long` says.
+    - A {"text"} record gives one segment: its tokens, then <|endoftext|>, all trained. It is
+      truncated or refused likewise.
+    - A stretch of a .txt file (see `Records`) gives as many segments as it needs, each of at most
+      sequence_length tokens. Each starts with the last token of the one before, so that every token
+      is a target once. Only the last stretch of the file ends in <|endoftext|>.
+    - A pair gives two segments, chosen and rejected (`data/preferences.py`), which together fit
+      into a row. It is left out if truncation leaves either with nothing to train, or makes both
+      the same.
+
+    A segment with no trained token is left out. Raises `UserError` that names file and line if a
+    record can't be rendered, is too long, or is a pair whose sides are the same.
     """
 
     def __init__(
@@ -59,9 +65,9 @@ class Examples:
         field: str,
         cache_tokens: int,
     ) -> None:
-        """Tokenise `records` on demand for a model of `vocab_size`; `field` names the data.
+        """Tokenise `records` on demand for a model of `vocab_size`.
 
-        Up to `cache_tokens` are kept.
+        `field` names the data in messages. Up to `cache_tokens` tokens are kept in memory.
         """
         self.records, self.config, self.field = records, config, field
         self._cache_tokens = cache_tokens
@@ -77,7 +83,7 @@ class Examples:
         return len(self.records)
 
     def __getitem__(self, i: int) -> list[Segment]:
-        """Return the segments of record `i`, none if it trains nothing or is bad and skipped."""
+        """Return the segments of record `i`: none if it has nothing to train, or is bad."""
         segments = self._cache.get(i)
         if segments is None:
             segments = self._pair(i) if self.pairs else self.cut(i, self.tokenise(i))
@@ -89,15 +95,15 @@ class Examples:
 
     @property
     def pairs(self) -> bool:
-        """Say whether records are pairs, so that the segments of each share a row."""
+        """Whether the records are pairs: both segments of a pair then share a row."""
         return self.records.pairs
 
     def tokenise(self, i: int) -> Segment:
-        """Return all tokens of record `i` and their weights as targets: nothing if it is bad."""
+        """Return all tokens of record `i` and their loss weights; no tokens if it is bad."""
         record = self.records[i]
         try:
             tokens, weights = self._encode(record)
-        except UserError as error:  # what the renderer refuses and the index let pass
+        except UserError as error:  # the renderer refuses some records that indexing accepts
             self._bad.add(i)
             self.records.bad(record.where, str(error))
             tokens, weights = [], []
@@ -139,7 +145,7 @@ class Examples:
         return list(sides) if trains and preferences.differ(*sides) else []
 
     def _check_long(self, i: int, length: int, what: str = "") -> None:
-        """Refuse a record that is too long, or note that it is truncated."""
+        """Refuse a record that is too long, or note that it is truncated (`data.on_long`)."""
         if self.config.on_long == "refuse":
             raise UserError(
                 f"{self.records.where(i)}: {what}{length:,} tokens are longer than "
@@ -149,7 +155,10 @@ class Examples:
         self._truncated.add(i)
 
     def cut(self, i: int, whole: Segment) -> list[Segment]:
-        """Cut the tokens of record `i` to segments of at most sequence_length that train."""
+        """Cut the tokens of record `i` into segments of at most sequence_length tokens.
+
+        Segments with no trained token are left out.
+        """
         limit, (tokens, weights) = self.config.sequence_length, whole
         starts = range(1)
         if len(tokens) > limit:
@@ -162,10 +171,11 @@ class Examples:
 
     @cached_property
     def stats(self) -> Stats:
-        """Tokenise the data, or a sample of large data, and count.
+        """Tokenise the data, or a sample of large data, and count records and tokens.
 
-        All of it is passed over where `data.on_long` refuses, so that this happens before training
-        and not hours into it. Raises `UserError` if no token at all is trained.
+        With `data.on_long=refuse`, all of the data is tokenised, so that a record that is too long
+        stops the run before training and not hours into it. Raises `UserError` if no token at all
+        is trained.
         """
         n = len(self)
         step = 1
@@ -200,7 +210,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of the training data: an entry of a mixture, or all there is."""
+    """A source of the training data: one entry of a mixture, or all data if there is none."""
 
     index: int
     name: str
@@ -208,41 +218,42 @@ class Source:
 
 
 def open_examples(config: Config, *, held_out: bool = False) -> Examples:
-    """Open the files of `data.train`, or of `data.held_out`, as one; cheap while they stay.
+    """Open all files of `data.train` (or of `data.held_out`) as one data set.
 
-    Raises `UserError` as `entries.resolve`, `Records` and `get_tokenizer` do.
+    A second call is cheap as long as the files do not change. Raises `UserError` as
+    `entries.resolve`, `Records` and `get_tokenizer` do.
     """
     field = "data.held_out" if held_out else "data.train"
     files = resolve(config.data.held_out if held_out else config.data.train, field=field)
-    return _open((_stamped(files, field),), *_how(config))[0]
+    return _open((_stamped(files, field),), *_settings(config))[0]
 
 
 def open_sources(config: Config) -> tuple[Source, ...]:
-    """Open the sources of `data.train`: each entry with `data.weights`, else all of it as one.
+    """Open the sources of `data.train`: one for each entry of a mixture, else one for all entries.
 
-    Raises `UserError` as `open_examples` does.
+    It is a mixture if `data.weights` is set. Raises `UserError` as `open_examples` does.
     """
     if not config.data.weights:
         return (Source(0, "", open_examples(config)),)
     found = entries(config.data.train)
     groups = tuple(_stamped(entry.files, f"data.train ({entry.name})") for entry in found)
-    opened = _open(groups, *_how(config))
+    opened = _open(groups, *_settings(config))
     named = zip(found, opened, strict=True)
     return tuple(Source(i, entry.name, examples) for i, (entry, examples) in enumerate(named))
 
 
-_Stamped = tuple[str, tuple[tuple[Path, Stamp], ...]]  # a name for messages, and files
+_Stamped = tuple[str, tuple[tuple[Path, Stamp], ...]]  # a name for messages, and stamped files
 
 
 def _stamped(files: Sequence[Path], field: str) -> _Stamped:
     return field, tuple((path, stamp(path)) for path in files)
 
 
-def _how(config: Config) -> tuple[DataConfig, int, str]:
+def _settings(config: Config) -> tuple[DataConfig, int, str]:
     return config.data, config.model.vocab_size, config.objective.kind.records
 
 
-@lru_cache(maxsize=2)  # the training data and the held-out
+@lru_cache(maxsize=2)  # one for the training data, one for the held-out data
 def _open(
     groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, records: str
 ) -> tuple[Examples, ...]:
@@ -254,7 +265,7 @@ def _open(
             stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
             skip_bad=config.on_bad_record == "skip",
             pairs=records == "pairs",
-            whole=records == "questions",  # a reward function may ask for any
+            whole=records == "questions",  # a reward function may read any column
         )
         room = CACHE_TOKENS // len(groups)
         opened.append(Examples(read, config, vocab_size=vocab_size, field=field, cache_tokens=room))

@@ -1,17 +1,17 @@
-"""Data sets of the Hugging Face hub, by name: which of their files are a split, downloaded.
+"""Download a split of a data set of the Hugging Face hub by its name.
 
     hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT]
 
-such as `hf:HuggingFaceH4/ultrachat_200k:train_sft`. The files are those of the data set itself
-where their names tell the split (`train.jsonl`, `data/train-00000-of-00002.parquet`,
-`en/test/0000.parquet`; folders beside `data` are configs), and else, without a REVISION, the hub's
-own conversion to parquet (the branch refs/convert/parquet). `huggingface_hub` keeps them in its
-cache, from where they come without a network; its variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE)
-hold.
+An example is `hf:HuggingFaceH4/ultrachat_200k:train_sft`. If the names of the data set's own files
+tell the split (`train.jsonl`, `data/train-00000-of-00002.parquet`, `en/test/0000.parquet`; folders
+other than `data` are configs), these files are used. Otherwise, if no REVISION is given, the hub's
+own conversion to parquet is used (the branch refs/convert/parquet). `huggingface_hub` keeps the
+files in its cache, so they are found later without a network. Its environment variables (HF_HOME,
+HF_TOKEN, HF_HUB_OFFLINE) apply.
 
-Why not `datasets`: it needs pandas and 96 MB more, copies what it reads to Arrow files of its own,
-uncompressed, before the first record, and without a network finds only what it has so copied, not
-what is in the hub's cache. The files themselves are what a run reads by row groups and resumes on.
+Why not the library `datasets`: it needs pandas and 96 MB more. It copies the data to uncompressed
+Arrow files before it returns the first record. Without a network it finds only such copies, not
+the files in the hub's cache. Here a run reads the original files by row group, and resumes on them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import Any
 
 from gptoss_jax.errors import UserError
 
-FORMATS = (".parquet", ".jsonl", ".txt")  # where a split comes in several, the first of these
+FORMATS = (".parquet", ".jsonl", ".txt")  # if a split has several formats, the first one is used
 CONVERTED = "refs/convert/parquet"
 
 _SYNTAX = "hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT]"
 _NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(?:([^:]+):)?([^:]+))?")
 _SHARD = re.compile(r"(?:^|[-_.])\d{4,}(?:-of-(\d{4,}))?(?:-[0-9a-f]{8,})?$")
 _SPLITS = ("train", "test", "validation", "valid", "dev")
-_NO_SPLITS = ("", "data", "part", "shard")  # what file names say that say nothing
+_NO_SPLITS = ("", "data", "part", "shard")  # stems of file names that do not name a split
 
 Splits = dict[tuple[str, str], list[str]]  # (config, split) -> files
 
@@ -49,16 +49,17 @@ class _Wanted:
 
 @cache
 def fetch(text: str, field: str) -> list[Path]:
-    """Download the files of a split, or find them in the hub's cache; sorted.
+    """Download the files of a split, or find them in the hub's cache; return them sorted.
 
-    The split is "train" where the name says none, but it has to in data.held_out. A process asks
-    the hub once. Raises `UserError`: no such name, revision, config or split (what there is is
-    named), a gated or private data set, no network and nothing cached.
+    The split is "train" if the name gives none; in data.held_out the name must give one. A process
+    asks the hub once. Raises `UserError` if there is no such name, revision, config or split (the
+    message lists the splits that exist), if the data set is gated or private, or if there is no
+    network and the cache lacks the files.
     """
     wanted = _parse(text, field)
     files, revision = _choose(wanted, field)
-    only = [glob.escape(name) for name in files]
-    folder = _ask(wanted, lambda: _snapshot(wanted, revision, allow_patterns=only))
+    patterns = [glob.escape(name) for name in files]
+    folder = _ask(wanted, lambda: _snapshot(wanted, revision, allow_patterns=patterns))
     for name in files:
         if not (folder / name).is_file():
             raise UserError(f"{field}: {text}: {name} was not downloaded; try again")
@@ -71,30 +72,32 @@ def _parse(text: str, field: str) -> _Wanted:
         raise UserError(f"{field}: {text} is no name of a hub data set: {_SYNTAX}")
     repo, revision, config, split = match.groups()
     if split is None and field != "data.train":
-        raise UserError(f"{field}: {text} names no split; write it behind, as in {text}:test")
+        raise UserError(f"{field}: {text} names no split; add it at the end, as in {text}:test")
     return _Wanted(text, repo, revision, config, split or "train")
 
 
 def _choose(wanted: _Wanted, field: str) -> tuple[list[str], str]:
-    """Return the files of the split, and the revision that they are of."""
+    """Return the files of the split, and the revision that holds them."""
     failed: UserError | None = None
-    there: Splits = {}
+    available: Splits = {}
     for revision in [wanted.revision] if wanted.revision else ["main", CONVERTED]:
         try:
             found = splits(_ask(wanted, lambda at=revision: _list(wanted, at)))
         except UserError as error:
-            # Without a network the cache may hold the conversion alone; and with one there may be
-            # no conversion, as of private data sets and large ones.
+            # Go on: without a network, the cache may hold the conversion only. A missing conversion
+            # is no error: private and large data sets have none.
             failed = failed if revision == CONVERTED else error
             continue
-        there |= found
+        available |= found
         files = _select(wanted, found, field)
         if files:
             _check_shards(wanted, files, field)
             return files, revision
     if failed is not None:
         raise failed
-    names = ", ".join(_spell(key) for key in sorted(there)[:12]) or "no .parquet, .jsonl or .txt"
+    names = (
+        ", ".join(_spell(key) for key in sorted(available)[:12]) or "no .parquet, .jsonl or .txt"
+    )
     config = f" of config {wanted.config}" if wanted.config else ""
     raise UserError(
         f"{field}: {wanted.text}: there is no split {wanted.split}{config}; it has {names}"
@@ -119,7 +122,10 @@ def _select(wanted: _Wanted, found: Splits, field: str) -> list[str] | None:
 
 
 def splits(files: Iterable[str]) -> Splits:
-    """Sort the files of a data set by (config, split), as their names tell; one format a split."""
+    """Group the files of a data set by (config, split), which their names tell.
+
+    Each split keeps the files of one format: the first of `FORMATS` that it has.
+    """
     found: Splits = {}
     for name in sorted(files):
         path = PurePosixPath(name)
@@ -141,7 +147,7 @@ def splits(files: Iterable[str]) -> Splits:
 
 
 def _check_shards(wanted: _Wanted, files: list[str], field: str) -> None:
-    """Refuse a part of a split, as an interrupted download leaves it in the cache."""
+    """Refuse an incomplete split, which an interrupted download leaves in the cache."""
     for name in files:
         shard = _SHARD.search(PurePosixPath(name).stem)
         if shard and shard[1] and len(files) < int(shard[1]):
@@ -152,17 +158,17 @@ def _check_shards(wanted: _Wanted, files: list[str], field: str) -> None:
 
 
 def _list(wanted: _Wanted, revision: str) -> list[str]:
-    """Return the names of all files; without a network, of those in the cache."""
+    """Return the names of all files; without a network, of the files in the cache."""
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
     try:
-        api.dataset_info(wanted.repo, revision=revision)  # without a network fails at once
+        api.dataset_info(wanted.repo, revision=revision)  # fails at once without a network
         return api.list_repo_files(wanted.repo, revision=revision, repo_type="dataset")
     except Exception as error:
         if not _is_no_answer(error):
             raise
-    # A pattern that no file has: what is in the cache counts, not what is missing there.
+    # No file matches this pattern, so no file is missing: we get the folder of what is cached.
     folder = _snapshot(wanted, revision, allow_patterns=["?/"], local_files_only=True)
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
 
@@ -178,7 +184,7 @@ def _snapshot(wanted: _Wanted, revision: str, **which: Any) -> Path:
 
 
 def _is_no_answer(error: Exception) -> bool:
-    """Say whether the hub could not be reached, or is down: not that it refused."""
+    """Say whether the hub could not be reached or is down; False if it refused the request."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(error, HfHubHTTPError):
@@ -187,7 +193,7 @@ def _is_no_answer(error: Exception) -> bool:
 
 
 def _ask(wanted: _Wanted, call: Callable[[], Any]) -> Any:
-    """Call the hub; its errors, and those of its HTTP client, become a line."""
+    """Call the hub; turn its errors, and those of its HTTP client, into a one-line `UserError`."""
     from huggingface_hub import errors
 
     try:

@@ -1,9 +1,10 @@
-"""Rows to batches: resumable and split over hosts, on grain.
+"""Make batches of rows, with grain: resumable, and split over hosts.
 
-The rows of a source's windows (`data/windows.py`) make up one endless sequence; those of a mixture
-take turns (`data/mixture.py`). Of the sequence, step s takes rows s*B to (s+1)*B. All this depends
-on the data and the seed alone, and each host takes its part of the rows of a step: a batch is a
-pure function of (seed, step). Every host tokenises all records, since packing needs the lengths.
+The packed rows of a source (`data/windows.py`) make up one endless sequence; in a mixture, the
+sources take turns (`data/mixture.py`). Step s takes rows s*B to (s+1)*B of the sequence. The
+sequence depends on the data and the seed alone, so a batch is a pure function of (seed, step). Each
+host takes its part of the rows of a step. Every host tokenises all records, because packing needs
+their lengths.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.types import Batch
 
-WINDOWS_AHEAD = 1  # tokenised and packed in the background while one is in use
-BATCHES_AHEAD = 4
+WINDOWS_AHEAD = 1  # windows tokenised and packed in the background while one is in use
+BATCHES_AHEAD = 4  # batches prepared in the background
 
 
 class _BatchIterator(grain.DatasetIterator[Batch]):
-    """Takes B rows a step from the sources, and lays out rows `first` to `last` of them.
+    """Takes B rows from the sources in each step, and lays out rows `first` to `last` - 1 of them.
 
-    The state is {"step", "window", "row"} of the one source there is; or, of a mixture,
-    {"step", "sources": [{"window", "row", "tokens"}, ...]}.
+    The state is {"step", "window", "row"}, or for a mixture {"step", "sources": [{"window", "row",
+    "tokens"}, ...]}.
     """
 
     def __init__(
@@ -103,14 +104,15 @@ class _BatchDataset(grain.IterDataset[Batch]):
 
 
 class TrainBatches:
-    """The iterator of `train_batches`: endless, over batches of numpy arrays.
+    """The endless iterator of `train_batches` over batches of numpy arrays.
 
-    `source_names` has what `Batch.sources` counts, and is empty where that is None. Threads work
-    ahead until `close()`, or until nothing refers to it, or Python exits.
+    `Batch.sources` holds indices into `source_names`; without a mixture, `source_names` is empty
+    and `Batch.sources` is None. Background threads prepare batches until `close()` is called, the
+    iterator is garbage-collected, or Python exits.
     """
 
     def __init__(self, sources: Sequence[Source], config: Config, *, first: int, last: int) -> None:
-        """Serve rows `first` to `last` of each global batch."""
+        """Serve rows `first` to `last` - 1 of each global batch."""
         mixed = bool(config.data.weights)
         self.source_names = tuple(source.name for source in sources) if mixed else ()
         windows = [plan(source, config) for source in sources]
@@ -123,8 +125,8 @@ class TrainBatches:
         dataset = grain.experimental.ThreadPrefetchIterDataset(
             _BatchDataset(ahead, config, first=first, last=last), prefetch_buffer_size=BATCHES_AHEAD
         )
-        # In a list that `_stop` empties: what is left to grain's own finaliser when Python exits
-        # fails aloud, since the modules that it uses are gone by then.
+        # The iterator is in a list, which `_stop` empties. Otherwise grain's own finaliser would
+        # run when Python exits and print errors, because the modules that it uses are gone by then.
         self._iterators: list[grain.DatasetIterator[Batch]] = [dataset.__iter__()]
         self._close = weakref.finalize(self, _stop, windows, self._iterators)
 
@@ -141,37 +143,43 @@ class TrainBatches:
     def __next__(self) -> Batch:
         """Return the next batch.
 
-        Raises `UserError` for what only tokenising shows to be bad, and for a file that changed.
+        Raises `UserError` for a record that only tokenising shows to be bad, and for a file that
+        has changed.
         """
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Return where the next batch lies: JSON-able, and the same on every host."""
+        """Return the position of the next batch. It fits JSON and is the same on every host."""
         return copy.deepcopy(self._iterator.get_state())
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, of the same data and settings, whatever the number of hosts."""
+        """Continue from `state`, which must come from the same data and settings.
+
+        The number of hosts may differ.
+        """
         self._iterator.set_state(copy.deepcopy(state))
 
     def close(self) -> None:
-        """Stop the threads; there is no going on after this."""
+        """Stop the threads; the iterator can't be used after this."""
         self._close()
 
 
 def _stop(windows: list[Windows], iterators: list[grain.DatasetIterator[Batch]]) -> None:
     for w in windows:
-        w.stopped = True  # else this waits for a whole window
+        w.stopped = True  # otherwise close() waits until a whole window is tokenised
     iterators.pop().close()
 
 
 def train_batches(config: Config, *, rows: tuple[int, int] | None = None) -> TrainBatches:
     """Iterate without end over the batches of `data.train`, mixed as `data.weights` says.
 
-    A batch is [batch_size, sequence_length]; with `rows`, (first, last + 1), those rows of it: what
-    one host of several needs (`data.shards`) of a global batch that is the same on any number of
-    hosts. To go on from a state costs the tokenising of one window of each source. Raises
-    `UserError` for bad data: nearly all of it here, and what only the tokenising of large data
-    shows when its batch comes up.
+    A batch is [batch_size, sequence_length]. With `rows` = (first, last + 1), it has only those
+    rows of the global batch: the rows that one host of several needs (`data.shards`). The global
+    batch is the same on any number of hosts. Resuming from a state costs the tokenising of one
+    window of each source.
+
+    Raises `UserError` for bad data. This call finds nearly all of it. Errors that only tokenising
+    shows, in large data, are raised when their batch comes up.
     """
     first, last = rows or (0, config.data.batch_size)
     sources = open_sources(config)
@@ -183,9 +191,10 @@ def train_batches(config: Config, *, rows: tuple[int, int] | None = None) -> Tra
 def eval_batches(config: Config, *, rows: tuple[int, int] | None = None) -> list[Batch]:
     """Return the first `train.eval_batches` batches of `data.held_out`, or all if that is 0.
 
-    Always the same ones, in an order of their own that no seed changes, each record at most once.
-    The last batch is filled up with rows of padding, whose weights are 0. `rows` are as those of
-    `train_batches`. Empty if no held-out data is given. Raises `UserError` for bad data.
+    The batches are always the same: their order is fixed and does not depend on the seed. Each
+    record occurs at most once. The last batch is filled up with rows of padding, whose weights are
+    0. `rows` is as in `train_batches`. The list is empty if no held-out data is given. Raises
+    `UserError` for bad data.
     """
     if not config.data.held_out:
         return []
@@ -209,9 +218,9 @@ def eval_batches(config: Config, *, rows: tuple[int, int] | None = None) -> list
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out chat as a question: what the model is given, and what it should say."""
+    """A held-out chat as a question: the prompt for the model, and the expected answer."""
 
-    prompt: list[int]  # ids up to and with <|start|>assistant
+    prompt: list[int]  # token ids up to and including <|start|>assistant
     answer: str
     name: str  # file:line
 
@@ -219,11 +228,11 @@ class Question:
 def eval_questions(config: Config, limit: int) -> list[Question]:
     """Turn up to `limit` chats of `data.held_out` into questions; always the same ones.
 
-    The answer is the content of the last assistant message, the prompt all before the assistant's
-    turn that ends in it (its analysis is left to the model); of a pair that is the chosen one. Left
-    out: texts, chats that end in a tool call or without an answer, and those that leave
-    `train.eval_max_tokens` no room in the context. Empty if no held-out data is given. Raises
-    `UserError` for bad data.
+    The answer is the content of the last assistant message. The prompt is everything before the
+    assistant's turn that ends in this message, so the model writes its own analysis. Of a pair, the
+    chosen answer is used. Left out are texts, chats that end in a tool call or without an answer,
+    and chats whose context has no room for `train.eval_max_tokens` more tokens. The list is empty
+    if no held-out data is given. Raises `UserError` for bad data.
     """
     if not config.data.held_out or limit <= 0:
         return []
@@ -257,7 +266,7 @@ def eval_questions(config: Config, limit: int) -> list[Question]:
 
 
 def _split_answer(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Split a chat at its last assistant turn: messages before it, and its final content or ""."""
+    """Split a chat at its last assistant turn: messages before it, and its final answer or ""."""
     ends = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not ends:
         return [], ""

@@ -1,9 +1,9 @@
-"""Weighted mixtures: which source the next row is from, so that each gets its share of the tokens.
+"""Weighted mixtures: choose the source of each row so that every source gets its token share.
 
 Each source is shuffled, packed and repeated by itself, so a row holds records of one source. The
-next row is always from the source that is furthest behind its share of the tokens given so far;
-padding does not count. So the tokens of any prefix are right within about a row a source, however
-long the records are, and the sequence depends on nothing but the rows.
+next row always comes from the source that is furthest behind its share of the tokens so far;
+padding does not count. So after any number of rows, each source is within about one row of its
+share, however long its records are. The sequence depends on the rows alone.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from gptoss_jax.data.windows import Windows
 
 
 class Mixture:
-    """The turns of the sources. `tokens`, what each has given so far, is all its state."""
+    """Picks the source of each row. Its whole state is `tokens`: the tokens so far, per source."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Share the tokens out as `weights`, of any positive sum."""
+        """Share the tokens out in proportion to `weights`, whose sum may be any positive number."""
         self.shares = shares(weights)
         self.tokens = [0] * len(weights)
 
     def pick(self) -> int:
-        """Return the source of the next row: the one furthest behind, the first of equals."""
+        """Return the source of the next row: the one furthest behind; the first one on a tie."""
         total = sum(self.tokens)
         behind = [w * total - n for w, n in zip(self.shares, self.tokens, strict=True)]
         return behind.index(max(behind))
 
     def count(self, source: int, row: Sequence[Segment]) -> None:
-        """Note a row given."""
+        """Count the tokens of a row that was taken from a source."""
         self.tokens[source] += sum(len(segment.tokens) for segment in row)
 
 
@@ -41,7 +41,10 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def plan(source: Source, config: Config) -> Windows:
-    """Plan the windows of a source of the training data: no two of a mixture have one order."""
+    """Plan the windows of a source of the training data.
+
+    Each source of a mixture is shuffled with a seed of its own.
+    """
     seed, examples = config.train.seed, source.examples
     if not config.data.weights:
         return Windows(examples, seed=seed)

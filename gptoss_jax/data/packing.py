@@ -1,4 +1,4 @@
-"""Segments to rows: several short token sequences share a row of fixed length."""
+"""Pack segments into rows: several short token sequences share a row of fixed length."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from gptoss_jax.types import Batch
 
 
 class Segment(NamedTuple):
-    """A token sequence that attends to itself alone; `weights[i]` is that of `tokens[i]` as target.
+    """A token sequence that attends to itself alone.
 
-    The first token is never a target, so its weight counts for nothing.
+    `weights[i]` is the loss weight of `tokens[i]` as a target. The first token is never a target,
+    so its weight is not used.
     """
 
     tokens: Int32[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
 
 
-Row = list[Segment]  # what shares a row
+Row = list[Segment]  # the segments that share a row
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Share out items of these lengths over rows of `capacity`: best fit, longest first.
+    """Distribute items of these lengths over rows of `capacity`: best fit, longest item first.
 
-    Returns the items of each row by index. Depends on the lengths and their order alone: ties go by
-    index; a row's items are in index order; rows are in the order of their longest items' indices,
-    so that items in random order give rows in random order. Needs 0 < length <= capacity.
+    Returns the indices of each row's items. The result depends only on the lengths and their order.
+    The lower index goes first on a tie. A row's items are in index order. Rows are in the order of
+    their longest items' indices, so items in random order give rows in random order. Every length
+    must satisfy 0 < length <= capacity.
     """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room left, row), sorted
@@ -56,9 +58,9 @@ def fill(
 ) -> Batch:
     """Lay rows of segments out as a batch of numpy arrays [len(rows), sequence_length].
 
-    Tokens, targets, segment ids and positions are int32, weights float32; what is not covered is 0.
-    A segment's last token has no target in its segment: target 0, weight 0. `sources` says which
-    source each row is from.
+    Tokens, targets, segment ids and positions are int32, weights are float32; padding is 0. A
+    segment's last token has no target in its segment, so its target and weight are 0. `sources`
+    gives the source of each row.
     """
     shape = (len(rows), sequence_length)
     tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
@@ -74,6 +76,6 @@ def fill(
             positions[b, start:end] = np.arange(end - start)
             start = end
     given = None if sources is None else np.array(sources, np.int32)
-    # types.Batch names the arrays of a step, which are jax's; these become so when they are put
-    # on the devices.
+    # types.Batch declares jax arrays; these numpy arrays become jax arrays when they are put on
+    # the devices.
     return Batch(tokens, targets, weights, segment_ids, positions, given)  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,12 @@
-"""Rows of parquet files as records: by row group, so that no file is in memory as a whole.
+"""Read rows of parquet files as records, by row group, so that no whole file is in memory.
 
-The columns are those of a JSONL record: `messages` (a list of structs), with `tools` and
-`reasoning` where there are any; or `text`; or those of a pair (`data/preferences.py`). Others are
-read where a reward function is to see them. Arrow gives each struct of a column the fields of all:
-those that are null are dropped, at any depth.
+The columns are the fields of a JSONL record: `messages` (a list of structs), with optional `tools`
+and `reasoning`; or `text`; or the fields of a pair (`data/preferences.py`). Other columns are read
+only if a reward function is to see them. In Arrow, each struct of a column has the fields of all
+structs of that column. Fields that are null are therefore dropped, at any depth.
 
-A row costs the decoding of its row group, unless the one before was of the same: files of many GiB
-are best written with row groups of some thousand rows.
+Reading a row decodes its whole row group, unless the previous row was in the same group. So files
+of many GiB are best written with row groups of some thousand rows.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _AT_ONCE = 256  # rows turned into Python objects together
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of a file: its footer, the columns to read, and where its row groups end."""
+    """What we keep of a file: its footer, the columns to read, and where its row groups end."""
 
     metadata: Any  # pyarrow.parquet.FileMetaData
     columns: tuple[str, ...]
-    ends: tuple[int, ...]  # the rows up to the end of each row group
+    ends: tuple[int, ...]  # the number of rows up to the end of each row group
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the columns to read, decompressed."""
+        """Bytes of the columns to read, after decompression."""
         total = 0
         for g in range(len(self.ends)):
             group = self.metadata.row_group(g)
@@ -52,9 +52,9 @@ class Layout:
 
 
 def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False, whole: bool = False) -> Layout:
-    """Read the footer; rows will have all columns if `whole`, else what makes a record.
+    """Read the footer of a file and choose its columns: all if `whole`, else those of a record.
 
-    Raises `UserError`: no parquet file, or columns that make no record.
+    Raises `UserError` if it is not a parquet file, or if its columns do not make a record.
     """
     with _naming(path):
         from pyarrow.parquet import ParquetFile
@@ -78,7 +78,7 @@ def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False, whole: bool 
 
 
 def read_rows(file: BinaryIO, layout: Layout, path: Path) -> Iterator[dict[str, Any] | ValueError]:
-    """Yield all rows in turn; a `ValueError` stands for one that Python can't take."""
+    """Yield all rows in order; a row whose text is not UTF-8 is yielded as a `ValueError`."""
     with _naming(path):
         from pyarrow.parquet import ParquetFile
 
@@ -101,7 +101,7 @@ def read_rows(file: BinaryIO, layout: Layout, path: Path) -> Iterator[dict[str, 
 
 
 def read_group(file: BinaryIO, layout: Layout, path: Path, *, group: int) -> Any:
-    """Return a row group as a `pyarrow.Table`. Raises `UserError` where it can't be decoded."""
+    """Return a row group as a `pyarrow.Table`. Raises `UserError` if it can't be decoded."""
     with _naming(path):
         from pyarrow.parquet import ParquetFile
 
@@ -127,7 +127,7 @@ def _drop_nulls(value: Any) -> Any:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn Arrow's errors into one that names the file."""
+    """Turn Arrow's errors into a `UserError` that names the file."""
     import pyarrow
 
     try:

@@ -1,13 +1,14 @@
 """Pairs of answers to one prompt, one of them preferred: records of direct preference optimisation.
 
-A record has "chosen" and "rejected", each an answer as text, as a message or as a list of messages;
-and, as "prompt" or "messages", the chat that is answered, a list of messages or a question as text.
-"tools" and "reasoning" are as those of a chat. Where "chosen" or "rejected" begins with a message
-of a user or developer it is a whole chat: what both begin with is the prompt. All of these are
-formats of TRL's, too, but for whole chats as text.
+A record has "chosen" and "rejected". Each is an answer: text, a message or a list of messages. The
+chat that they answer is "prompt" or "messages": a list of messages, or a question as text. "tools"
+and "reasoning" are the same as in a chat. If "chosen" and "rejected" begin with a message that is
+neither the assistant's nor a tool's, they are whole chats, and the messages at their beginning that
+are the same are the prompt. TRL has all of these formats too. It also has whole chats as text,
+which are not read here.
 
-A pair becomes two segments, chosen and rejected, that always stand side by side in a row. Of their
-tokens those of the answers alone have weights.
+A pair becomes two segments, chosen and rejected, which are always next to each other in one row.
+Only the tokens of the answers have loss weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Message = dict[str, Any]
 SIDES = ("chosen", "rejected")
 FIELDS = ("prompt", "messages", *SIDES, "tools", "reasoning")
 
-_ANSWERS = ("assistant", "tool")  # whose messages an answer begins with
+_ANSWERS = ("assistant", "tool")  # roles of the message that an answer can begin with
 
 
 class Pair(NamedTuple):
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
 
 
 def split(record: dict[str, Any]) -> Pair:
-    """Return what a record says, whatever its format. Raises `ValueError`: it is no pair."""
+    """Return the pair of a record in any of the formats. Raises `ValueError` if it is no pair."""
     for name in SIDES:
         if name not in record:
             what = "lacks chosen and rejected" if name == "chosen" else f"lacks {name}"
@@ -58,7 +59,7 @@ def split(record: dict[str, Any]) -> Pair:
 
 
 def check(record: dict[str, Any], check_chat: Callable[[dict[str, Any]], None]) -> None:
-    """Refuse what is no pair, or of chats that `check_chat` refuses, with a `ValueError`."""
+    """Raise `ValueError` for a record that is no pair, or whose chats `check_chat` refuses."""
     pair = split(record)
     for name, answer in zip(SIDES, pair[1:], strict=True):
         try:
@@ -70,7 +71,7 @@ def check(record: dict[str, Any], check_chat: Callable[[dict[str, Any]], None]) 
 
 
 def fit(chosen: Segment, rejected: Segment, capacity: int) -> tuple[Segment, Segment]:
-    """Cut the ends of two segments so that both fit into a row: the longer one first."""
+    """Cut the ends of two segments so that both fit into a row; the longer one is cut first."""
     lengths = len(chosen.tokens), len(rejected.tokens)
     half = capacity // 2
     first = min(lengths[0], max(half, capacity - lengths[1]))
@@ -80,18 +81,18 @@ def fit(chosen: Segment, rejected: Segment, capacity: int) -> tuple[Segment, Seg
 
 
 def differ(chosen: Segment, rejected: Segment) -> bool:
-    """Say whether there is anything to prefer: other tokens, or other weights of theirs."""
+    """Say whether the two segments differ, in their tokens or in their loss weights."""
     return any(a.shape != b.shape or (a != b).any() for a, b in zip(chosen, rejected, strict=True))
 
 
 def question(record: dict[str, Any]) -> list[Message]:
-    """Return a record as a chat: its prompt with the chosen answer."""
+    """Return a record as a chat: its prompt, then the chosen answer."""
     pair = split(record)
     return [*pair.prompt, *pair.chosen]
 
 
 def render(record: dict[str, Any], **options: Any) -> tuple[Segment, Segment]:
-    """Render both sides by `harmony.render`, which takes the `options`."""
+    """Render both sides with `harmony.render`, to which `options` are passed."""
     pair = split(record)
 
     def side(answer: list[Message]) -> Segment:
@@ -111,12 +112,12 @@ def _messages(value: Any, role: str, name: str) -> list[Message]:
     if not messages:
         raise ValueError(f"{name} is empty")
     if not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{name} has what is no message (an object with a role)")
+        raise ValueError(f"{name} has an item that is no message (an object with a role)")
     return messages
 
 
 def _shared(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return how many messages two chats begin with alike, less one if that is all of either."""
+    """Count the equal messages that two chats begin with; never all messages of either chat."""
     most = min(len(chosen), len(rejected)) - 1
     same = (i for i in range(most) if chosen[i] != rejected[i])
     return next(same, most)

@@ -1,4 +1,4 @@
-"""Chats to questions, which a model answers and a reward function judges: data for GRPO."""
+"""Data for GRPO: turn chats into questions. A model answers them, a reward function scores them."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from gptoss_jax.harmony import tokenizer
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it is put to the model, and what a reward function is to know of it."""
+    """A question: the prompt for the model, and what a reward function may need to know."""
 
-    prompt: list[int]  # ids up to and with <|start|>assistant
-    question: str  # what the user says last, for people
-    record: dict[str, Any]  # all fields, as the file has them
+    prompt: list[int]  # token ids up to and including <|start|>assistant
+    question: str  # the last message of the user, for people to read
+    record: dict[str, Any]  # all fields of the record, as in the file
     where: str  # file:line
 
 
 @dataclass
 class Round:
-    """Questions that are asked at once. The steps on one set of answers have the same one."""
+    """Questions that are asked together. Steps that train on the same answers share one round."""
 
-    number: int  # from 0
+    number: int  # counts from 0
     questions: list[Asked]
-    answers: dict[str, Any] | None = None  # JSON-able; put here by who asked them
+    answers: dict[str, Any] | None = None  # fits JSON; set by the code that samples the answers
 
 
 class Questions:
-    """The endless rounds of `data.train`: batch_size / group_size questions each.
+    """The endless rounds of `data.train`, of batch_size / group_size questions each.
 
-    Every epoch is a permutation, so a round is a pure function of data, seed and its number. Each
-    comes `objective.grpo.updates` times. A chat is a question up to the assistant's turn at its
-    end, if it ends in one. Left out, or refused where `data.on_long` says so: what leaves
-    `objective.grpo.max_tokens` no room in sequence_length.
+    Every epoch is a permutation, so a round is a pure function of the data, the seed and its
+    number. Each round is returned `objective.grpo.updates` times. The question is the chat without
+    the assistant's turn at its end, if there is one. A question that leaves no room for
+    `objective.grpo.max_tokens` tokens in sequence_length is left out, or refused if
+    `data.on_long=refuse`.
     """
 
     source_names: tuple[str, ...] = ()  # there are no mixtures
 
     def __init__(self, config: Config) -> None:
-        """Open the data, and find the first round. Raises `UserError` for bad data."""
+        """Open the data and prepare the first round. Raises `UserError` for bad data."""
         self._config, grpo = config, config.objective.grpo
         self._examples = open_examples(config)
         self._encoding = tokenizer.get_tokenizer(config.model.vocab_size)
@@ -78,9 +79,10 @@ class Questions:
         return asked
 
     def get_state(self) -> dict[str, Any]:
-        """Return where the next step's round lies, with its answers where it has some: JSON-able.
+        """Return the position of the next step's round; the value fits JSON.
 
-        Answers are kept since the parameters that gave them are gone.
+        If steps of the round remain, the state includes its answers, because the parameters that
+        produced them no longer exist.
         """
         state = {"round": self._number, "place": self._place, "left": self._left}
         if self._left and self._round.answers is not None:
@@ -88,17 +90,17 @@ class Questions:
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state, of the same data and settings."""
+        """Continue from a state, which must come from the same data and settings."""
         self._number, self._place = state["round"], state["place"]
         self._left = state["left"]
         self._round, self._next = self._ask(self._number, self._place)
         self._round.answers = copy.deepcopy(state.get("answers"))
 
     def close(self) -> None:
-        """Do nothing: no thread works ahead."""
+        """Do nothing: there are no background threads to stop."""
 
     def _ask(self, number: int, place: int) -> tuple[Round, int]:
-        """Take the questions from a place of the shuffled records on; return the place after."""
+        """Make a round of the shuffled records from `place` on; return it and the place after."""
         questions: list[Asked] = []
         missed = 0
         self._examples.records.check_unchanged()
@@ -140,12 +142,12 @@ class Questions:
                     "data.on_long=truncate, which leaves it out"
                 )
             return None
-        said = [m["content"] for m in messages if m["role"] == "user" and m.get("content")]
-        return Asked(prompt, said[-1] if said else "", fields, record.where)
+        texts = [m["content"] for m in messages if m["role"] == "user" and m.get("content")]
+        return Asked(prompt, texts[-1] if texts else "", fields, record.where)
 
 
 def describe(config: Config) -> str:
-    """Say in a line what `data.train` holds, and how it is asked."""
+    """Describe in one line what `data.train` holds, and how many questions a step asks."""
     records = open_examples(config).records
     group = config.objective.grpo.group_size
     text = (

@@ -1,4 +1,4 @@
-"""From the rows that each process reads to a batch of global arrays, spread over the mesh."""
+"""Turn the rows that each process reads into a batch of global arrays, sharded over the mesh."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from gptoss_jax.types import Batch
 
 
 def rows_here(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
-    """Return which rows of a global batch this process's devices take, as (first, last + 1).
+    """Return the rows of a global batch that this process's devices need, as (first, last + 1).
 
-    The least range that has them all. Processes may have rows in common: those whose devices differ
-    only along `context` and `tensor` have all of them.
+    It is the smallest range that contains them all. Processes may share rows: processes whose
+    devices differ only along the mesh axes `context` and `tensor` need the same rows.
     """
     mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     return rows_of(mine, mesh, batch_size)
 
 
 def rows_of(devices: Sequence[Any], mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
-    """Return the least range of rows that has those of some devices of the mesh."""
+    """Return the smallest range of rows that contains the rows of the given devices."""
     parts = NamedSharding(mesh, PartitionSpec(ROWS)).devices_indices_map((batch_size,))
     ranges = [parts[device][0].indices(batch_size) for device in devices]
     return min(r[0] for r in ranges), max(r[1] for r in ranges)
 
 
 def spread(batch: Batch, mesh: jax.sharding.Mesh, *, rows: tuple[int, int], size: int) -> Batch:
-    """Make global arrays, of `size` rows, of the `rows` of a batch that this process has.
+    """Make global arrays of `size` rows from a batch that has this process's `rows`.
 
-    Its `shared` arrays are taken as they are.
+    The batch's `shared` arrays stay as they are.
     """
     first = rows[0]
 

@@ -1,7 +1,7 @@
-"""Packed batches as text: what the loss counts is coloured, the rest dim.
+"""Show packed batches as text: tokens that the loss counts are coloured, the others are dim.
 
-Without colours it stands in [[ ]]. Where its weight is not 1 that comes before it: [0.3[ ]].
-Special tokens are shown by name, control characters by a symbol.
+Without colours, tokens that count are in [[ ]]. A loss weight other than 1 is shown before them:
+[0.3[ ]]. Special tokens are shown by name, control characters by a symbol.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRAINED, TRAINED_SPECIAL = "bold green", "bold white on green"
 OTHER, SPECIAL, HEAD = "dim", "cyan", "bold magenta"
 FACTOR = "yellow"
 
-# C0 but for tab and newline, DEL and C1: a terminal would obey them.
+# Replaced because a terminal would obey them: C0 except tab and newline, DEL, and C1.
 _CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}
 _CONTROLS |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
 
@@ -56,7 +56,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45;
 def show(
     console: Console, batches: list[Batch], *, encoding: tiktoken.Encoding, **how: Any
 ) -> None:
-    """Print batches as `describe` says them, with its options; a terminal has colours."""
+    """Print batches as `describe` renders them, with its options; in colours on a terminal."""
     for text in describe(batches, encoding, plain=not console.is_terminal, **how):
         console.print(text, soft_wrap=True)
 
@@ -64,7 +64,7 @@ def show(
 def write_page(
     path: Path, batches: list[Batch], *, encoding: tiktoken.Encoding, **how: Any
 ) -> None:
-    """Write a page, with its style in it, of what `show` prints in colours."""
+    """Write an HTML page, its style included, with what `show` prints in colours."""
     page = Console(file=io.StringIO(), record=True, force_terminal=True, color_system="truecolor")
     show(page, batches, encoding=encoding, **how)
     path.write_text(page.export_html(code_format=_PAGE), encoding="utf-8")
@@ -79,15 +79,16 @@ def describe(
     plain: bool = False,
     pairs: bool = False,
 ) -> Iterator[Text]:
-    """Yield a legend, then each batch, row and segment with a line above it that counts.
+    """Yield a legend, then each batch, row and segment, each under a line with its token counts.
 
-    `names` are those of the sources, `rows` how many of a batch are shown; `plain` puts what is
-    trained in brackets; of `pairs` two segments in turn are the chosen and the rejected side.
+    `names` are the names of the sources. `rows` limits how many rows of a batch are shown. `plain`
+    puts trained tokens in brackets. With `pairs`, two consecutive segments are the chosen and the
+    rejected side of a pair.
     """
     yield _legend(plain)
     for number, batch in enumerate(batches):
         ids, tokens = np.asarray(batch.segment_ids), np.asarray(batch.tokens)
-        weights = np.zeros(tokens.shape)  # by token, where the batch has them by its predecessor
+        weights = np.zeros(tokens.shape)  # at each token; the batch has them at the token before
         weights[:, 1:] = np.asarray(batch.weights)[:, :-1]
         trained = weights > 0
         size = f"{len(ids)} row{'s' * (len(ids) != 1)} of {ids.shape[1]:,}"
@@ -99,27 +100,27 @@ def describe(
             segments = f"{ids[b].max()} segments, " if ids[b].max() != 1 else "1 segment, "
             yield Text(f"\n--- row {b}{source}: {segments}{_count(ids[b], trained[b])}", style=HEAD)
             for k in range(1, int(ids[b].max()) + 1):
-                of = ids[b] == k
+                here = ids[b] == k
                 name = f"segment {k}"
                 if pairs:
                     name = f"pair {(k + 1) // 2}, {SIDES[(k + 1) % 2]}"
-                size = _tokens(int(of.sum()), int(trained[b][of].sum()))
+                size = _tokens(int(here.sum()), int(trained[b][here].sum()))
                 yield Text(f"- {name}: {size}", style=HEAD)
-                shown = tokens[b][of].tolist(), weights[b][of].tolist()
+                shown = tokens[b][here].tolist(), weights[b][here].tolist()
                 yield _segment(*shown, encoding, plain=plain)
 
 
 def _legend(plain: bool) -> Text:
     if plain:
         return Text(
-            "[[trained]] (the loss counts these tokens; [0.3[these]] by that factor)  other  "
+            "[[trained]] (the loss counts these tokens; [0.3[these]] with weight 0.3)  other  "
             "<|special|>"
         )
     return Text.assemble(
         ("trained", TRAINED),
         " and ",
         ("<|special|>", TRAINED_SPECIAL),
-        ": the loss counts these tokens (by a factor, where one stands before); ",
+        ": the loss counts these tokens (with a weight, if one is shown before them); ",
         ("other", OTHER),
         " and ",
         ("<|special|>", SPECIAL),
@@ -144,7 +145,7 @@ def _special(encoding: tiktoken.Encoding) -> frozenset[int]:
 def _segment(
     tokens: list[int], weights: list[float], encoding: tiktoken.Encoding, *, plain: bool
 ) -> Text:
-    """Return a segment's text: decoded by runs, since a character may be several tokens."""
+    """Return a segment's text. Runs are decoded as a whole: a character may be several tokens."""
     special = _special(encoding)
     text = Text()
     kinds = ((t in special, weight) for t, weight in zip(tokens, weights, strict=True))
@@ -157,8 +158,8 @@ def _segment(
             text.append(factor, FACTOR)
         for is_special, run in itertools.groupby(spans, lambda x: x[1][0]):
             style = (OTHER, SPECIAL) if not is_trained else (TRAINED, TRAINED_SPECIAL)
-            said = tokenizer.decode(encoding, [token for token, _ in run])
-            text.append(said.translate(_CONTROLS), style[is_special])
+            decoded = tokenizer.decode(encoding, [token for token, _ in run])
+            text.append(decoded.translate(_CONTROLS), style[is_special])
         if is_trained and plain:
             text.append("]]")
     return text

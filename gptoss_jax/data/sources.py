@@ -1,12 +1,12 @@
-"""Files to records: what is read, where each record lies, and what is wrong with it.
+"""Read records from files: check each record, and index where it lies.
 
-A `.jsonl` file holds a record a line: a chat `{"messages": [...], "tools"?, "reasoning"?}` or
-`{"text": ...}`; or, where pairs are asked for, one of these (`data/preferences.py`). A `.parquet`
-file holds a record a row, of the same fields. A `.txt` file is one document, however long; for
-random access it is cut at line ends into stretches of about `stretch_bytes`.
+A `.jsonl` file has one record per line: a chat `{"messages": [...], "tools"?, "reasoning"?}` or
+`{"text": ...}`; or, if pairs are asked for, a pair (`data/preferences.py`). A `.parquet` file has
+one record per row, with the same fields. A `.txt` file is one document, however long. For random
+access it is cut at line ends into stretches: chunks of about `stretch_bytes`, each one record.
 
-`Records` keeps 16 bytes a record, not the records: each read opens the file and seeks. A file that
-is not what it was when it was indexed, by size and time of change, stops the run.
+`Records` keeps 16 bytes per record in memory, not the record itself: each read opens the file and
+seeks. If a file's size or time of change is not as it was at indexing, the run stops.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from gptoss_jax.data import parquet, preferences
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import CHANNELS, EFFORTS, ROLES
 
-PROGRESS_FROM = 256 << 20  # bytes; a pass over less needs no progress bar
+PROGRESS_FROM = 256 << 20  # bytes; a pass over less data shows no progress bar
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record as read. `where` is `file:line` (in parquet the row, from 1), for messages."""
+    """One record. `where` is `file:line` for messages; in parquet, the line is the row from 1."""
 
     where: str
     fields: dict[str, Any]
-    ends: bool = True  # its document ends with it: not so in all but the last stretch of a .txt
+    ends: bool = True  # whether its document ends here: False for a stretch of a .txt but the last
 
 
 def parse(line: bytes, *, pairs: bool = False) -> dict[str, Any]:
-    """Read one line of JSONL as a record; `ValueError` says in a phrase what is wrong with it."""
+    """Read one line of JSONL as a record; raise `ValueError` with a phrase for what is wrong."""
     try:
         record = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
@@ -52,7 +52,7 @@ def parse(line: bytes, *, pairs: bool = False) -> dict[str, Any]:
 
 
 def check(record: Any, *, pairs: bool = False) -> None:
-    """Refuse what is no record, with a `ValueError` that says in a phrase why."""
+    """Raise `ValueError`, with a phrase for the reason, unless this is a record."""
     if not isinstance(record, dict):
         raise ValueError(f"{_kind(record)}, not an object with messages or text")
     if pairs:
@@ -78,7 +78,7 @@ def _expect(ok: bool, problem: str) -> None:
 
 
 def _check_chat(record: dict[str, Any]) -> None:
-    """Check what the renderer needs, for it meets a record of large data only when training."""
+    """Check what the renderer needs: records of large data are first rendered during training."""
     messages, tools, effort = (record.get(k) for k in ("messages", "tools", "reasoning"))
     if not isinstance(messages, list):
         raise ValueError(f"messages is {_kind(messages)}, not a list")
@@ -127,11 +127,11 @@ def _check_message(message: Any, name: str) -> None:
     )
 
 
-Stamp = tuple[int, int]  # bytes, and time of change in ns
+Stamp = tuple[int, int]  # size in bytes, and time of change in ns
 
 
 def stamp(path: Path) -> Stamp:
-    """Return what tells a file from the same file changed."""
+    """Return the size and time of change of a file, which show later whether it has changed."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -139,10 +139,10 @@ def stamp(path: Path) -> Stamp:
 class Records:
     """The records of some files, checked and indexed by byte offset; `records[i]` reads one.
 
-    Making it passes over all files once, so that a bad line stops before training starts, naming
-    file and line; with `skip_bad` such lines are left out and counted in `skipped`. Raises
-    `UserError` also if no record is left, and for a .txt file where `pairs` are asked for. Blank
-    lines and empty .txt files hold no record.
+    The constructor reads all files once, so that a bad line raises `UserError` before training
+    starts; the error names file and line. With `skip_bad`, bad lines are left out and counted in
+    `skipped`. `UserError` is also raised if no record is left, and for a .txt file if `pairs` are
+    asked for. Blank lines and empty .txt files hold no record.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class Records:
         pairs: bool = False,
         whole: bool = False,
     ) -> None:
-        """Index `files`, of which `resolve` made the list; `field` names them in messages.
+        """Index `files`, a list from `entries.resolve`; `field` names them in messages.
 
-        Records have all columns of parquet files if `whole`, else those that a chat, a text or a
-        pair is made of; of .jsonl files they have all fields.
+        Records of parquet files have all columns if `whole`, else only the columns of a chat, a
+        text or a pair. Records of .jsonl files always have all fields.
         """
         self.files = list(files)
         self.pairs = pairs
@@ -180,7 +180,7 @@ class Records:
         ]
         self.num_bytes = sum(sizes)
         self._starts = []  # the index of each file's first record
-        # In parquet, where offset and size are of no use, the line is the row, and they are 0.
+        # In parquet, the line is the row; offset and size are not used there, and are 0.
         self._offsets, self._sizes, self._lines = array("Q"), array("I"), array("I")
         with progress("reading " + field, self.num_bytes) as advance:
             for k, path in enumerate(self.files):
@@ -244,15 +244,17 @@ class Records:
         self._lines.append(line)
 
     def bad(self, where: str, problem: str) -> None:
-        """Stop at a bad record with `UserError`, or count it, as `skip_bad` says."""
+        """Raise `UserError` for a bad record, or count it if `skip_bad`."""
         message = f"{where}: {problem}"
         if not self._skip_bad:
-            raise UserError(f"{message}; mend it, or leave such out: data.on_bad_record=skip")
+            raise UserError(
+                f"{message}; fix it, or set data.on_bad_record=skip to leave out bad records"
+            )
         self.skipped += 1
         self.first_skipped = self.first_skipped or message
 
     def skip_summary(self) -> str:
-        """Say how many records were bad and left out, and name the first; "" if none were."""
+        """Say how many bad records were left out, and name the first; "" if there were none."""
         if not self.skipped:
             return ""
         records = "record" if self.skipped == 1 else "records"
@@ -267,7 +269,7 @@ class Records:
         return f"{self.files[self._file(i)]}:{self._lines[i]}"
 
     def running(self, i: int) -> bool:
-        """Say whether record `i` is a stretch of a .txt file: cut to fit, never truncated."""
+        """Say whether record `i` is a stretch of a .txt file: cut into segments, not truncated."""
         return self.files[self._file(i)].suffix == ".txt"
 
     def _file(self, i: int) -> int:
@@ -287,7 +289,7 @@ class Records:
                 fields = {"text": data.decode("utf-8-sig")}
                 return Record(self.where(i), fields, ends=ends)
             return Record(self.where(i), parse(data, pairs=self.pairs))
-        except ValueError as error:  # changed within a tick of the clock, to the same size
+        except ValueError as error:  # the file changed within one clock tick and kept its size
             raise _changed(self.where(i), str(error)) from None
 
     def _read_row(self, k: int, file: BinaryIO, row: int) -> dict[str, Any]:
@@ -296,11 +298,11 @@ class Records:
         held, held_group, table = self._group
         if (held, held_group) != (k, group):
             table = parquet.read_group(file, layout, path, group=group)
-            self._group = k, group, table  # at once: another thread may read
+            self._group = k, group, table  # one assignment: another thread may read it meanwhile
         return parquet.read_row(table, row - (layout.ends[group - 1] if group else 0))
 
     def check_unchanged(self) -> None:
-        """Raise `UserError` if any file has changed since it was indexed, read again or not."""
+        """Raise `UserError` if any file has changed since it was indexed, without reading it."""
         for k in range(len(self.files)):
             self._compare(k, None)
 
@@ -315,7 +317,7 @@ class Records:
             yield file
 
     def _compare(self, k: int, file: BinaryIO | None) -> None:
-        """Hold a file, as it was opened or as it lies there, against its stamp."""
+        """Compare a file with its stamp: the open `file` if given, else the file at its path."""
         path, (size, time) = self.files[k], self._stamps[k]
         try:
             stat = path.stat() if file is None else os.fstat(file.fileno())
@@ -341,7 +343,7 @@ def _changed(where: str | Path, how: str) -> UserError:
 
 
 def _stretch(file: Any, offset: int, size: int) -> bytes:
-    """Read from `offset` to the first line end past `size` bytes, or to twice that if none is."""
+    """Read from `offset` to the first line end past `size` bytes; at most twice `size`."""
     file.seek(offset)
     part = file.read(2 * size)
     if len(part) <= size:
@@ -349,14 +351,14 @@ def _stretch(file: Any, offset: int, size: int) -> bytes:
     cut = part.find(b"\n", size) + 1
     if not cut and len(part) < 2 * size:
         cut = len(part)
-    elif not cut:  # at the start of the last character, which may be cut short
+    elif not cut:  # cut before the last character, which may be incomplete
         cut = len(part) - next((k for k in range(1, 5) if part[-k] & 0xC0 != 0x80), 0)
     return part[:cut]
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr for a pass over `total` bytes, if they are many; yields `advance(n)`."""
+    """Show a bar on stderr for a pass over `total` bytes, if they are many; yield `advance(n)`."""
     if total < PROGRESS_FROM:
         yield lambda n: None
         return
@@ -369,7 +371,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         def advance(n: int) -> None:
             nonlocal pending
             pending += n
-            if pending >= 1 << 20:  # the bar costs more than a line
+            if pending >= 1 << 20:  # updating the bar costs more than reading a line
                 bar.advance(task, pending)
                 pending = 0
 

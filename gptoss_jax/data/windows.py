@@ -1,9 +1,9 @@
-"""Records to rows: an epoch is a permutation, cut into windows, each packed by itself.
+"""Turn records into rows: an epoch is a permutation, cut into windows that are packed one by one.
 
 The permutation is drawn from (seed, epoch). It is cut into windows of about `data.pack_window`
-records; the rows of window after window and epoch after epoch make up one endless sequence. Nothing
-of an epoch is lost or seen twice; the price is that a window's last row or so is not full. Several
-epochs may be packed as one round, for a small source of a mixture.
+records. The rows of all windows of all epochs, in order, make up one endless sequence. An epoch
+loses no record and repeats none; the price is that about one row per window is not full. For a
+small source of a mixture, several epochs may be packed together as one round.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from gptoss_jax.data.packing import Row, pack
 class Windows:
     """The endless sequence of packed windows; `windows[w]` is the rows of window w.
 
-    Costs the tokenising of that window's records alone.
+    Getting a window tokenises only the records of that window.
     """
 
     def __init__(self, examples: Examples, *, seed: int | str, epochs: int = 1) -> None:
-        """Plan windows over `examples` in the order that `seed`, any number or text, gives.
+        """Plan windows over `examples` in an order that `seed` (any number or text) determines.
 
-        `epochs` are packed as one, so that data that don't fill a row can share it with themselves.
+        Each round packs `epochs` epochs together, so that data too small to fill a row can fill it
+        with repetitions.
         """
         self.examples, self.stopped = examples, False
         n = len(examples)
-        # grain shuffles epoch e by seed + e: hashing keeps neighbouring seeds' epochs apart.
+        # grain shuffles epoch e with seed + e. Hashing the seed keeps neighbouring seeds from
+        # sharing epochs.
         hashed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
         self._order = grain.MapDataset.range(n).shuffle(seed=hashed).repeat()
-        self.epochs, self._records = epochs, n * epochs  # of a round: what windows divide
-        # Of equal size, so that no round ends in a window of a few records, which packs badly.
+        self.epochs, self._records = epochs, n * epochs  # epochs and records of a round
+        # The windows of a round have equal size; a last window of few records would pack badly.
         self.per_round = -(-self._records // examples.config.pack_window)
 
     def record(self, k: int) -> int:
         """Return the index of the record at place k of the endless shuffled sequence."""
         index = self._order[k]
-        assert index is not None  # grain's None stands for a filtered element: there are none
+        assert index is not None  # grain gives None for a filtered element; we filter nothing
         return index
 
     def __getitem__(self, w: int) -> list[Row]:
         """Return the rows of window w, in random order. Raises `UserError` if a file changed.
 
-        The two segments of a pair are neighbours: those of pair k of a row are 2k and 2k + 1.
+        The two segments of a pair are neighbours: pair k of a row is segments 2k and 2k + 1.
         """
         n, windows = self._records, self.per_round
         past, i = divmod(w, windows)
@@ -53,7 +55,7 @@ class Windows:
         chosen = [self.record(past * n + k) for k in places]
         self.examples.records.check_unchanged()
         read: dict[int, Row] = {}
-        for index in sorted(chosen):  # as they lie in the files: a parquet row group is read once
+        for index in sorted(chosen):  # in file order, so that each parquet row group is read once
             if self.stopped:
                 raise RuntimeError("the data loader is closed")
             read[index] = self.examples[index]
@@ -67,7 +69,7 @@ class Windows:
 
 
 class _WindowIterator(grain.DatasetIterator[list[Row]]):
-    """Yields windows in turn; the state is the next one's number."""
+    """Yields windows in order; the state is the number of the next window."""
 
     def __init__(self, windows: Windows) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class _WindowIterator(grain.DatasetIterator[list[Row]]):
 
 
 class WindowDataset(grain.IterDataset[list[Row]]):
-    """The windows in turn, as grain's threads take them."""
+    """The windows in order, as a grain dataset that grain's threads read."""
 
     def __init__(self, windows: Windows) -> None:
         """Serve `windows` from the first."""
@@ -99,17 +101,17 @@ class WindowDataset(grain.IterDataset[list[Row]]):
 
 
 class Rows:
-    """The rows of one source in turn, over an iterator of its windows."""
+    """The rows of one source in order, taken from an iterator of its windows."""
 
     def __init__(self, windows: grain.DatasetIterator[list[Row]]) -> None:
-        """Start where `windows` stands, which is at the first."""
+        """Start at the first window, where `windows` must stand."""
         self.windows = windows
-        self._rows: list[Row] = []  # of window self._window, read when it is needed
+        self._rows: list[Row] = []  # the rows of window self._window, read when needed
         self._window = self._row = 0
 
     def take(self) -> Row:
         """Return the next row."""
-        while not self._rows:  # a window in which nothing is trained has no rows
+        while not self._rows:  # a window without trained tokens has no rows
             self._rows = next(self.windows)
             self._window += not self._rows
         row = self._rows[self._row]
@@ -119,10 +121,10 @@ class Rows:
         return row
 
     def get_state(self) -> dict[str, int]:
-        """Return where the next row lies."""
+        """Return the position of the next row."""
         return {"window": self._window, "row": self._row}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on from a state; the window is read again when a row is taken."""
+        """Continue from a state; the window is read again when a row is taken."""
         self._window, self._row, self._rows = state["window"], state["row"], []
         self.windows.set_state({"window": self._window})

@@ -1,37 +1,38 @@
-"""Chats as Harmony tokens: what openai-harmony 0.0.8 renders, with a loss weight for each token.
+"""Render chats as Harmony tokens, as openai-harmony 0.0.8 does, with a loss weight for each token.
 
 A chat is a list of messages, each `{"role", "content"}` with the role system, developer, user,
 assistant or tool. "system" and "developer" both mean a developer's instructions, as in Hugging
 Face's template; Harmony's own system message (identity, date, reasoning effort, channels) is
 generated. An assistant's message may have
-- "thinking": its analysis, rendered as a message of its own before it;
-- "tool_calls": `{"name", "arguments"}`, or OpenAI's `{"id", "function": {"name", "arguments"}}`,
-  arguments as JSON text or an object; "content" is then optional: words before the call. A call's
-  "content_type" is `<|constrain|>json` where it has none;
-- "channel": analysis, commentary or final (the default; commentary where tools are called);
-- "recipient" and "content_type": for calls of what is no function tool, such as python.
-A tool's message has the result as its "content", and "name" or "tool_call_id" where it does not
-answer the calls before it in their order. A name without a dot is a function's, unless a call
-before went to that very name. `check` says what is wrong with a chat, without rendering it.
+- "thinking": its analysis, rendered as a separate message before it;
+- "tool_calls": a list of `{"name", "arguments"}` or of OpenAI's
+  `{"id", "function": {"name", "arguments"}}`. Arguments are JSON text or an object. A call without
+  a "content_type" gets `<|constrain|>json`. "content" is then optional: the text before the calls;
+- "channel": analysis, commentary or final. The default is final, or commentary if the message calls
+  tools;
+- "recipient" and "content_type": for calls of a tool that is not a function, such as python.
+A tool's message has the result as its "content". It needs "name" or "tool_call_id" if results do
+not come in the order of the calls. A name without a dot is a function's name, unless an earlier
+call went to exactly that name. `check` says what is wrong with a chat, without rendering it.
 
 A message is `<|start|>role[ to=recipient][<|channel|>channel][ type]<|message|>content<|end|>`.
 
-What was sampled goes on as it was sampled. Text can be spelled in many ways by tokens, and a model
-samples others than a tokenizer gives (and other headers than openai-harmony renders), so a chat
-keeps the ids:
+Sampled messages are rendered with exactly the ids that were sampled. Many token sequences spell the
+same text, and a model may sample other tokens than the tokenizer gives (and other headers than
+openai-harmony renders), so a chat keeps the ids:
 
     prompt = render_prompt(messages)                        # ends in <|start|>assistant
     messages += to_messages(parse(ids), keep_ids=True)      # the ids that were sampled after it
     messages.append({"role": "user", "content": "And then?"})     # or a tool's result
     prompt = render_prompt(messages)
 
-Each of these messages is one Harmony message and has its tokens as "ids". They are rendered in
-place of the other fields (take them out of a message whose text you edit):
-- `render` of a chat that ends in them ends in these very ids;
-- once other messages follow, the `<|return|>` at the end of the turn becomes `<|end|>`, and a turn
-  that broke off gets one. `<|call|>` stays;
-- analysis stays or is dropped by whole messages, as the rule of `render_prompt` says for text: all
-  of it stays while the assistant's last message is a call.
+Each of these sampled messages is one Harmony message and has its tokens as "ids". The ids are
+rendered instead of the other fields (remove "ids" from a message whose text you edit):
+- If a chat ends in sampled messages, the result of `render` ends in exactly these ids.
+- Once other messages follow, the `<|return|>` at the end of the turn becomes `<|end|>`, and a turn
+  that broke off gets an `<|end|>`. `<|call|>` stays.
+- Analysis is kept or dropped as whole messages, by the rule of `render_prompt` for text: all of it
+  stays while the assistant's last message is a call.
 """
 
 from __future__ import annotations
@@ -70,21 +71,25 @@ def render(
     given: int = 0,
     tokenizer: tiktoken.Encoding | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Render a whole chat for training: its ids, and for each the weight it has as a target.
+    """Render a whole chat for training: its ids, and the loss weight of each id as a target.
 
-    The last turn (all after the last user message) keeps its analysis. What is before it is as
-    `render_prompt` renders it, so earlier analysis is dropped where Harmony drops it, and the ids
-    up to the turn are those of the prompt. A final answer at the very end ends in `<|return|>`,
-    tool calls end in `<|call|>`, all else in `<|end|>`; sampled ids at the end stay as they are.
+    The last turn (all messages after the last user message) keeps its analysis. Everything before
+    it is rendered as by `render_prompt`. So earlier analysis is dropped where Harmony drops it, and
+    the ids before the last turn are those of the prompt. A final answer at the very end ends in
+    `<|return|>`, tool calls end in `<|call|>`, every other message ends in `<|end|>`. Sampled ids
+    at the end stay as they are.
 
-    `train_on` has roles or role/channel pairs such as "assistant/final", each with its weight where
-    that is not 1: "assistant/analysis=0.3" (see `channels.parse_train_on`). Of their messages what
-    the model samples has it: all after `<|start|>assistant`, the end token included, and
-    `<|start|>assistant` itself where the model goes on after its own analysis or commentary. The
-    weight is 0 for the `<|end|>` of an earlier final answer, where the model is to sample
-    `<|return|>`, for the `<|end|>` that a sampled turn broke off without, for the first `given`
-    messages, and for the generated system message, always. Of another role's messages all after the
-    role's name has it. Raises UserError that names the message and the field.
+    `train_on` has roles or role/channel pairs such as "assistant/final", with a weight if it is not
+    1: "assistant/analysis=0.3" (see `channels.parse_train_on`). In an assistant's message, the
+    tokens that the model samples get this weight: all after `<|start|>assistant`, the end token
+    included. `<|start|>assistant` itself gets it too if the model continues after its own analysis
+    or commentary. In a message of another role, all tokens after the role's name get it.
+
+    The weight is always 0 for the `<|end|>` of an earlier final answer (there the model should
+    sample `<|return|>`), for the `<|end|>` that was added to a sampled turn that broke off, for the
+    first `given` messages, and for the generated system message.
+
+    Raises UserError that names the message and the field.
     """
     encoding = tokenizer or get_tokenizer()
     parts = expand(messages, tools, encoding.n_vocab)
@@ -121,9 +126,9 @@ def render_prompt(
     *,
     tokenizer: tiktoken.Encoding | None = None,
 ) -> list[int]:
-    """Render a chat to be answered: its ids, up to and with `<|start|>assistant`.
+    """Render a chat as a prompt: its ids, up to and including `<|start|>assistant`.
 
-    Where the assistant's last message is a final answer, analysis before the first final answer is
+    If the assistant's last message is a final answer, the analysis before the first final answer is
     dropped, as in Harmony. Raises UserError that names the message and the field.
     """
     encoding = tokenizer or get_tokenizer()
@@ -136,7 +141,7 @@ def render_prompt(
 
 @lru_cache(maxsize=4096)
 def _short(encoding: tiktoken.Encoding, text: str) -> tuple[int, ...]:
-    """Encode text that comes again in chat after chat."""
+    """Encode a text that many chats repeat; the result is cached."""
     return tuple(encode(encoding, text))
 
 
@@ -161,22 +166,23 @@ def _system(
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The ids of a message: `<|start|>` with the role's name, and all that follows."""
+    """The ids of a message: `head` is `<|start|>` and the role's name, `body` is all the rest."""
 
     part: Part
     head: list[int]
     body: list[int]
-    goes_on: bool  # the assistant was to sample another message right after it
-    cut: bool = False  # its `<|end|>` is not its own: it was sampled without one
+    goes_on: bool  # the model samples the assistant's next message directly after this one
+    cut: bool = False  # the message was sampled without an end token, and its `<|end|>` was added
 
 
 def _render_parts(
     parts: list[Part], encoding: tiktoken.Encoding, *, to_answer: bool
 ) -> Iterator[_Rendered]:
-    """Render messages, the sampled ones verbatim but where their turn ends.
+    """Render messages; sampled ones verbatim, except for the token that ends their turn.
 
-    `to_answer`: so too at the very end. A sampled message goes on into the next one if that has ids
-    from `<|start|>` on; the first of a turn has its `<|start|>` from the prompt.
+    With `to_answer`, this token is also changed if the turn is the last one. A sampled message
+    belongs to the same turn as the next one if the ids of the next one begin with `<|start|>`: for
+    the first message of a turn, `<|start|>` is in the prompt, not in its ids.
     """
     start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
     end_of_turn, call = special_id(encoding, "<|return|>"), special_id(encoding, "<|call|>")
@@ -201,7 +207,7 @@ def _render_parts(
 def _render_part(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
     head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
     body: list[int] = []
-    if part.recipient not in (None, "all"):  # "all" is everyone, whom openai-harmony doesn't name
+    if part.recipient not in (None, "all"):  # openai-harmony does not write the recipient "all"
         body += _short(encoding, f" to={part.recipient}")
     if part.channel is not None:
         body += [special_id(encoding, "<|channel|>"), *_short(encoding, part.channel)]
@@ -218,19 +224,22 @@ def _render_part(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], li
 
 
 def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list[int]]:
-    """Return the head of a sampled message, and the rest: all its ids if the head is a prompt's."""
+    """Split the ids of a sampled message into head and rest.
+
+    If the prompt already has the head, the rest is all of the ids.
+    """
     head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
     ids = list(part.ids or ())
     if ids[:1] != head[:1]:
         return head, ids
-    size = len(head) if ids[: len(head)] == head else 1  # 1: a header of the model's own
+    size = len(head) if ids[: len(head)] == head else 1  # 1: the model sampled another header
     return ids[:size], ids[size:]
 
 
 def _drop_analysis(parts: list[Part]) -> list[Part]:
-    """Drop the analysis before the first final answer, if the assistant's last message is one.
+    """Drop the analysis before the first final answer if the assistant's last message is final.
 
-    Not that of later turns: so does Harmony.
+    The analysis of later turns stays, as in Harmony.
     """
     spoken = [part.channel for part in parts if part.role == "assistant"]
     if not spoken or spoken[-1] != "final":

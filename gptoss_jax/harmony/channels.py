@@ -1,4 +1,4 @@
-"""Harmony's roles and channels, and with which weight each is trained."""
+"""Harmony's roles and channels, and the loss weight of each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from gptoss_jax.errors import UserError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("analysis", "commentary", "final")
 
-Weights = dict[tuple[str, str | None], float]  # by role and channel; None: the rest of the role's
+Weights = dict[tuple[str, str | None], float]  # by role and channel; None: all other channels
 
 
 def parse_train_on(items: Iterable[str], *, field: str = "train_on") -> Weights:
     """Read entries ROLE[/CHANNEL][=WEIGHT], such as assistant/analysis=0.3.
 
-    The weight is 1 where none is given. "system" is another name of "developer". An entry with a
-    channel goes before one without: of assistant and assistant/analysis=0 all is trained but the
-    analysis.
+    The default weight is 1. "system" is another name of "developer". An entry with a channel
+    overrides one without: assistant and assistant/analysis=0 together train all of the assistant's
+    messages except the analysis.
 
     Raises:
-        UserError: no such role or channel, a weight that is negative or no number, or two weights
-            for one thing.
+        UserError: no such role or channel, a weight that is negative or not a number, or two
+            different weights for the same role and channel.
     """
     weights: Weights = {}
     for item in items:
@@ -44,7 +44,7 @@ def parse_train_on(items: Iterable[str], *, field: str = "train_on") -> Weights:
 
 
 def weight_of(weights: Weights, role: str, channel: str | None) -> float:
-    """Return the weight of a message, 0 where no entry names it."""
+    """Return the weight of a message; 0 if no entry covers it."""
     return weights.get((role, channel), weights.get((role, None), 0.0))
 
 

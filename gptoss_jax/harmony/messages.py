@@ -1,6 +1,6 @@
-"""JSON messages, checked and taken apart into Harmony's: what `harmony.render` renders.
+"""Check JSON messages and split them into Harmony messages, which `harmony.render` renders.
 
-The fields of a message are in `gptoss_jax.harmony`.
+`gptoss_jax.harmony` describes the fields of a message.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ Message = dict[str, Any]
 
 EFFORTS = ("low", "medium", "high")
 
-_SPACE = re.compile(r"[ \t\n\f\r]")  # what parts the words of a header
+_SPACE = re.compile(r"[ \t\n\f\r]")  # separates the words of a header
 
 
 @dataclass(frozen=True)
 class Part:
-    """One Harmony message: what a JSON message, its thinking or one of its tool calls becomes."""
+    """One Harmony message, made of a JSON message, of its thinking, or of one of its tool calls."""
 
     role: str
     content: str
-    author: str = ""  # what the header calls the role; "" is the role itself
+    author: str = ""  # the name in the header in place of the role; "" is the role itself
     channel: str | None = None
     recipient: str | None = None
     content_type: str | None = None
-    ids: tuple[int, ...] | None = None  # as sampled
+    ids: tuple[int, ...] | None = None  # the sampled ids; None if the message was not sampled
 
     @property
     def calls(self) -> bool:
-        """Say whether it is a call of a tool."""
+        """Whether the message is a tool call."""
         return self.role == "assistant" and self.recipient is not None
 
 
 @dataclass
 class _Calls:
-    """The calls so far: those that await their results (id and recipient), and all recipients."""
+    """The calls so far: the calls without a result yet (id and recipient), and all recipients."""
 
     waiting: list[tuple[Any, str]] = field(default_factory=list)
     recipients: set[str] = field(default_factory=set)
@@ -64,15 +64,15 @@ def check(
 ) -> None:
     """Raise the UserError that `harmony.render` would raise for a chat, without tokenising it.
 
-    It says in one line which message and which field are wrong, and what they must be.
-    `vocab_size` bounds the "ids" of sampled messages.
+    The error says in one line which message and which field are wrong, and what they must be. The
+    "ids" of sampled messages must be below `vocab_size`.
     """
     check_effort(reasoning)
     expand(messages, tools, vocab_size)
 
 
 def check_effort(reasoning: Any) -> None:
-    """Raise UserError unless it is one of `EFFORTS`."""
+    """Raise UserError unless `reasoning` is one of `EFFORTS`."""
     if reasoning not in EFFORTS:
         raise UserError(f"reasoning is {reasoning!r}: it is one of {', '.join(EFFORTS)}")
 
@@ -80,7 +80,10 @@ def check_effort(reasoning: Any) -> None:
 def expand(
     messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, vocab_size: int
 ) -> list[Part]:
-    """Turn JSON messages into Harmony's. Raises UserError that names the message and the field."""
+    """Turn JSON messages into Harmony messages.
+
+    Raises UserError that names the message and the field.
+    """
     if isinstance(messages, str | dict) or not isinstance(messages, Sequence) or not messages:
         raise UserError("messages is empty or no list")
     if tools is not None and not isinstance(tools, list | tuple):
@@ -116,7 +119,7 @@ def _with_ids(new: list[Part], ids: Any, where: str, *, vocab_size: int) -> Part
     if not isinstance(ids, list | tuple) or len(new) != 1:
         raise UserError(f"{where}.ids is no list, or the message has more parts than one")
     if not all(isinstance(i, Integral) for i in ids):
-        raise UserError(f"{where}.ids has what is no integer: token ids are integers")
+        raise UserError(f"{where}.ids has an item that is no integer: token ids are integers")
     try:
         check_ids(ids, vocab_size)
     except UserError as error:
@@ -158,7 +161,7 @@ def _text(message: Message, name: str, where: str) -> str:
 
 
 def _word(message: Message, name: str, where: str) -> str:
-    """Return a field that is to stand in a header, where white space would part it."""
+    """Return a field for the header. It must be one word: white space would split it."""
     value = _text(message, name, where)
     if not value or _SPACE.search(value):
         raise UserError(f"{where}.{name} is {value!r}: it must be one word, without white space")
@@ -166,7 +169,7 @@ def _word(message: Message, name: str, where: str) -> str:
 
 
 def _expand_assistant(message: Message, where: str, calls: _Calls) -> list[Part]:
-    """Return an assistant's analysis, words and tool calls; note the calls."""
+    """Return an assistant's analysis, text and tool calls as messages; add the calls to `calls`."""
     parts: list[Part] = []
     if message.get("thinking"):
         parts.append(Part("assistant", _text(message, "thinking", where), channel="analysis"))
@@ -215,7 +218,10 @@ def _read_call(call: Any, where: str) -> tuple[Any, Part]:
 
 
 def _expand_tool(message: Message, where: str, calls: _Calls) -> Part:
-    """Return a tool's result, addressed from the call that it answers; close that call."""
+    """Return a tool's result, with the recipient of the call it answers as its author.
+
+    That call is removed from `calls.waiting`.
+    """
     content = _text(message, "content", where)
     call_id = message.get("tool_call_id")
     if message.get("name") is not None:
@@ -233,5 +239,5 @@ def _expand_tool(message: Message, where: str, calls: _Calls) -> Part:
 
 
 def _qualify(name: str) -> str:
-    """Return a function's name with its namespace; a name with one already stays."""
+    """Return a function's name with its namespace; a name that has one stays as it is."""
     return name if "." in name else f"functions.{name}"

@@ -1,10 +1,9 @@
-"""Harmony messages out of sampled ids, one id at a time.
+"""Parse sampled ids into Harmony messages, one id at a time.
 
-A sampler may give any ids whatever, so nothing here raises, and no id is lost: the `ids` of the
-messages, one after the other, and then the parser's `pending` are all ids processed, each once and
-in their order; after `finish` the messages alone are. A message's content is the text of its
-`content_ids`, bytes that are no UTF-8 read as U+FFFD. A broken header gives what can be read from
-it; what says nothing there is in the message's ids only.
+A sampler may give any ids, so nothing here raises, and no id is lost. The `ids` of all messages in
+order, followed by the parser's `pending`, are exactly the ids processed. After `finish`, `pending`
+is empty. A message's content is the text of its `content_ids`; bytes that are not UTF-8 become
+U+FFFD. From a broken header we read what we can; the rest of it is only in the message's ids.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 CONSTRAIN = "<|constrain|>"
-INSTRUCTIONS = "# Instructions\n\n"  # what a developer's text stands after
+INSTRUCTIONS = "# Instructions\n\n"  # the heading before a developer's text
 
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _WORD = re.compile(r"[^ \t\n\f\r]+")
@@ -34,27 +33,27 @@ _FIRST_WORD = re.compile(r"[ \t\n\f\r]*([^ \t\n\f\r]+)[ \t\n\f\r]?")
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before `<|message|>`.
+    """The header of a message: what is before `<|message|>`.
 
-    `name` says which tool it is if the role is "tool", and else which participant: `user:name`.
+    If the role is "tool", `name` is the tool's name; otherwise it is a participant: `user:name`.
     """
 
     role: str = "assistant"
     name: str | None = None
     channel: str | None = None
     recipient: str | None = None
-    content_type: str | None = None  # with `<|constrain|>` before it if that was sampled
+    content_type: str | None = None  # begins with `<|constrain|>` if that was sampled
 
 
 @dataclass(frozen=True)
 class ParsedMessage:
     """One whole message.
 
-    `stop` is its end token's name, None where the ids broke off. `ids` are all ids from `<|start|>`
-    on (from what follows `<|start|>assistant` for the first message after a prompt), the end token
-    and whatever came between it and the next `<|start|>` included. `span` is where among them the
-    content begins and ends; it is empty where there was no `<|message|>`, and the content then is
-    what is no header of the text.
+    `stop` is the name of its end token, or None if the ids broke off. `ids` are all ids from
+    `<|start|>` up to the next `<|start|>`: they include the end token and any ids after it. For the
+    first message after a prompt they begin after `<|start|>assistant`. `span` is where in `ids` the
+    content begins and ends. Without a `<|message|>` the span is empty, and the content is the part
+    of the text that is not a header.
     """
 
     header: Header
@@ -65,27 +64,27 @@ class ParsedMessage:
 
     @property
     def content_ids(self) -> tuple[int, ...]:
-        """Return the ids of the content alone."""
+        """The ids of the content alone."""
         return self.ids[slice(*self.span)]
 
 
 @dataclass(frozen=True)
 class MessageStart:
-    """The header is whole: the content begins."""
+    """The header is complete, and the content begins."""
 
     header: Header
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the content: never a part of a character, never empty."""
+    """More of the content: whole characters only, never empty."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class MessageEnd:
-    """The message is whole, but for ids that may yet come between it and the next."""
+    """The message is complete, except for ids that may still come before the next message."""
 
     message: ParsedMessage
 
@@ -96,8 +95,9 @@ Event = MessageStart | TextDelta | MessageEnd
 class StreamParser:
     """Parse what a model samples after a prompt that ends in `<|start|>assistant`.
 
-    With `after_prompt=False`, ids that begin with a whole message. `messages` are those that have
-    ended, `pending` the ids since: of the message under way, or of none, between two.
+    With `after_prompt=False`, parse ids that begin with a whole message. `messages` are the
+    messages that have ended. `pending` are the ids since then: of the current message, or ids
+    between two messages.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class StreamParser:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def process(self, token: int) -> list[Event]:
-        """Take the next id; return what it brought about. Never raises.
+        """Process the next id and return the events that it causes. Never raises.
 
-        An id that the tokenizer lacks reads as U+FFFD. `<|start|>` ends a message that had no end
-        token; a message without `<|message|>` has as content what is no header of its text. Ids
-        before the first `<|start|>` go to the first message.
+        An id that the tokenizer lacks is read as U+FFFD. `<|start|>` ends a message that had no end
+        token. The content of a message without `<|message|>` is the part of its text that is not a
+        header. Ids before the first `<|start|>` belong to the first message.
         """
         token = int(token)
         if token == self._start:
@@ -143,16 +143,16 @@ class StreamParser:
             self._header = parse_header(self._encoding, self._header_ids, self._role)
             self._header_ids, self._content_at = None, len(self.pending)
             return [MessageStart(self._header)]
-        return []  # between two messages: no place for text
+        return []  # between two messages, where text has no place
 
     def feed(self, ids: Iterable[int]) -> list[Event]:
-        """Process several ids; return all that they brought about."""
+        """Process several ids and return all events that they cause."""
         return [event for token in ids for event in self.process(token)]
 
     def finish(self) -> list[Event]:
-        """End a message that broke off, as when the budget of tokens is spent.
+        """End a message that broke off, for example because the token budget ran out.
 
-        No id is pending then: those without any `<|start|>` become a message of text alone.
+        Afterwards no id is pending: ids without any `<|start|>` become a message of plain text.
         """
         if not self.pending:
             return []
@@ -169,7 +169,7 @@ class StreamParser:
         return [TextDelta(text)]
 
     def _close(self, stop: str | None) -> list[Event]:
-        """End the open message, or give what came after the last one to it."""
+        """End the open message; if none is open, add the pending ids to the last message."""
         events: list[Event] = []
         end = len(self.pending) - (stop is not None)
         if self._header is not None:
@@ -198,9 +198,9 @@ class StreamParser:
 def parse(
     ids: Iterable[int], tokenizer: tiktoken.Encoding | None = None, *, after_prompt: bool = True
 ) -> list[ParsedMessage]:
-    """Return the messages of all ids that were sampled after a prompt. Never raises.
+    """Return the messages in ids that were sampled after a prompt. Never raises.
 
-    With `after_prompt=False`, of ids that begin with a whole message, such as a rendered chat.
+    With `after_prompt=False`, the ids begin with a whole message, as in a rendered chat.
     """
     parser = StreamParser(tokenizer, after_prompt=after_prompt)
     parser.feed(ids)
@@ -209,18 +209,18 @@ def parse(
 
 
 def parse_header(encoding: tiktoken.Encoding, ids: Iterable[int], role: str | None) -> Header:
-    """Read the header that `<|message|>` closed.
+    """Read a header that `<|message|>` closed.
 
-    `role` is that of a prompt, None where the header itself begins with one. The recipient may
-    stand before the channel (as rendered) or after it (as sampled). The last word is the content
-    type, unless `<|constrain|>` says which is. A word before it, or a function's name alone, is the
-    recipient even without "to=".
+    `role` is the role that the prompt gave, or None if the header itself begins with a role. The
+    recipient may be before the channel (as rendered) or after it (as sampled). The last word is the
+    content type, unless `<|constrain|>` marks the content type. A word before the content type, or
+    a function's name alone, is the recipient even without "to=".
     """
     before, after, constrained = _sections(encoding, ids)
     words, name = _WORD.findall(before), None
     if role is None:
         role, name = _read_role(words.pop(0) if words else "assistant")
-    elif words[:1] == [role]:  # the prompt gave it, and the model wrote it again
+    elif words[:1] == [role]:  # the prompt gave the role, and the model wrote it again
         del words[0]
     behind = _WORD.findall(after or "")
     channel = behind.pop(0) if behind and not behind[0].startswith("to=") else None
@@ -242,7 +242,7 @@ def parse_header(encoding: tiktoken.Encoding, ids: Iterable[int], role: str | No
 def parse_open_header(
     encoding: tiktoken.Encoding, ids: Iterable[int], role: str | None
 ) -> tuple[Header, str]:
-    """Read a header that no `<|message|>` closed; return it, and the text that is none of it."""
+    """Read a header that no `<|message|>` closed; return it and the text that is not part of it."""
     before, after, constrained = _sections(encoding, ids)
     name = recipient = channel = None
     word, rest = _take_word(before)
@@ -270,9 +270,9 @@ def parse_open_header(
 def _sections(
     encoding: tiktoken.Encoding, ids: Iterable[int]
 ) -> tuple[str, str | None, str | None]:
-    """Return the text of a header before, after its `<|channel|>`, and after its `<|constrain|>`.
+    """Split a header's text: its start, the part after `<|channel|>`, that after `<|constrain|>`.
 
-    None where there is no such token; a second one is text like any other.
+    A part is None if its token is missing. A second token of the same kind is ordinary text.
     """
     marks = special_id(encoding, "<|channel|>"), special_id(encoding, CONSTRAIN)
     sections: dict[int, list[int]] = {-1: []}
@@ -289,13 +289,13 @@ def _sections(
 
 
 def _read_role(word: str) -> tuple[str, str | None]:
-    """Return role and name: of `user:name`, or a tool's, whose name stands for the role."""
+    """Return role and name of `user:name`, or "tool" and the name of a tool's message."""
     role, _, name = word.partition(":")
     return (role, name or None) if role in ROLES else ("tool", word)
 
 
 def _take_word(text: str) -> tuple[str, str]:
-    """Return the first word, and what is behind it and one space; "" and the text if none is."""
+    """Return the first word and the text after it and one space; "" and the text if no word."""
     match = _FIRST_WORD.match(text)
     return (match[1], text[match.end() :]) if match else ("", text)
 
@@ -306,14 +306,15 @@ def to_messages(
     keep_ids: bool = False,
     tools: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return parsed messages as the JSON messages that `harmony.render` takes.
+    """Turn parsed messages into the JSON messages that `harmony.render` takes.
 
-    With `keep_ids` each Harmony message is one JSON message with its "ids", and renders as it was
-    sampled. Without, what one JSON message renders becomes one again: analysis right before another
-    message of the assistant is its "thinking", calls of functions are "tool_calls" in their order,
-    with the commentary before them as "content". `tools` are those of the chat: their text is taken
-    off the developer's message. A channel that Harmony lacks becomes commentary, and so does none
-    in a call; none elsewhere is final.
+    With `keep_ids`, each Harmony message becomes one JSON message with its "ids", which renders
+    exactly as it was sampled. Without it, Harmony messages that one JSON message would render are
+    joined into one: analysis directly before another message of the assistant becomes that
+    message's "thinking", and calls of functions become "tool_calls" in order, with the commentary
+    before them as "content". `tools` are the tools of the chat: their text is removed from the
+    developer's message. A channel that Harmony does not have becomes commentary. A missing channel
+    becomes commentary in a call, and final elsewhere.
     """
     tools_text = render_tools(tools) if tools else ""
     messages: list[dict[str, Any]] = []
@@ -327,7 +328,7 @@ def to_messages(
 
 
 def _join(last: dict[str, Any], message: dict[str, Any]) -> bool:
-    """Make an assistant's message part of its last one, where that renders the same."""
+    """Join an assistant's message to the last one if the result renders the same; say if it did."""
     if (last["role"], message["role"]) != ("assistant", "assistant"):
         return False
     calls = message.keys() == {"role", "tool_calls"}

@@ -1,6 +1,7 @@
-"""The o200k_harmony tokenizer, offline, whole or cut down to a small model's vocabulary.
+"""The o200k_harmony tokenizer, offline: the whole vocabulary, or cut to a small model's size.
 
-Also the files that Hugging Face's libraries read, for exported checkpoints.
+This module also writes the tokenizer files that Hugging Face's libraries read, for exported
+checkpoints.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from gptoss_jax.errors import UserError
 if TYPE_CHECKING:
     import tiktoken
 
-VOCAB_SIZE = 201_088  # V of gpt-oss
+VOCAB_SIZE = 201_088  # the vocabulary size of gpt-oss
 VOCAB_FILE = Path(__file__).parent / "vocab" / "o200k_base.tiktoken"
 VOCAB_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
-NUM_RANKS = 199_998  # mergeable tokens; the id of the first special token too
+NUM_RANKS = 199_998  # number of mergeable tokens, and the id of the first special token
 # Special tokens that a cut vocabulary keeps: ids 199,998 to 200,029, all of Harmony's among them.
 NUM_SPECIAL = 32
-MIN_VOCAB_SIZE = 256 + NUM_SPECIAL  # every byte, and the special tokens
+MIN_VOCAB_SIZE = 256 + NUM_SPECIAL  # all single bytes and the special tokens
 
 _SPECIAL_NAMES = {
     199_998: "<|startoftext|>",
@@ -48,7 +49,8 @@ _SPECIAL_NAMES = {
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# How o200k splits text before merging: words, numbers of up to 3 digits, punctuation, white space.
+# o200k splits text into these pieces before merging: words, numbers of up to 3 digits, punctuation,
+# white space.
 SPLIT_PATTERN = "|".join(
     (
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
@@ -80,9 +82,9 @@ _SPECIAL_ROLES = {
 
 @cache
 def load_ranks(path: Path = VOCAB_FILE) -> dict[bytes, int]:
-    """Read a rank table, token bytes to rank, after checking that it is o200k_base's.
+    """Read a rank table (token bytes -> rank) and check that it is o200k_base's.
 
-    Raises UserError where the file is missing or its sha256 is another.
+    Raises UserError if the file is missing or its sha256 differs.
     """
     try:
         data = path.read_bytes()
@@ -100,10 +102,11 @@ def load_ranks(path: Path = VOCAB_FILE) -> dict[bytes, int]:
 
 
 def special_tokens(vocab_size: int = VOCAB_SIZE) -> dict[str, int]:
-    """Return the special tokens of a vocabulary, name to id, in the order of their ids.
+    """Return the special tokens of a vocabulary (name -> id) in the order of their ids.
 
-    A cut vocabulary ends in 32 of them, moved down together: the id is the real one minus
-    (200,030 - vocab_size), and the name, also `<|reserved_...|>`, stays the real one.
+    A cut vocabulary ends in 32 special tokens, which are moved down together: the id is the
+    original id minus (200,030 - vocab_size). The name stays the original name, also in
+    `<|reserved_...|>`.
     """
     first = min(vocab_size - NUM_SPECIAL, NUM_RANKS)
     shift = NUM_RANKS - first
@@ -115,9 +118,10 @@ def special_tokens(vocab_size: int = VOCAB_SIZE) -> dict[str, int]:
 def get_tokenizer(vocab_size: int = VOCAB_SIZE) -> tiktoken.Encoding:
     """Return the tokenizer of a model with `vocab_size` rows in its embedding.
 
-    201,088 (and more: padded embeddings) is o200k_harmony exactly. A smaller one is the first
-    vocab_size - 32 ranks, which is a whole BPE since a token's parts have lower ranks, then 32
-    special tokens (see `special_tokens`). Raises UserError below 288, or as `load_ranks` does.
+    With 201,088 rows (or more, if the embedding is padded) it is exactly o200k_harmony. A smaller
+    tokenizer has the first vocab_size - 32 ranks, then 32 special tokens (see `special_tokens`).
+    These ranks are a complete BPE, because the parts of a token have lower ranks. Raises UserError
+    below 288, or as `load_ranks` does.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -131,10 +135,10 @@ def get_tokenizer(vocab_size: int = VOCAB_SIZE) -> tiktoken.Encoding:
     special = special_tokens(vocab_size)
     name = "o200k_harmony"
     if vocab_size >= VOCAB_SIZE:
-        special["<|reserved_200018|>"] = 200_018  # tiktoken knows this id by two names
+        special["<|reserved_200018|>"] = 200_018  # tiktoken has two names for this id
     else:
         name = f"{name}_{vocab_size}"
-    import tiktoken  # here, so that a configuration needs no tokenizer
+    import tiktoken  # imported here, so that reading a configuration does not import it
 
     return tiktoken.Encoding(
         name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -149,16 +153,16 @@ def special_id(encoding: tiktoken.Encoding, name: str) -> int:
 def stop_ids(encoding: tiktoken.Encoding) -> tuple[int, int]:
     """Return the ids that end an assistant's turn: `<|return|>` and `<|call|>`.
 
-    `<|end|>` is not one: it ends a message, and the assistant goes on with the next.
+    `<|end|>` is not one of them: it ends a message, and the assistant continues with the next.
     """
     return special_id(encoding, "<|return|>"), special_id(encoding, "<|call|>")
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """Return the ids of plain text: what looks like a special token is text like any other.
+    """Return the ids of plain text; text that looks like a special token is encoded as text.
 
-    White space runs of more than 400,000 characters, on which tiktoken's regular expression
-    overflows its stack, are encoded in pieces.
+    Runs of more than 400,000 white space characters are encoded in pieces, because tiktoken's
+    regular expression overflows its stack on them.
     """
     ids: list[int] = []
     start = 0
@@ -171,7 +175,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
 
 
 def token_bytes(encoding: tiktoken.Encoding, token: int) -> bytes:
-    """Return a token's bytes; for an id that the tokenizer lacks, those of U+FFFD."""
+    """Return a token's bytes; for an id that the tokenizer lacks, the bytes of U+FFFD."""
     try:
         return encoding.decode_single_token_bytes(token)
     except (KeyError, OverflowError):
@@ -179,15 +183,15 @@ def token_bytes(encoding: tiktoken.Encoding, token: int) -> bytes:
 
 
 def decode(encoding: tiktoken.Encoding, ids: Sequence[int]) -> str:
-    """Return the text of ids, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+    """Return the text of ids, with special tokens by name; invalid UTF-8 becomes U+FFFD."""
     return b"".join(token_bytes(encoding, int(i)) for i in ids).decode("utf-8", errors="replace")
 
 
 def check_ids(ids: Any, vocab_size: int = VOCAB_SIZE) -> None:
     """Raise UserError unless every id is a row of the embedding: an integer in [0, vocab_size).
 
-    `ids` is a list, lists of equal length, or an array. o200k_harmony as others ship it also names
-    id 201,088, for which gpt-oss has no row: it is refused like any other.
+    `ids` is a list, a list of lists of equal length, or an array. Other distributions of
+    o200k_harmony also name id 201,088, for which gpt-oss has no row: it is refused too.
     """
     array = np.asarray(ids)
     if array.size == 0:
@@ -207,14 +211,15 @@ def check_ids(ids: Any, vocab_size: int = VOCAB_SIZE) -> None:
 def write_tokenizer_files(
     folder: str | Path, vocab_size: int = VOCAB_SIZE, *, context: int = 131_072
 ) -> list[Path]:
-    """Write the four files of `TOKENIZER_FILES` into a folder that exists, and return their paths.
+    """Write the four files of `TOKENIZER_FILES` into an existing folder and return their paths.
 
-    `transformers.AutoTokenizer` then gives tiktoken's ids, except that it takes the text of a
-    special token for the token, as it does by default. Takes some seconds and 13 MB for 201,088
-    ids. `context` becomes model_max_length. Raises UserError as `get_tokenizer` does.
+    `transformers.AutoTokenizer` then gives the same ids as tiktoken, with one exception: by
+    default, it encodes the text of a special token as that token. Writing takes some seconds and
+    13 MB for 201,088 ids. `context` becomes model_max_length. Raises UserError as `get_tokenizer`
+    does.
     """
     folder = Path(folder)
-    get_tokenizer(vocab_size)  # refuses what is no vocabulary before anything is written
+    get_tokenizer(vocab_size)  # refuses a bad vocabulary size before anything is written
     contents = {
         "tokenizer.json": _tokenizer_json(vocab_size),
         "tokenizer_config.json": {
@@ -237,9 +242,10 @@ def write_tokenizer_files(
 def find_parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """Return the two parts whose merge makes `token` (of 2 bytes or more).
 
-    Found by merging its bytes as BPE does, always the pair of least rank, until two are left. In
-    any text that comes to hold `token`, the bytes under it went through these very merges, so one
-    merge a token gives the same ids as tiktoken, which merges any pair that spells a token.
+    We merge the bytes of the token as BPE does, always the pair of lowest rank, until two parts are
+    left. Whenever BPE produces `token` in a text, it has made exactly these merges of its bytes.
+    So one merge per token gives the same ids as tiktoken, which merges any pair that spells a
+    token.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -250,9 +256,9 @@ def find_parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def _byte_characters() -> list[str]:
-    """Return the printable character that stands for each byte in byte-level BPE files.
+    """Return the printable character that represents each byte in byte-level BPE files.
 
-    Printable Latin-1 stands for itself; the other bytes take U+0100 and up, in their order.
+    Printable Latin-1 represents itself; the other bytes get U+0100 and up, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     characters, free = [], 0x100
@@ -303,7 +309,7 @@ def _tokenizer_json(vocab_size: int) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a piece that is a token is that token, as in tiktoken
+            "ignore_merges": True,  # a piece that is in the vocabulary is one token, as in tiktoken
             "vocab": {spell(token): rank for rank, token in enumerate(tokens)},
             "merges": [
                 [spell(part) for part in find_parts(token, ranks)]

@@ -1,7 +1,7 @@
-"""Function tools as the TypeScript-like text of Harmony's developer message.
+"""Render function tools as the TypeScript-like text of Harmony's developer message.
 
-The format is that of openai-harmony 0.0.8, its oddities too (a nested object's description stands
-between the colon and the brace), since it is the text that the models were trained on.
+The format is that of openai-harmony 0.0.8, because the models were trained on that text. Its
+oddities are kept: for example, a nested object's description is between the colon and the brace.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from gptoss_jax.errors import UserError
 
-Schema = Any  # a JSON schema: a dict, or any other JSON value, which says nothing
+Schema = Any  # a JSON schema: a dict; any other JSON value is treated as an empty schema
 
 
 def render_tools(tools: list[dict[str, Any]]) -> str:
     """Return the `# Tools` section for function tools.
 
-    A tool is `{"name", "description"?, "parameters"?}`, alone or as the "function" of an object;
-    parameters are a JSON schema. Raises UserError that names the tool and the field.
+    A tool is `{"name", "description"?, "parameters"?}`, or an object with that as its "function".
+    Parameters are a JSON schema. Raises UserError that names the tool and the field.
     """
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
     for i, tool in enumerate(tools):
@@ -45,7 +45,7 @@ def render_tools(tools: list[dict[str, Any]]) -> str:
 
 
 def render_type(schema: Schema, indent: str) -> str:
-    """Return the type that a JSON schema describes; `indent` precedes the lines it takes."""
+    """Return the type that a JSON schema describes; its further lines begin with `indent`."""
     schema = schema if isinstance(schema, dict) else {}
     variants = schema.get("oneOf")
     if isinstance(variants, list):
@@ -102,7 +102,7 @@ def _property(name: str, schema: dict[str, Any], indent: str) -> str:
 
 
 def _union_property(name: str, schema: dict[str, Any], indent: str) -> str:
-    """Return a property that is one of several types, a line each with its own comment."""
+    """Return a property that is one of several types; each type has its own line and comment."""
     variants: list[Schema] = schema["oneOf"]
     description = schema.get("description")
     description = description if isinstance(description, str) else None
@@ -116,7 +116,7 @@ def _union_property(name: str, schema: dict[str, Any], indent: str) -> str:
         fields = variant if isinstance(variant, dict) else {}
         comments = []
         own = fields.get("description")
-        # The first variant's description gives way to the property's.
+        # The property's description replaces that of the first variant.
         if isinstance(own, str) and own != description and not (i == 0 and above):
             comments.append(own)
         if "default" in fields:
@@ -128,14 +128,14 @@ def _union_property(name: str, schema: dict[str, Any], indent: str) -> str:
 
 
 def _variant(variant: Schema, indent: str) -> str:
-    """Return one type of a union that is no property, with its comment."""
+    """Return one type of a union that is not a property, with its comment."""
     fields = variant if isinstance(variant, dict) else {}
     comments = []
     if isinstance(fields.get("description"), str):
         comments.append(fields["description"])
     if "default" in fields:
         default = fields["default"]
-        # Here the default of an enum is in quotes too.
+        # Here, unlike in a property, the default of an enum is also in quotes.
         quoted = isinstance(default, str) and _is_enum(fields)
         comments.append(f"default: {_json(default)}" if quoted else _default(fields))
     comment = f" // {' '.join(comments)}" if comments else ""
@@ -161,9 +161,9 @@ def _default(schema: dict[str, Any]) -> str:
 
 
 def _json(value: Any) -> str:
-    """Return a JSON value without spaces, its numbers as Rust's serde_json writes them.
+    """Return a JSON value without spaces, with numbers as Rust's serde_json writes them.
 
-    It may misread the last place of a number of more than 15 digits, which is not imitated.
+    serde_json may misread the last digit of a number of more than 15 digits. We do not imitate it.
     """
     if isinstance(value, dict):
         return "{" + ",".join(f"{_json(str(k))}:{_json(v)}" for k, v in value.items()) + "}"
@@ -182,13 +182,13 @@ def _float(value: float) -> str:
     mantissa, _, exponent = repr(value).partition("e")
     if not exponent:
         return mantissa
-    if int(exponent) == -5:  # the one exponent that Python writes and serde does not
+    if int(exponent) == -5:  # the only exponent that Python writes and serde_json does not
         sign, digits = ("-", mantissa[1:]) if value < 0 else ("", mantissa)
         return f"{sign}0.0000{digits.replace('.', '')}"
     return f"{mantissa}e{int(exponent)}"
 
 
 def _lines(text: str) -> list[str]:
-    """Split at line feeds, with or without a carriage return before them, and nowhere else."""
+    """Split at line feeds only; remove a carriage return before a line feed."""
     *whole, last = text.split("\n")
     return [line.removesuffix("\r") for line in whole] + ([last] if last else [])

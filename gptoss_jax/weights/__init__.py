@@ -1,7 +1,7 @@
-"""Checkpoint files in and out, as streams: OpenAI's `original/` layout and Hugging Face's.
+"""Read and write checkpoint files as streams, in OpenAI's `original/` layout or Hugging Face's.
 
-Imports: lora, parallel, parameters and what comes before. `convert` and `loading` take these;
-others take `save`.
+This package may import lora, parallel, parameters and the packages below them. `loading` and the
+commands `convert` and `verify` import its modules; other code uses `save` only.
 """
 
 from gptoss_jax.weights.write import save as save

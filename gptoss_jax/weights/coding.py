@@ -1,8 +1,8 @@
-"""Pieces of a source as bytes of a file: merged, encoded, rounded, reordered, and checked.
+"""Turn pieces of a source into a file's bytes: merge, encode, round, reorder and check them.
 
-What is not merged and keeps its form is passed on as it is: frozen weights come out byte for byte.
-What is encoded takes the scales of least error (`mxfp4.encode`), as training with `model.qat` does,
-so that what such a run computed with is what is written.
+Weights that are not merged and keep their form are copied, so frozen weights stay the same byte for
+byte. MXFP4 encoding uses the scales of least error (`mxfp4.encode`), as training with `model.qat`
+does, so such a run's files hold exactly the weights that it computed with.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from gptoss_jax.weights.sources import Source, decode_piece, is_finite, pieces, 
 
 
 class Coder:
-    """Turns a source's pieces into what is written, and counts what that costs, as `report`."""
+    """Turns a source's pieces into a file's bytes, and records the resulting errors in `report`."""
 
     def __init__(self, source: Source, *, form: Form, force: bool) -> None:
-        """Write experts in `form`; `force` writes a weight whose update does not survive."""
+        """Write experts in `form`; `force` writes a weight even if its update does not survive."""
         self.source = source
         self.form: Form = form
         self.force = force
         self.report = Report()
-        # Scales of blocks that were just encoded: they are written next.
+        # Scales of the blocks that were just encoded, kept because they are written next.
         self._scales: dict[tuple[str, int | None, int], np.ndarray] = {}
 
     def pieces(self, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """Yield the bytes of a tensor in the order of the file.
+        """Yield the pieces of a tensor in file order.
 
         Raises:
-            UserError: NaN or infinity, or an update that does not survive (see `Report.check`).
+            UserError: the tensor has NaN or infinity, or an update does not survive (see
+                `Report.check`).
         """
         for part in tensor.parts:
             cost = Cost(part.path, part.layer, "MXFP4" if tensor.packed else dtype.name)
@@ -54,17 +55,17 @@ class Coder:
             if cost.weight:
                 self.report.costs.append(cost)
                 trains_packed = self.source.config.qat and table.row(part.path).packable
-                if not self.force and not trains_packed:  # else it is what was trained
+                if not self.force and not trains_packed:  # a QAT run trained these very values
                     self.report.check(cost)
 
     def _cut(self, part: Part) -> list[range]:
-        """Cut a leaf into pieces, small ones where they become float32."""
+        """Cut a leaf into pieces, which are smaller if they are converted to float32."""
         config = self.source.config
         form = "dense" if isinstance(self.source, Merged) else self.form
         return pieces(part.path, config, form, shapes(config)[part.path])
 
     def _piece(self, part: Part, rows: range, *, dtype: np.dtype, cost: Cost) -> np.ndarray:
-        """Return rows of a leaf, or of its blocks or scales, in memory's order."""
+        """Return rows of a leaf, or of its MXFP4 blocks or scales, in memory order."""
         at = (part.path, part.layer, rows.start)
         if part.field == "scales" and at in self._scales:
             return self._scales.pop(at)
@@ -102,16 +103,16 @@ class Coder:
         packs: bool,
         name: str,
     ) -> np.ndarray | MXFP4:
-        """Return rows with their update as they are written; those without stay as stored."""
+        """Return rows with their update, as they are written; rows without one stay as stored."""
         before = _float32(stored)
         exact = before if update is None else before + update
-        if not is_finite(exact):  # which the bytes of MXFP4 would not show
+        if not is_finite(exact):  # checked here, because MXFP4 bytes would not show it
             raise UserError(f"{name} has NaN or infinity")
         frozen = np.zeros(len(before), bool)
         if update is not None:
             frozen = ~np.any(update.reshape(len(update), -1), axis=1)
-            exact[frozen] = before[frozen]  # -0 + 0 is another byte than -0
-        # What is kept dense is rounded to its dtype before it is encoded, as training has it.
+            exact[frozen] = before[frozen]  # adding 0 to -0 would change its sign bit
+        # Dense weights are rounded to their dtype before they are encoded, as in training.
         kept = exact if isinstance(stored, MXFP4) else exact.astype(stored.dtype)
         if packs and self.form == "mxfp4":
             packed = mxfp4.encode(kept, scale_rule="least_error")

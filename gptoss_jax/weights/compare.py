@@ -1,4 +1,4 @@
-"""What was written, read again: every tensor by the safetensors library, held against its hash."""
+"""Verify written files: read every tensor with the safetensors library and compare its hash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ = 1 << 23  # bytes read back at a time
 def hashed(
     name: str, pieces: Callable[[], Iterable[np.ndarray]], digests: dict[str, Any]
 ) -> Callable[[], Iterator[np.ndarray]]:
-    """Return `pieces` such that their hash is `digests[name]` once they are written."""
+    """Wrap `pieces` so that, once all are taken, `digests[name]` is the hash of their bytes."""
 
     def each() -> Iterator[np.ndarray]:
         digest = digests[name] = _new_hash()
@@ -33,13 +33,13 @@ def hashed(
 def compare_file(
     file: Path, plans: list[Plan], digests: dict[str, Any], advance: Callable[[int], None]
 ) -> None:
-    """Read a file that was just written and hold names, shapes, dtypes and bytes against `plans`.
+    """Read a file that was just written; compare names, shapes, dtypes and bytes with `plans`.
 
-    What the system keeps of the file in memory is dropped first, where that can be asked for, so
-    that the disk is read. `advance` gets bytes read.
+    Where the system allows it, the file's page cache is dropped first, so that the disk is read.
+    `advance` is called with the number of bytes read.
 
     Raises:
-        UserError: anything differs; it names the tensor.
+        UserError: anything differs; the error names the tensor.
     """
     with file.open("rb") as f:
         os.fsync(f.fileno())
@@ -56,7 +56,7 @@ def compare_file(
 def _difference(
     file: Path, plans: dict[str, Plan], digests: dict[str, Any], advance: Callable[[int], None]
 ) -> str | None:
-    """Say what differs, None if nothing does."""
+    """Say what differs; None if nothing does."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -73,7 +73,7 @@ def _difference(
             digest, count = _new_hash(), plan.shape[0]
             rows = max(1, _READ * count // plan.num_bytes)
             for start in range(0, count, rows):
-                # Opened for each piece: what was read of an open file stays in this process.
+                # Open the file for each piece: pages read from an open file stay in this process.
                 with safe_open(file, framework="numpy") as stored:
                     piece = stored.get_slice(name)[start : min(start + rows, count)]
                 _feed(digest, piece)

@@ -1,9 +1,10 @@
-"""config.json of both layouts <-> ModelConfig, strictly: an unknown field is an error.
+"""Convert between config.json of both layouts and ModelConfig; an unknown field is an error.
 
-Hugging Face: the fields of transformers' GptOssConfig, with RoPE as `rope_scaling` beside
-`rope_theta` (what OpenAI published, and what every server reads) or as `rope_parameters`
-(transformers 5); written in the first form. `original/`: the sixteen fields of OpenAI's reference
-model. A field that cannot change what the model computes is passed over, by name.
+The Hugging Face layout has the fields of transformers' GptOssConfig. RoPE is `rope_scaling` beside
+`rope_theta` (OpenAI published this form, and every server reads it) or `rope_parameters`
+(transformers 5). We read both and write the first. The `original/` layout has the sixteen fields of
+OpenAI's reference model. A list of names says which fields are ignored, because they cannot change
+what the model computes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ _NUMBERS = {
         "rope_ntk_beta": "rope_beta_fast",
     },
 }
-# Fields with one value that we compute.
+# Fields of which we support one value only.
 _FIXED = {
     "model_type": "gpt_oss",
     "hidden_act": "silu",
@@ -98,7 +99,7 @@ _ROPE_HF = {
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; UserError if there is none."""
+    """Read a file with a JSON object; raise UserError if it holds none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,7 +120,7 @@ def _number(file: Path, name: str, value: Any, *, whole: bool) -> Any:
 
 
 def layout_of(file: Path, raw: dict[str, Any]) -> Layout:
-    """Say which layout a config.json belongs to; UserError if to none."""
+    """Say which layout a config.json belongs to; raise UserError if to neither."""
     if raw.get("model_type") == "gpt_oss":
         return "hf"
     if "model_type" in raw:
@@ -133,10 +134,10 @@ def layout_of(file: Path, raw: dict[str, Any]) -> Layout:
 
 
 def from_json(file: Path, raw: dict[str, Any]) -> tuple[ModelConfig, Form | None]:
-    """Return (config, the form of the experts that config.json claims, None if it does not say).
+    """Return the config, and the form of the experts that config.json states (None if it doesn't).
 
-    Raises UserError, naming the field, for one that is missing, unknown, of the wrong type, in
-    conflict with another, or of a value that the model does not compute.
+    Raises UserError that names the field if a field is missing, is unknown, has the wrong type,
+    contradicts another field, or has a value that the model does not support.
     """
     layout = layout_of(file, raw)
     values: dict[str, Any] = {}
@@ -243,7 +244,8 @@ def _read_rope_block(file: Path, where: str, block: dict[str, Any]) -> dict[str,
         values["rope_factor"] = 1.0
     elif "rope_factor" not in values:
         raise UserError(f"{file}: {where}.factor is missing")
-    # Missing means true to transformers: the bounds of the ramp rounded, which is another model.
+    # In transformers, a missing value means true: the bounds of the ramp are rounded, which is
+    # another model.
     elif block.pop("truncate", True) is not False:
         raise UserError(f"{file}: {where}.truncate must be false: rounded YaRN is not computed")
     factor = block.pop("attention_factor", None)
@@ -277,12 +279,13 @@ def _read_layer_types(file: Path, types: Any, num_layers: int) -> str:
 
 
 def refuse_inexpressible(config: ModelConfig, layout: Layout) -> None:
-    """Raise UserError, naming the field, if no server of `layout` would compute `config`'s model.
+    """Raise UserError that names the field if `layout` cannot describe the model of `config`.
 
-    Both layouts: learned sinks (fixed zeros are written as zeros and come back as learned ones:
-    the same function), pre-norm, no QK-norm, YaRN. The Hugging Face one lists each layer's kind,
-    which transformers obeys (not every server does), so any layer pattern can be written there;
-    `original/` has no such list: it is banded, full, banded, ... with an RMSNorm epsilon of 1e-5.
+    Both layouts mean learned sinks, pre-norm, no QK-norm, and YaRN. (Sinks that are fixed at zero
+    are written as zeros and read back as learned sinks: the function is the same.) The Hugging Face
+    layout lists the kind of each layer, so it can describe any layer pattern; transformers obeys
+    the list, but not every server does. `original/` has no such list: its layers are banded, full,
+    banded, ..., with an RMSNorm epsilon of 1e-5.
     """
     where = {"hf": "the Hugging Face layout", "openai": "OpenAI's layout"}[layout]
     for name, usual in (("norm", "pre"), ("qk_norm", False)):
@@ -312,7 +315,7 @@ def refuse_inexpressible(config: ModelConfig, layout: Layout) -> None:
 
 
 def to_json(config: ModelConfig, layout: Layout, *, form: Form, dtype: str) -> dict[str, Any]:
-    """Return the config.json of `config` in `layout`, experts stored in `form`, floats as `dtype`.
+    """Return the config.json of `config` in `layout`, for experts in `form` and floats in `dtype`.
 
     Raises UserError as `refuse_inexpressible` does.
     """
@@ -357,7 +360,7 @@ def to_json(config: ModelConfig, layout: Layout, *, form: Form, dtype: str) -> d
 
 
 def with_form(raw: dict[str, Any], form: Form) -> dict[str, Any]:
-    """Return a Hugging Face config.json that says that the experts are stored in `form`."""
+    """Return a Hugging Face config.json changed to say that the experts are stored in `form`."""
     raw = {name: value for name, value in raw.items() if name != "quantization_config"}
     if form == "mxfp4":
         kept = list(MODULES_NOT_CONVERTED)
@@ -366,7 +369,7 @@ def with_form(raw: dict[str, Any], form: Form) -> dict[str, Any]:
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:
-    """Return the ids of the tokens that end or pad a text; none if the vocabulary has none.
+    """Return the ids of the tokens that begin, end or pad a text; empty if there are none.
 
     A smaller vocabulary keeps Harmony's special tokens at its end (see `tokenizer`).
     """
@@ -380,7 +383,7 @@ def special_ids(vocab_size: int) -> dict[str, int]:
 
 
 def generation_config(vocab_size: int) -> dict[str, Any]:
-    """Return generation_config.json: sampling, stopping where a Harmony turn does."""
+    """Return generation_config.json: sample, and stop where a Harmony turn ends."""
     ids = special_ids(vocab_size)
     return {
         "bos_token_id": ids.get("startoftext"),

@@ -1,8 +1,8 @@
-"""Adapters folded into weights piece by piece, and what writing the sums in few bits costs.
+"""Merge adapters into weights piece by piece, and measure the error of writing them in few bits.
 
-A layer is never whole in memory: rows of the weight as they were, W, and the same rows of what its
-adapter adds, U, make one piece, which is encoded or rounded and written. `Report` keeps, for each
-weight, how far what is written is from W + U, and how much of U is left in it.
+A layer is never whole in memory. A piece is some rows of the original weight, W, plus the same rows
+of the update that its adapter adds, U. The piece is encoded or rounded, and written. For each
+weight, `Report` keeps how far the written weight is from W + U, and how much of U it still has.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from gptoss_jax.types import Params
 from gptoss_jax.weights.names import Field
 from gptoss_jax.weights.sources import ParamsSource, Source, rows_of
 
-LEAST_SHARE = 0.9  # of an update, that must survive how it is written
+LEAST_SHARE = 0.9  # the share of an update that must survive encoding or rounding
 
 
 class Merged:
-    """Another source's weights, read as they are there, and the updates that go on top of them."""
+    """A source that reads the weights of `base` and gives the updates of adapters separately."""
 
     def __init__(self, base: Source, model: ModelConfig, adapters: Params) -> None:
         """Take the adapters (`params["lora"]`) that `model.lora` describes.
 
         Raises:
-            UserError: they are not those of `model`, or `model` is not that of the base.
+            UserError: the adapters do not fit `model`, or `model` differs in architecture from the
+                base.
         """
         self.base = base
         self.config = dataclasses.replace(base.config, lora=type(model.lora)())
@@ -77,9 +78,9 @@ class Merged:
         return self.base.describe(path, layer)
 
     def update(self, path: str, layer: int | None, *, start: int, stop: int) -> np.ndarray | None:
-        """Return what is added to rows [start, stop) of a leaf, float32; None if that is nothing.
+        """Return the update of rows [start, stop) of a leaf in float32; None if there is none.
 
-        Rows of experts that were not trained are zeros exactly, since their B is.
+        Rows of experts that were not trained are exactly zero, because their B is zero.
         """
         if f"{path}/a" not in self.leaves:
             return None
@@ -89,7 +90,8 @@ class Merged:
         a, b = (self.leaves[f"{path}/{part}"] for part in "ab")
         depth = 0 if layer is None else 1
         whole = [{"start": 0, "size": x.shape[depth]} for x in (a, b)]
-        in_a, in_b = experts or row.lookup, experts  # else rows are those of the outputs
+        # Whether the rows to cut are rows of A, and of B. If not of A, they are B's outputs.
+        in_a, in_b = experts or row.lookup, experts
         a = rows_of(a, layer, **(cut if in_a else whole[0]))
         b = rows_of(b, layer, **(cut if in_b else whole[1]))
         if not in_a:
@@ -104,10 +106,11 @@ _update = jax.jit(update, static_argnames=("experts", "lookup"))
 
 
 def with_adapters(source: ParamsSource) -> Source:
-    """Return parameters in memory as what is written of them: with their adapters, if any, merged.
+    """Return parameters in memory as the source to write, with their adapters merged if any.
 
     Raises:
-        UserError: the model says that there are adapters and there are none, or the reverse.
+        UserError: the model names adapters and the parameters have none, or the adapters do not fit
+            the model.
     """
     config = source.config
     if source.adapters is not None:
@@ -123,19 +126,22 @@ def with_adapters(source: ParamsSource) -> Source:
 
 @dataclass
 class Cost:
-    """What writing one weight of one layer did to it; sums over its pieces."""
+    """The error of writing one weight of one layer, as sums over its pieces.
+
+    W is the weight, U its update, and Q(W + U) what is written.
+    """
 
     path: str
     layer: int | None
-    written: str  # MXFP4, or a dtype
+    written: str  # the form it is written in: MXFP4, or a dtype
     kept: float = 0.0  # <Q(W + U) - W, U>
     update: float = 0.0  # <U, U>
     weight: float = 0.0  # <W + U, W + U>
-    lost: float = 0.0  # <Q(W + U) - (W + U)> with itself
+    lost: float = 0.0  # the inner product of Q(W + U) - (W + U) with itself
 
     @property
     def name(self) -> str:
-        """Name the weight to a person."""
+        """The name of the weight in messages."""
         return self.path + ("" if self.layer is None else f", layer {self.layer}")
 
     @property
@@ -150,7 +156,10 @@ class Cost:
 
     @property
     def share(self) -> float | None:
-        """Return <Q(W + U) - W, U> / <U, U>, what survives of the update; None without one."""
+        """Return the share of the update that survives: <Q(W + U) - W, U> / <U, U>.
+
+        None if there is no update.
+        """
         return self.kept / self.update if self.update else None
 
     def add(
@@ -161,7 +170,7 @@ class Cost:
         exact: np.ndarray,
         update: np.ndarray | None,
     ) -> None:
-        """Count a piece: W, Q(W + U), W + U and U, all float32."""
+        """Add a piece to the sums: W, Q(W + U), W + U and U, all in float32."""
         self.weight += _inner(exact, exact)
         lost = after - exact
         self.lost += _inner(lost, lost)
@@ -171,19 +180,19 @@ class Cost:
 
 
 def _inner(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the inner product: of rows in float32, without a copy, and of these in float64."""
+    """Return the inner product: sum each row in float32 without a copy, and the sums in float64."""
     a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     return float(np.sum(np.einsum("ij,ij->i", a, b), dtype=np.float64))
 
 
 @dataclass
 class Report:
-    """What an export changed: every merged or newly encoded weight, layer by layer."""
+    """The errors of an export: one `Cost` for each merged or newly encoded weight of each layer."""
 
     costs: list[Cost] = field(default_factory=list)
 
     def check(self, cost: Cost) -> None:
-        """Refuse a weight that has lost more of its update than a tuned model can.
+        """Refuse a weight that has lost more of its update than a tuned model can afford.
 
         Raises:
             UserError: less than `LEAST_SHARE` of the update survives.
@@ -202,11 +211,11 @@ class Report:
         raise UserError(
             f"{cost.name}: only {cost.share:.2f} of its update survives as {cost.written} (the "
             f"update is {cost.size:.2%} of the weight, at least {LEAST_SHARE} of it has to "
-            f"survive): {instead}; --force (force=True) writes it all the same"
+            f"survive): {instead}; --force (force=True) writes it anyway"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as it is kept beside the weights."""
+        """Return the report in the form of the file beside the weights."""
         tensors = [
             {
                 "weight": c.path,
@@ -226,7 +235,7 @@ class Report:
         return {"meaning": meaning, "tensors": tensors}
 
     def table(self) -> Any:
-        """Return a table for people, a row for each kind of weight, with its worst layer."""
+        """Return a table for people: a row for each kind of weight, with its worst layers."""
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 1, 0, 0))

@@ -1,8 +1,8 @@
-"""Which tensor of which layout holds which leaf of our tree, and how: read from the table.
+"""Map the leaves of our parameter tree to the tensors of both layouts, by the parameter table.
 
-Both layouts name the same numbers. `original/` joins q, k and v into one tensor and, like the
-Hugging Face one, interleaves the rows of gate and up (0::2 gate, 1::2 up); the Hugging Face form
-of dense experts is transposed on top. All transforms here are permutations: nothing is lost.
+Both layouts hold the same numbers. `original/` joins q, k and v into one tensor. Both layouts
+interleave the rows of gate and up (0::2 gate, 1::2 up). Dense experts in the Hugging Face layout
+are also transposed. All transforms here are permutations: nothing is lost.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ SINKS = "layers/attention/sinks"
 
 
 def rows(config: ModelConfig) -> list[table.Parameter]:
-    """Return the rows of what files hold: sinks that are fixed at zero are written as such."""
+    """Return the table rows of the parameters in files; sinks fixed at zero are written too."""
     there = [row for row in table.rows() if row.exists(config) or row.path == SINKS]
     return [row for row in there if any(row.files)]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each leaf that a file holds, of one layer (no L) under `layers/`."""
+    """Return the shape of each leaf that a file holds; under `layers/`, of one layer (no L)."""
     return {row.path: row.shape(config) for row in rows(config)}
 
 
 def packed_shape(shape: tuple[int, ...], field: Field) -> tuple[int, ...]:
-    """Return the shape of an MXFP4 weight's blocks or scales; of "value", the weight's own."""
+    """Return the shape of an MXFP4 weight's blocks or scales; for "value", the weight's shape."""
     if field == "value":
         return shape
     scales = (*shape[:-1], shape[-1] // MXFP4_BLOCK)
@@ -50,7 +50,7 @@ def packed_shape(shape: tuple[int, ...], field: Field) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """One leaf (or its blocks or scales) of one layer, as a run of rows of a file's tensor."""
+    """One leaf (or its blocks or scales) of one layer, as consecutive rows of a file's tensor."""
 
     path: str
     layer: int | None  # None outside `layers/`
@@ -60,7 +60,7 @@ class Part:
 
     @property
     def key(self) -> tuple[str, int | None, Field]:
-        """What names the part in any layout."""
+        """The part's identity, the same in every layout."""
         return self.path, self.layer, self.field
 
     @property
@@ -74,18 +74,18 @@ class Part:
         if self.order == "transposed_interleaved":
             return (s[0], s[3], 2 * s[2])
         stack, rows, columns = (len(group) for group in table.row(self.path).groups)
-        first = stack - (self.layer is not None)  # of the rows: files have them as one axis
+        first = stack - (self.layer is not None)  # first of the row axes, which files join into one
         last = first + rows
         rest = (math.prod(s[last:]),) if columns > 1 else s[last:]
         return (*s[:first], math.prod(s[first:last]), *rest)
 
     @property
     def file_rows(self) -> int:
-        """Rows of the file's tensor that one row of ours takes."""
+        """Number of rows of the file's tensor that hold one row in memory."""
         return self.file_shape[0] // self.shape[0]
 
     def to_memory(self, rows: np.ndarray) -> np.ndarray:
-        """Reorder whole rows as read from the file [rows, ...] into rows of ours."""
+        """Reorder whole rows from the file, [rows, ...], into memory order."""
         if self.order == "interleaved":
             rows = rows.reshape(len(rows), self.shape[2], 2, *self.shape[3:])
             return rows.swapaxes(1, 2)
@@ -96,7 +96,7 @@ class Part:
         return rows.reshape(-1, *self.shape[1:])
 
     def to_file(self, rows: np.ndarray) -> np.ndarray:
-        """Reorder rows of ours into the file's order: the inverse of `to_memory`."""
+        """Reorder rows in memory order into file order: the inverse of `to_memory`."""
         if self.order in ("interleaved", "transposed"):
             rows = rows.swapaxes(1, 2)
         elif self.order == "transposed_interleaved":
@@ -106,7 +106,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint's files: its parts lie one after another along the first axis."""
+    """One tensor of a checkpoint's files: its parts are concatenated along the first axis."""
 
     name: str
     parts: tuple[Part, ...]
@@ -135,7 +135,7 @@ def _parts(config: ModelConfig, layout: Layout, form: Form) -> Iterator[tuple[st
 
     def parts(row: table.Parameter, layer: int | None) -> Iterator[tuple[str, Part]]:
         name = row.tensor(layout)
-        assert name is not None, row.path  # `config_io.refuse_inexpressible`
+        assert name is not None, row.path  # `config_io.refuse_inexpressible` checked this
         fields: tuple[Field, ...] = ("value",)
         if form == "mxfp4" and row.packable:
             fields = ("blocks", "scales")
@@ -158,7 +158,7 @@ def _parts(config: ModelConfig, layout: Layout, form: Form) -> Iterator[tuple[st
 
 
 def tensors(config: ModelConfig, layout: Layout, form: Form) -> list[Tensor]:
-    """Return the tensors of a whole checkpoint in `layout`, its experts stored in `form`."""
+    """Return the tensors of a whole checkpoint in `layout`, with the experts stored in `form`."""
     by_name: dict[str, list[Part]] = {}
     for name, part in _parts(config, layout, form):
         by_name.setdefault(name, []).append(part)

@@ -1,15 +1,16 @@
-"""Adapters in PEFT's layout: adapter_config.json beside adapter_model.safetensors.
+"""Read and write adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-PEFT (the library of Hugging Face) names a module of transformers' model and keeps, for each, A as
-[rank, inputs] and B as [outputs, rank]:
+PEFT (Hugging Face's library) keeps two tensors for each adapted module of transformers' model: A as
+[rank, inputs] and B as [outputs, rank]. Their names contain the module's name:
 
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight      q, k, v, o
     base_model.model.model.layers.3.mlp.router.lora_A.weight            router
     base_model.model.lm_head.lora_A.weight                              unembedding
 
-The router is a bare parameter there, which `target_parameters` of the config names (PEFT 0.17 and
-later). Experts are not written: how PEFT lays out A and B of a stack of experts depends on its
-version and on that of transformers. The embedding is not either.
+In transformers, the router's weight is a bare parameter, so the config names it in
+`target_parameters` (PEFT 0.17 and later). Adapters of experts are not written, because the way PEFT
+stores A and B of a stack of experts depends on the versions of PEFT and transformers. Adapters of
+the embedding are not written either.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from gptoss_jax.weights import config_io, safetensors_io
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What is no module there, but a parameter of one.
+# Weights that PEFT adapts as a parameter of a module, not as a module.
 _PARAMETERS = {"layers/router/weight": "mlp.router.weight"}
-# What changes the function beyond A B, or the base itself, and the value that does not.
+# Settings that change the function in other ways than adding A B, or that change the base. Each
+# has the value with which it does not.
 _PLAIN = {
     "bias": "none", "use_dora": False, "use_qalora": False, "lora_bias": False,
     "fan_in_fan_out": False, "modules_to_save": None, "trainable_token_indices": None,
@@ -47,7 +49,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _modules() -> dict[str, str]:
-    """Return weight -> module of transformers' model that holds it, for what PEFT has a place."""
+    """Return weight -> module of transformers' model, for the weights that PEFT has a place for."""
     names = {path: table.row(path).tensor("hf") or "" for path in lora_adapters.adaptable()}
     return {
         path: name.removesuffix(".weight")
@@ -57,7 +59,7 @@ def _modules() -> dict[str, str]:
 
 
 def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
-    """Return adapter_config.json; `base` is the name or folder that PEFT loads the model from."""
+    """Return adapter_config.json; `base` is the name or folder from which PEFT loads the model."""
     paths = lora_adapters.adapted(config)
     _refuse(paths)
     modules = [_modules()[path].rpartition(".")[2] for path in paths if path not in _PARAMETERS]
@@ -79,10 +81,10 @@ def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
 
 
 def tensors_of(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
-    """Return PEFT's tensors by name, float32.
+    """Return PEFT's tensors by name, in float32.
 
     Raises:
-        UserError: adapters of weights for which the layout has no place.
+        UserError: there are adapters of weights that the layout has no place for.
     """
     paths = lora_adapters.adapted(config)
     _refuse(paths)
@@ -113,14 +115,15 @@ def _refuse(paths: list[str]) -> None:
 
 
 def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
-    """Read adapters of PEFT for a model: return (`model.lora`, `params["lora"]`), as numpy arrays.
+    """Read PEFT adapters for a model; return (`model.lora`, `params["lora"]`) with numpy arrays.
 
-    Ranks and scales that differ between modules become the largest rank, filled up with zeros, and
-    one scale. Layers that PEFT left out have zeros, and are not among the targets.
+    If ranks or scales differ between modules, all get the largest rank, filled up with zeros, and
+    one scale. Layers that PEFT did not adapt get zeros and are not among the targets.
 
     Raises:
-        UserError: no such folder; settings beyond plain LoRA; tensors of modules that are not
-            adapted here, of another base (their shapes), missing, or not finite.
+        UserError: there is no such folder; the settings go beyond plain LoRA; or tensors are
+            missing, are not finite, adapt modules that are not adapted here, or have the shapes of
+            another base.
     """
     folder = Path(folder)
     file = folder / CONFIG
@@ -156,7 +159,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
 
 
 def _target(path: str, layers: list[int], count: int) -> str:
-    """Return what `model.lora.targets` calls a weight in these layers."""
+    """Return the entry of `model.lora.targets` for a weight in these layers."""
     if not path.startswith("layers/") or len(layers) == count:
         return next(name for name, pattern in lora_adapters.names().items() if pattern == path)
     return path.replace("layers", f"layers[{','.join(map(str, layers))}]", 1)
@@ -188,7 +191,7 @@ def _number(file: Path, raw: dict[str, Any], name: str) -> float:
 
 
 def _of_pattern(raw: dict[str, Any], name: str, path: str, n: int | None, default: float) -> float:
-    """Return what a pattern of PEFT says of a module: the first that its name ends in."""
+    """Return a module's value from PEFT's patterns: that of the first that its name ends in."""
     module = _modules()[path].format(n=n)
     for pattern, value in (raw.get(name) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -199,7 +202,7 @@ def _of_pattern(raw: dict[str, Any], name: str, path: str, n: int | None, defaul
 def _pairs(
     file: Path, model: ModelConfig
 ) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
-    """Return (weight, layer) -> A and B as PEFT has them, checked against the model's sizes."""
+    """Return (weight, layer) -> (A, B) in PEFT's shapes, checked against the model's sizes."""
     modules: dict[str, tuple[str, int | None]] = {}
     for path, module in _modules().items():
         layers = range(model.num_layers) if "{n}" in module else [None]

@@ -1,4 +1,4 @@
-"""A folder of either layout, opened: its headers, held against its config.json."""
+"""Open a checkpoint folder of either layout: read its headers and check them with config.json."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder of either layout whose headers are read and agree with its config.json."""
+    """An open folder of either layout, whose headers agree with its config.json."""
 
     folder: Path
     layout: Layout
-    config: ModelConfig  # dtype is the embedding's, experts the form that is stored
+    config: ModelConfig  # `dtype` is the embedding's, `experts` is the stored form
     entries: dict[str, Entry]  # by tensor name
-    where: dict[tuple[str, int | None, Field], tuple[Part, Entry, int]]  # and the first row there
+    # By `Part.key`: the part, the tensor that holds it, and its first row in that tensor.
+    where: dict[tuple[str, int | None, Field], tuple[Part, Entry, int]]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each leaf, of one layer under `layers/`."""
+        """The shape of each leaf; under `layers/`, of one layer."""
         return shapes(self.config)
 
     def read(
@@ -60,10 +61,10 @@ class Stored:
 
 
 def open_checkpoint(folder: Path) -> Stored:
-    """Read the headers of a checkpoint and hold them against its config.json.
+    """Read the headers of a checkpoint and compare them with its config.json.
 
-    Raises UserError, naming file and tensor, for what is missing, extra, of a wrong shape or dtype,
-    or cut short, and for a config.json that is not that of the tensors.
+    Raises UserError that names file and tensor if a tensor is missing, extra or cut short, if it
+    has a wrong shape or dtype, or if config.json does not describe the tensors.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -77,8 +78,8 @@ def open_checkpoint(folder: Path) -> Stored:
     ends = {"hf": "_blocks", "openai": ".blocks"}[layout]
     stored: Form = "mxfp4" if any(name.endswith(ends) for name in entries) else "dense"
     if claimed is not None and claimed != stored:
-        said = "has no quantization_config" if claimed == "dense" else "says MXFP4"
-        raise UserError(f"{file}: {said}, but the experts' tensors are stored {stored}")
+        claim = "has no quantization_config" if claimed == "dense" else "says MXFP4"
+        raise UserError(f"{file}: {claim}, but the experts' tensors are stored {stored}")
     if stored == "mxfp4":
         try:
             check_packable(config)
@@ -98,7 +99,7 @@ def open_checkpoint(folder: Path) -> Stored:
 
 
 def _read_headers(folder: Path) -> dict[str, Entry]:
-    """Return all tensors of a folder: of the files of its index, or else of all its files."""
+    """Return all tensors of a folder: from the files in its index, or without one, all files."""
     index = folder / INDEX
     weight_map: dict[str, str] | None = None
     if index.is_file():
@@ -127,7 +128,7 @@ def _read_headers(folder: Path) -> dict[str, Entry]:
 def _check(
     folder: Path, wanted: list[Tensor], entries: dict[str, Entry], config: ModelConfig
 ) -> None:
-    """Hold the tensors that are there against those that config.json asks for."""
+    """Compare the tensors in the folder with the tensors that config.json asks for."""
     says = f"config.json says {config.num_layers} layers"
 
     def more(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Safetensors files as byte ranges: headers read and checked, rows read, files written in a stream.
+"""Read headers and rows of safetensors files, and write such files as a stream.
 
-Nothing is mapped into memory, so the host holds what was asked for and no more. Format: 8 bytes,
-little endian, the length of a JSON header; the header; the tensors' bytes without gaps.
+No file is mapped into memory, so the host holds only the rows that were asked for. The format is: 8
+bytes with the length of a JSON header, little endian; the header; the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-# Where the library puts a dtype when it sorts a file: by alignment, and by its list of dtypes.
+# The library's order of dtypes in a file: by alignment, then by its list of dtypes.
 _RANK = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """The place of a tensor in a file."""
 
     file: Path
     name: str
@@ -47,7 +47,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """Read rows [start, stop) of the first axis into memory of their own.
+        """Read rows [start, stop) of the first axis into a new array.
 
         Raises UserError if the file has become shorter than its header says.
         """
@@ -65,7 +65,7 @@ class Entry:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """Return (header, where the tensors begin, size of the file)."""
+    """Return the header, the offset at which the tensors begin, and the size of the file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -86,10 +86,10 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Return the tensors of a file by name, their bytes accounted for to the last one.
+    """Return the tensors of a file by name, after checking that they cover all of its bytes.
 
-    Raises UserError, naming the file and the tensor, if the file is cut short or too long, is no
-    safetensors file, or holds a dtype other than float32, bfloat16, float16 and uint8.
+    Raises UserError that names the file and the tensor if the file is cut short, is too long, is
+    not a safetensors file, or has a dtype other than float32, bfloat16, float16 and uint8.
     """
     header, begin, size = _header(file)
     entries = {}
@@ -126,7 +126,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A tensor to be written: its bytes come in pieces, in order, when its turn comes."""
+    """A tensor to be written: `pieces` makes its bytes in order, piece by piece, when needed."""
 
     name: str
     dtype: np.dtype
@@ -140,15 +140,16 @@ class Plan:
 
 
 def file_order(plans: Iterable[Plan]) -> list[Plan]:
-    """Sort as the safetensors library does: by dtype, the widest first, and then by name."""
+    """Sort as the safetensors library does: by dtype, widest first, then by name."""
     return sorted(plans, key=lambda plan: (_RANK[_NAMES[plan.dtype]], plan.name))
 
 
 def write_file(file: Path, plans: list[Plan], advance: Callable[[int], None]) -> None:
-    """Write one file, tensor after tensor; memory is one piece. `advance` gets bytes written.
+    """Write one file, tensor after tensor, with one piece in memory at a time.
 
-    The bytes are those that the safetensors library writes for the same tensors (with the metadata
-    `{"format": "pt"}`, which transformers asks for). Raises ValueError if pieces do not add up.
+    `advance` is called with the number of bytes written. The file equals what the safetensors
+    library writes for the same tensors (with the metadata `{"format": "pt"}`, which transformers
+    requires). Raises ValueError if the pieces of a tensor have another dtype or total size.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -1,7 +1,7 @@
-"""Where weights come from, piece by piece: a folder of files, or parameters in memory.
+"""Sources of weights, which are read piece by piece: a folder of files, or parameters in memory.
 
-A piece is a run of rows (first axis) of one leaf of one layer, in memory's order, small enough
-that reordering, casting and re-coding it costs little beside the leaf.
+A piece is consecutive rows (first axis) of one leaf of one layer, in memory order. It is so small
+that reordering, casting or re-encoding it needs little memory compared with the leaf.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Params, Relaid
 from gptoss_jax.weights.names import SINKS, Field, Form, packed_shape
 
-_PIECE = 1 << 24  # bytes of a piece, in float32 where its values are floats
-_PROGRESS_FROM = 1 << 30  # bytes: below, no bar
+_PIECE = 1 << 24  # bytes of a piece; floats are counted as float32
+_PROGRESS_FROM = 1 << 30  # bytes; less work shows no progress bar
 
 
 class Source(Protocol):
@@ -36,26 +36,26 @@ class Source(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The model; `config.experts` is the form in which the experts are kept here."""
+        """The model; `config.experts` is the form in which this source holds the experts."""
         ...
 
     def read(
         self, path: str, layer: int | None, field: Field, *, start: int, stop: int
     ) -> np.ndarray:
-        """Return rows [start, stop) of a leaf. UserError for a scale byte that is no number."""
+        """Return rows [start, stop) of a leaf. Raises UserError as `check_scales` does."""
         ...
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
-        """Return the dtype in which a leaf is kept."""
+        """Return the dtype in which this source holds a leaf."""
         ...
 
     def describe(self, path: str, layer: int | None) -> str:
-        """Name a leaf to a person."""
+        """Return a leaf's name for messages."""
         ...
 
 
 def pieces(path: str, config: ModelConfig, form: Form, shape: tuple[int, ...]) -> list[range]:
-    """Cut the rows of a leaf of `config`'s model, wanted in `form`, into pieces."""
+    """Cut the rows of a leaf of `config`'s model into pieces; experts will be read in `form`."""
     stays_packed = table.row(path).packable and config.experts == form == "mxfp4"
     values = _PIECE * 2 if stays_packed else _PIECE // 4
     rows = max(1, values // math.prod(shape[1:]))
@@ -65,10 +65,10 @@ def pieces(path: str, config: ModelConfig, form: Form, shape: tuple[int, ...]) -
 def read_as(
     source: Source, path: str, layer: int | None, *, form: Form, rows: range, dtype: Any
 ) -> Any:
-    """Return rows of a leaf with the experts in `form`: an array or an MXFP4 of arrays.
+    """Return rows of a leaf with the experts in `form`: an array, or an MXFP4 of arrays.
 
-    What was stored packed and is wanted dense is decoded as `dtype`; otherwise dtypes are the
-    source's.
+    Experts that are stored as MXFP4 and wanted dense are decoded to `dtype`. In all other cases the
+    dtype is the source's.
     """
     read = partial(source.read, path, layer, start=rows.start, stop=rows.stop)
     if not table.row(path).packable:
@@ -79,14 +79,14 @@ def read_as(
     array = read("value")
     if form == "dense":
         return array
-    if not is_finite(array):  # which the bytes would no longer show
+    if not is_finite(array):  # checked here, because MXFP4 bytes would not show it
         raise UserError(f"{source.describe(path, layer)} has NaN or infinity")
     return _encode(array)
 
 
 @partial(jax.jit, static_argnums=1)
 def decode_piece(packed: MXFP4, dtype: str) -> Any:
-    """Decode rows of an MXFP4 weight, compiled."""
+    """Decode rows of an MXFP4 weight in a compiled function."""
     return mxfp4.decode(packed, jnp.dtype(dtype))
 
 
@@ -104,7 +104,7 @@ def check_packable(config: ModelConfig) -> None:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Say whether floats have no NaN and no infinity, at the cost of one pass over their bits."""
+    """Say whether an array has no NaN and no infinity, in one pass over its bits."""
     if array.dtype == np.float32:
         bits, exponent = array.view(np.uint32), 0x7F800000
     else:
@@ -117,9 +117,10 @@ class ParamsSource:
     """Parameters in memory, stacks [L, ...] or tuples of L arrays, on any device."""
 
     def __init__(self, config: ModelConfig, params: Params) -> None:
-        """Take the parameters of a model, but for what a mesh filled them up with.
+        """Take the parameters of a model, without the zero columns that pad experts for a mesh.
 
-        Adapters are kept apart, as `adapters`. UserError if they are not those of `config`.
+        Adapters are kept separately, as `adapters`. Raises UserError if the parameters do not fit
+        `config`.
         """
         params = dict(padding.resize(params, by=-config.expert_padding))
         self.adapters: Params | None = params.pop("lora", None)
@@ -158,7 +159,7 @@ class ParamsSource:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each leaf, of one layer under `layers/`."""
+        """The shape of each leaf; under `layers/`, of one layer."""
         found = {}
         for path, leaf in self.leaves.items():
             one = leaf[0] if isinstance(leaf, tuple) else leaf
@@ -168,7 +169,7 @@ class ParamsSource:
 
 
 def rows_of(array: Any, layer: int | None, *, start: int, size: int) -> np.ndarray:
-    """Return rows of an array, or of one layer of a stack, on the host, and no more than them."""
+    """Copy rows of an array, or of one layer of a stack, to the host, and no other rows."""
     on_host = isinstance(array, np.ndarray) or (
         array.is_fully_addressable
         and {d.platform for d in array.devices()} == {"cpu"}
@@ -191,7 +192,7 @@ def _slice(array: Any, lead: tuple[int, ...], start: int, size: int) -> Any:
 
 
 def check_scales(piece: np.ndarray, name: str) -> None:
-    """Refuse MXFP4 scales that are no numbers."""
+    """Raise UserError if a scale byte of MXFP4 is 255, which is not a number."""
     if piece.size and piece.max() == 255:
         raise UserError(f"{name} has scale byte 255, which is no number in MXFP4")
 
@@ -204,7 +205,7 @@ def zeros(
     sharding: jax.NamedSharding | None,
     layout: str | None,
 ) -> Any:
-    """Return a leaf of zeros: of a layer or of a stack of them, as `shape` says."""
+    """Return a leaf of zeros of the given shape, which is that of a layer or of a stack."""
     make = partial(jnp.zeros, device=sharding)
     if table.row(path).packable and config.experts == "mxfp4":
         blocks, scales = (packed_shape(shape, field) for field in ("blocks", "scales"))
@@ -217,7 +218,7 @@ def zeros(
 
 
 def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
-    """Raise UserError, naming the leaf, unless the leaves are those of the model's rows."""
+    """Raise UserError that names the leaf unless the leaves are those in the model's table."""
     expected = {row.path: row.shape(config) for row in table.rows(config)}
     for path in [*expected, *leaves]:
         if path not in leaves or path not in expected:
@@ -241,7 +242,7 @@ def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Any]:
-    """Show a bar on stderr for work of over 1 GiB; yields advance(bytes)."""
+    """Show a bar on stderr for work of over 1 GiB; yield `advance(num_bytes)`."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 

@@ -1,8 +1,8 @@
-"""Checkpoints out: parameters, or another checkpoint, to a folder of either layout, in a stream.
+"""Write parameters or another checkpoint as a checkpoint folder of either layout, as a stream.
 
-Header first, then tensor after tensor; memory is one piece. Adapters are merged on the way. What
-was written is read again and compared. A folder appears under its name when all that went well, and
-not before.
+Each file gets its header first, then tensor after tensor, with one piece in memory at a time.
+Adapters are merged meanwhile. Each written file is read again and compared. The folder appears
+under its name only after all of this has succeeded.
 """
 
 from __future__ import annotations
@@ -53,23 +53,26 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
 ) -> Report:
-    """Write a model as a checkpoint folder that did not exist, or was empty.
+    """Write a model as a checkpoint into a folder that does not exist or is empty.
 
     `to` is "hf" (with generation config and tokenizer files), "openai" (`original/`), or "peft"
-    (the adapters alone: see `weights.peft`). `experts`: None as they are, "mxfp4" (encoded with the
-    scales of least error), "dense". Floats are written as they are in `params`, or as `dtype`. So
-    what `load` gave in the stored dtype is written byte for byte.
+    (the adapters alone: see `weights.peft`). `experts` is the form of the experts: "mxfp4" (encoded
+    with the scales of least error), "dense", or None to keep the form in `params`. Floats keep
+    their dtype, or are written as `dtype`. So parameters that `load` read in the stored dtype are
+    written back byte for byte.
 
-    Adapters (`params["lora"]`) are merged, a piece at a time; what has none stays byte for byte.
-    Returns, and keeps beside the weights, what merging and encoding cost each weight: see
-    `weights.merged.Report`. A weight of which less than 0.9 of the update survives is refused,
-    unless `force`. Experts of a model with `qat` are written as it computed, and are not checked.
+    Adapters (`params["lora"]`) are merged, one piece at a time. Weights without adapters stay the
+    same byte for byte. The function returns the error that merging and encoding cause in each
+    weight, and also writes it beside the weights: see `weights.merged.Report`. If less than 0.9 of
+    a weight's update survives, it is refused unless `force` is set. Experts of a model with `qat`
+    are written with the values that the model computed with, and are not checked.
 
-    What a layout can't say is refused: see `config_io.refuse_inexpressible`. OpenAI's own loader
-    reads the packed experts only; dense ones get the names of its model's state dict.
+    A model that a layout can't describe is refused: see `config_io.refuse_inexpressible`. OpenAI's
+    own loader reads MXFP4 experts only; dense experts get the names in its model's state dict.
 
-    Raises UserError for that, for a folder with something in it, for NaN or infinity, for adapters
-    that are not the model's, and for a file that is not what was written when it is read again.
+    Raises UserError if the layout can't describe the model, if the folder is not empty, if a weight
+    has NaN or infinity, if adapters do not fit the model, or if a file that is read again differs
+    from what was written.
     """
     source = ParamsSource(model.config, params)
     if to == "peft":
@@ -93,11 +96,11 @@ def write_checkpoint(
     force: bool = False,
     finish: Callable[[Path], None] | None = None,
 ) -> Report:
-    """Write `source` to `folder` in `layout`, its experts in `form` (None: as they are).
+    """Write `source` to `folder` in `layout`, with its experts in `form` (None keeps their form).
 
-    `dtype` is that of all floats and `dense_dtype` that of dense experts; None is the source's.
-    `finish(folder)` writes what belongs beside the tensors, in the place of config.json and the
-    others made here from the config. Returns and raises UserError as `save` does.
+    `dtype` is for all floats, `dense_dtype` for dense experts; None keeps the source's dtype.
+    `finish(folder)`, if given, writes config.json and the other files beside the tensors; else they
+    are made from the config. Returns and raises UserError as `save` does.
     """
     if layout not in ("hf", "openai"):
         raise UserError(f"layout {layout!r}: it is hf or openai")
@@ -116,12 +119,12 @@ def write_checkpoint(
         kind = np.dtype(np.uint8) if tensor.packed else type_of(tensor)
         each = hashed(tensor.name, partial(coder.pieces, tensor, kind), digests)
         plan = Plan(tensor.name, kind, tensor.shape, each)
-        if tensor.parts[0].field == "scales":  # converters take them for those of the last blocks
+        if tensor.parts[0].field == "scales":  # converters pair scales with the last blocks read
             groups[-1].append(plan)
         else:
             groups.append([plan])
     total = sum(plan.num_bytes for group in groups for plan in group)
-    cpu = jax.local_devices(backend="cpu")[0]  # re-coding must not take an accelerator's memory
+    cpu = jax.local_devices(backend="cpu")[0]  # re-encoding must not use an accelerator's memory
     with _whole_folder(Path(folder), total) as new, jax.default_device(cpu):
         shards = _shards(groups, shard_bytes)
         weight_map = {}
@@ -144,9 +147,9 @@ def write_checkpoint(
 
 
 def write_adapters(folder: str | Path, source: ParamsSource, *, base: str = "") -> None:
-    """Write the adapters of parameters alone, in PEFT's layout; `base` names what they are of.
+    """Write only the adapters of parameters, in PEFT's layout; `base` names their base model.
 
-    Raises UserError if there are none, or some that PEFT's layout has no place for.
+    Raises UserError if there are no adapters, or some that PEFT's layout has no place for.
     """
     if source.adapters is None:
         raise UserError("there are no adapters to write: this model has no lora")
@@ -168,9 +171,9 @@ def write_adapters(folder: str | Path, source: ParamsSource, *, base: str = "") 
 def write_side_files(
     folder: Path, config: ModelConfig, *, layout: Layout, form: Form, dtype: str
 ) -> None:
-    """Write config.json and, for Hugging Face, generation_config.json and the tokenizer's files.
+    """Write config.json and, for Hugging Face, generation_config.json and the tokenizer files.
 
-    A vocabulary too small for any text (below 288) has no tokenizer, and gets no files of one.
+    A vocabulary too small for any text (below 288) has no tokenizer, so no tokenizer files.
     """
     raw = config_io.to_json(config, layout, form=form, dtype=dtype)
     write_json(folder / "config.json", raw)
@@ -185,12 +188,12 @@ def write_side_files(
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file as people read it."""
+    """Write an indented JSON file."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _dtype(source: Source, tensor: Tensor, *, dtype: Any, dense_dtype: Any) -> np.dtype:
-    """Return the dtype of a float tensor; parts that differ are joined in the wider one."""
+    """Return the dtype of a float tensor; if the dtypes of its parts differ, their promotion."""
     if dtype is not None:
         return np.dtype(jnp.dtype(dtype))
     path = tensor.parts[0].path
@@ -203,7 +206,7 @@ def _dtype(source: Source, tensor: Tensor, *, dtype: Any, dense_dtype: Any) -> n
 
 
 def _shards(groups: list[list[Plan]], shard_bytes: int) -> list[list[Plan]]:
-    """Fill files in the order of the table; a group larger than a file has one of its own."""
+    """Fill files in the order of the table; a group larger than a file gets a file of its own."""
     shards: list[list[Plan]] = [[]]
     size = 0
     for group in groups:
@@ -217,7 +220,7 @@ def _shards(groups: list[list[Plan]], shard_bytes: int) -> list[list[Plan]]:
 
 
 def _shard_names(count: int, layout: Layout) -> list[str]:
-    """Name the files as the two publish them: OpenAI's have a second hyphen."""
+    """Name the files as each layout's publisher does: OpenAI's names have a second hyphen."""
     if count == 1:
         return ["model.safetensors"]
     dash = "-" if layout == "hf" else "--"
@@ -226,7 +229,7 @@ def _shard_names(count: int, layout: Layout) -> list[str]:
 
 @contextmanager
 def _whole_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes `folder` when all went well, and else is removed."""
+    """Yield a temporary folder beside `folder`; rename it on success, remove it on an error."""
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; give another name")

@@ -236,5 +236,5 @@ def test_bad_names():
     with pytest.raises(UserError) as error:
         hub.fetch("hf:a/b", "data.held_out")
     assert str(error.value) == (
-        "data.held_out: hf:a/b names no split; write it behind, as in hf:a/b:test"
+        "data.held_out: hf:a/b names no split; add it at the end, as in hf:a/b:test"
     )

@@ -15,7 +15,7 @@ from gptoss_jax.data.sources import Records
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
-ADVICE = "; mend it, or leave such out: data.on_bad_record=skip"
+ADVICE = "; fix it, or set data.on_bad_record=skip to leave out bad records"
 USER = {"role": "user", "content": "hi"}
 CALL = {"function": {"name": "f", "arguments": "{}"}, "id": "1"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "Do it."}}

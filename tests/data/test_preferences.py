@@ -17,7 +17,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
 VOCAB, T = 700, 960
-ADVICE = "; mend it, or leave such out: data.on_bad_record=skip"
+ADVICE = "; fix it, or set data.on_bad_record=skip to leave out bad records"
 FIELDS = ("tokens", "targets", "weights", "segment_ids", "positions")
 
 
@@ -232,7 +232,7 @@ BAD = {
     ),
     '{"prompt": "q", "chosen": [], "rejected": "b"}': "chosen is empty",
     '{"prompt": "q", "chosen": ["a"], "rejected": "b"}': (
-        "chosen has what is no message (an object with a role)"
+        "chosen has an item that is no message (an object with a role)"
     ),
     '{"prompt": "q", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}': (
         "one of chosen and rejected is a whole chat, the other an answer"

@@ -12,7 +12,7 @@ from gptoss_jax.data import sources
 from gptoss_jax.data.sources import Records
 from gptoss_jax.errors import UserError
 
-ADVICE = "; mend it, or leave such out: data.on_bad_record=skip"
+ADVICE = "; fix it, or set data.on_bad_record=skip to leave out bad records"
 GOOD = b'{"text": "fine"}\n'
 
 

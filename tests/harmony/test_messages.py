@@ -87,7 +87,7 @@ def test_ids_are_held_to_the_vocabulary():
     messages = [USER, {"role": "assistant", "content": "", "ids": [1_500]}]
     harmony.check(messages)
     for ids in ([[1]], [[1], [1, 2]], ["a"], [0.5]):
-        with pytest.raises(UserError, match=r"messages\[0\]\.ids has what is no integer"):
+        with pytest.raises(UserError, match=r"messages\[0\]\.ids has an item that is no integer"):
             harmony.check([messages[1] | {"ids": ids}])
     with pytest.raises(UserError, match=r"messages\[0\]\.ids: ids are object"):
         harmony.check([messages[1] | {"ids": [2**70]}])
