@@ -288,10 +288,10 @@ def load_base(
             )
         found, where = (
             init_params(make_model(sharding.padded(model)), seed=base.seed),
-            f"what seed {base.seed} gives",
+            f"the random model of seed {base.seed}",
         )
         if base.made_by != frozen_base.maker():
-            where += f" by {frozen_base.maker()}, where the run had {base.made_by},"
+            where += f", made by {frozen_base.maker()} (the run used {base.made_by}),"
     else:
         # "random" may come from the config file: ignore it.
         is_new = place not in (None, RANDOM, base.init)
@@ -299,7 +299,7 @@ def load_base(
         base, where = dataclasses.replace(base, folder=str(folder.absolute())), str(folder)
         frozen_base.check(
             base, _base_shapes(model, folder, make_model), where=where, whose=whose
-        )  # before much is read
+        )  # before the large arrays are read
         found = _read_base(base, model, folder, make_model)
     frozen = frozen_base.split(found, base)[1]
     here = frozen_base.sums(frozen, expert_padding=sharding.padded(model).expert_padding)

@@ -109,7 +109,7 @@ def check(base: Base, found: Mapping[str, Sum], *, where: str, whose: str | Path
         more = f", and {len(wrong) - 3} more" if wrong[3:] else ""
         way = f"give the one that it was trained on: {WAY}"
         if base.init == RANDOM:
-            way = "random parameters are alike on one version of JAX and one kind of device alone"
+            way = "random parameters need the same version of JAX and the same kind of device"
         raise UserError(f"{where} is not the base of {whose}: {', '.join(wrong[:3])}{more}; {way}")
 
 

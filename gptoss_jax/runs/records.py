@@ -135,8 +135,8 @@ def parse(raw: dict[str, Any], folder: Path) -> Record:
     """Make a `Record` from the result of `read_json`. UserError: an unknown schema version."""
     if raw["schema"] not in range(1, SCHEMA_OWN_MODEL + 1):
         raise UserError(
-            f"checkpoint {folder} is of schema {raw['schema']}, this version reads 1 to "
-            f"{SCHEMA_OWN_MODEL}"
+            f"checkpoint {folder} has schema version {raw['schema']}, and this gptoss_jax reads 1 "
+            f"to {SCHEMA_OWN_MODEL}: install a newer one"
         )
     config = command_line.from_json(json.dumps(raw["config"]), where=f"checkpoint {folder}")
     return Record(

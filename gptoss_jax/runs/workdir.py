@@ -97,7 +97,10 @@ class Hold:
                 "name another with --workdir"
             ) from None
         if self._is_new and records.steps(self.workdir):
-            raise UserError(f"another run has begun in {self.workdir}: the same command goes on")
+            raise UserError(
+                f"another run has begun in {self.workdir}: give the same command again to continue "
+                "it"
+            )
         return os.pread(self._file, 1000, 0).decode(errors="replace")
 
     def _lock(self) -> int:

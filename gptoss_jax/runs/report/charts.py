@@ -91,8 +91,7 @@ def chart(
         note: A few words beside the title.
         low: The lower end of the axis of values, unless a value is less; None: the least value.
         high: The upper end, likewise.
-        log: Whether the axis is logarithmic; None: if all values are above 0 and the largest is
-            more than 30 times the least.
+        log: A logarithmic axis; None: if all values are above 0 and span a factor of over 30.
         marks: Steps that get a vertical line.
     """
     lines = [line for line in lines if line.points]
