@@ -1,7 +1,7 @@
-"""Any checkpoint to (model, params): found, read, and joined with its base and adapters.
+"""Find any checkpoint, read it, join it with its base and adapters, and return (model, params).
 
 Imports: weights, runs, model, lora and what comes before. The commands, training, distillation and
-planning take `load`, `read_config`, `find_folder`; training takes `resume` and `frozen_base` too.
+planning use `load`, `read_config`, `find_folder`; training also uses `resume` and `frozen_base`.
 """
 
 from gptoss_jax.loading.checkpoint import load as load

@@ -1,4 +1,4 @@
-"""From a source to a tree of parameters, leaf by leaf, in place: on a device, or over a mesh."""
+"""Build a tree of parameters from a source, leaf by leaf, in place: on a device or over a mesh."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def on_device(
     layout: str | None,
     advance: Callable[[int], None],
 ) -> Params:
-    """Build the tree of `config` leaf by leaf, in place.
+    """Build the parameters of `config` leaf by leaf, in place.
 
-    What is already as wanted in memory (a workdir's) is taken as it is. What is not leaves `source`
-    leaf by leaf: the device holds the parameters once.
+    If `source` holds them in memory (a workdir) in the wanted form already, they are used as they
+    are. If it holds them in another form, each leaf is removed from `source` once it is converted,
+    so that the device holds the parameters only once.
     """
     moves = sharding is not None or layout is not None
     if isinstance(source, ParamsSource) and source.config == config and not moves:
@@ -67,9 +68,10 @@ def on_device(
 
 @contextmanager
 def _on_host(source: Any, path: str) -> Iterator[None]:
-    """Have a leaf of parameters in memory on the host alone while it is read, and nowhere after.
+    """Move a leaf of a `ParamsSource` to the host while it is read, and delete it afterwards.
 
-    A leaf may be two thirds of all: the device has no room for it beside what is made of it.
+    One leaf may be two thirds of all parameters: the device has no room for both it and its
+    converted copy.
     """
     if not isinstance(source, ParamsSource):
         yield
@@ -80,7 +82,7 @@ def _on_host(source: Any, path: str) -> Iterator[None]:
 
 
 def adapters(tree: Params, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
-    """Place a workdir's adapters: they stay in float32, whatever the dtype of the weights."""
+    """Place a workdir's adapters on the mesh; they stay float32, whatever the weights' dtype."""
     tree = padding.resize({"lora": tree}, by=config.expert_padding)
     if mesh is None:
         return tree["lora"]
@@ -97,7 +99,7 @@ def over_mesh(
     layout: str | None,
     advance: Callable[[int], None],
 ) -> Params:
-    """Build the tree of `config` in the shards of this host's devices; see `shards`."""
+    """Build the parameters of `config` in the shards of this host's devices; see `shards`."""
     leaves: dict[str, Any] = {}
     for path, shape in source.shapes.items():
         in_layers = path.startswith("layers/")
@@ -122,12 +124,12 @@ def over_mesh(
 
 
 def no_mesh() -> Any:
-    """Return a context without a mesh: what a mesh's shards are made by runs on one device each."""
+    """Return a context without a mesh: the programs that fill shards each run on one device."""
     return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def num_bytes(source: Any, config: ModelConfig) -> int:
-    """Return the size of all parameters of `config`."""
+    """Return the size of all parameters of `config`, in bytes."""
     total = 0
     for path, shape in source.shapes.items():
         layers = config.num_layers if path.startswith("layers/") else 1

@@ -1,12 +1,12 @@
-"""A checkpoint of any kind to (model, params): a folder of either layout, or a workdir.
+"""Read any checkpoint, a folder of either layout or a workdir, and return (model, params).
 
-Leaves are made on the device as zeros and filled by donated updates, in place, from pieces that
-are read as byte ranges. So the host of a CPU holds the parameters and one piece, and the host of
-an accelerator one piece, whatever the checkpoint's size. A workdir is restored onto the device
-first: what is wanted of it in another form goes by the host, leaf by leaf.
+Leaves start as zeros on the device. Donated updates fill them in place from pieces that are read as
+byte ranges. So a CPU's host holds the parameters and one piece, and an accelerator's host holds one
+piece, whatever the size of the checkpoint. A workdir is restored onto the device first. If it is
+wanted in another form, each leaf then goes through the host.
 
-A run with adapters holds these alone: its base is found, read, and held against the hashes of the
-run's record.
+The checkpoint of a run with adapters lacks the run's base: the base is found, read, and compared
+with the checksums in the run's record.
 """
 
 from __future__ import annotations
@@ -56,20 +56,21 @@ def load(
     """Read a checkpoint and return (model, params).
 
     `checkpoint` is a Hugging Face folder, an OpenAI `original/` folder, a name on the hub, or a
-    workdir (its latest step, or `step`; that of a run with adapters has its base elsewhere: where
-    the run had it, or at `base`, or where the variable GPTOSS_JAX_BASE says). `dtype` (float32,
-    bfloat16, float16) is that of float parameters and of compute. `experts`: None as stored,
-    "mxfp4" (encoded, by least error, if stored dense), "dense" (decoded). `split` gives stacks as
-    tuples of L arrays. `layout` (a name of `ops.mxfp4.layouts`) gives packed experts as `Relaid`,
-    piece by piece: for sampling by kernels, so that a `Sampler` copies nothing. Without a mesh all
-    goes to the default device, which holds it once; a workdir, restored there as it was trained, by
-    the host where it is wanted otherwise. With a mesh of `parallel.mesh` every leaf goes straight
-    into its shards, and a host reads no more than those of its devices need (a workdir's, where
-    they are wanted as they were trained); over another mesh it is replicated. `make_model` builds a
-    model that is not the package's own: a run that was trained by one needs it again.
+    workdir (its latest step, or `step`). The base of a run with adapters is read from `base`, or
+    from where the run had it, or from GPTOSS_JAX_BASE. `dtype` (float32, bfloat16, float16) is that
+    of float parameters and of compute. `experts`: None keeps them as stored, "mxfp4" encodes dense
+    ones by least error, "dense" decodes. `split` returns each stack of layers as a tuple of L
+    arrays. `layout` (a name of `ops.mxfp4.layouts`) returns packed experts as `Relaid`, made piece
+    by piece, so that a `Sampler` with kernels copies nothing. `make_model` builds a model that is
+    not the package's own: a run that was trained with one needs it again.
 
-    Raises UserError, naming the file and the tensor or field, for anything that is not a whole,
-    finite checkpoint of this model.
+    Without a mesh the default device holds all parameters, once. With a mesh of `parallel.mesh`
+    each leaf goes straight into its shards, and a host reads only what its devices need. Any other
+    mesh gets replicated parameters. A workdir that is wanted in another form than it was trained in
+    is first restored onto the default device; its leaves then go through the host.
+
+    Raises UserError, naming the file and the tensor or field, unless this is a complete and finite
+    checkpoint of this model.
     """
     name, folder = _check_form(dtype, experts), find_folder(checkpoint)
     spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
@@ -88,7 +89,7 @@ def load(
     with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:
         config, params = _assemble(source, config, mesh, spread=spread, advance=advance, **how)
     model = make_model(config)
-    if isinstance(source, Stored):  # what no file can hold begins anew
+    if isinstance(source, Stored):  # parameters that the files lack get first values
         with jax.set_mesh(mesh) if mesh is not None and spread else assemble.no_mesh():
             params = add_missing(model, params, split=split)
     if isinstance(source, ParamsSource) and source.adapters is not None:
@@ -122,7 +123,7 @@ def _assemble(
 
 
 def _check_form(dtype: Any, experts: Form | None) -> str:
-    """Return the name of a dtype, if it and the form of experts are known."""
+    """Return the name of a dtype; raise UserError if it or the form of experts is unknown."""
     name = jnp.dtype(dtype).name
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype is {name}: it is float32, bfloat16 or float16")
@@ -134,7 +135,7 @@ def _check_form(dtype: Any, experts: Form | None) -> str:
 def _open(
     folder: Path, *, step: int | None, base: str | Path | None, make_model: MakeModel
 ) -> Stored | ParamsSource:
-    """Open a folder of either layout, or a workdir, which alone has steps and a base."""
+    """Open a folder of either layout, or a workdir; only a workdir has steps and a base."""
     if records.is_workdir(folder):
         return open_workdir(folder, step, base=base, make_model=make_model)
     if step is not None or base is not None:
@@ -150,10 +151,10 @@ def open_workdir(
     base: str | Path | None = None,
     make_model: MakeModel = Transformer,
 ) -> ParamsSource:
-    """Restore the parameters of a run, as they were trained, to be read from memory.
+    """Restore the parameters of a run as they were trained, as a source in memory.
 
-    With those of its base and its adapters, if it has these: see `checkpoint.load_params`. A
-    capacity factor belongs to training: the model that is read has none.
+    They include its base and its adapters, if it has them: see `load_params`. The capacity factor
+    is set to 0 (none), since it is for training only.
     """
     where = None if base is None else str(base)
     config, params = load_params(folder, step=step, base=where, make_model=make_model)
@@ -171,11 +172,11 @@ def _load_over(
     experts: Form | None,
     make_model: MakeModel,
 ) -> tuple[Transformer, Params] | None:
-    """Restore a run straight into shards; None where it is wanted in another form than trained."""
+    """Restore a run straight into shards; None if it is wanted in another form than trained."""
     try:
         stored = records.read_record(folder, step).config.model
     except DamagedError:
-        return None  # which `open_workdir` says more of
+        return None  # `open_workdir` then raises a fuller error
     if stored.param_dtype != dtype or experts not in (None, stored.experts):
         return None
     where = None if base is None else str(base)
@@ -194,15 +195,16 @@ def load_params(
     mesh: Mesh | None = None,
     make_model: MakeModel = Transformer,
 ) -> tuple[ModelConfig, Params]:
-    """Read the model of a run, and its parameters as they were trained.
+    """Read the config of a run's model, and its parameters as they were trained.
 
-    Of a run with `optimizer.ema` these are the averaged parameters, in the parameters' dtype; with
-    `ema=False` the last ones. Of a run with adapters they are those of its base, too, which is
-    looked for as `load_base` says, `base` being its `place`. Over a mesh of `parallel.mesh` each
-    array goes into its shards, and the config has the padding that this takes.
+    For a run with `optimizer.ema` these are the averaged parameters, in the parameters' dtype, or
+    the last ones with `ema=False`. For a run with adapters they include its base, which `load_base`
+    finds, with `base` as `place`. On a mesh of `parallel.mesh` each array goes into its shards, and
+    the config has the padding for that mesh.
 
     Raises:
-        UserError: as `restore`; for a damaged checkpoint it names the last whole one before it.
+        UserError: as `restore`; if the checkpoint is damaged, the message names the newest
+            undamaged one before it.
     """
     with jax.set_mesh(Mesh(np.empty((), object), ()) if mesh is None else mesh):
         try:
@@ -231,7 +233,7 @@ def load_params(
 def _load_held(
     workdir: str | Path, step: int | None, *, ema: bool, make_model: MakeModel
 ) -> tuple[Record, ModelConfig, Params]:
-    """Read what a checkpoint holds of the parameters, over the mesh that is set."""
+    """Read the parameters that the checkpoint itself holds, over the mesh that is set."""
     raw, folder = records.read_json(workdir, step)
     record, mesh = records.parse(raw, folder), jax.sharding.get_mesh()
     model = sharding.padded(record.config.model)
@@ -261,21 +263,22 @@ def load_base(
     whose: str | Path = "the run",
     make_model: MakeModel = Transformer,
 ) -> tuple[Params, Base]:
-    """Return the frozen parameters of a run of `model`, and the base with where it was found.
+    """Return a run's frozen parameters, and its base with the folder where it was found.
 
-    It is looked for at `place`, if given, or else where it was, or else where the environment's
-    GPTOSS_JAX_BASE says. Over the mesh that is set each array goes straight into its shards.
+    The base is looked for at `place`, if given, else where it was, else at the environment variable
+    GPTOSS_JAX_BASE. If a mesh is set, each array goes straight into its shards.
 
     Args:
-        base: As the run's record says.
-        model: The run's, without a mesh's padding.
-        place: A folder of either layout, a workdir, or a name on the hub; the base of a run that
-            began with random parameters is nowhere, but made again.
-        whose: What is said to have this base, in messages.
-        make_model: What builds the run's model.
+        base: The base in the run's record.
+        model: The config of the run's model, without a mesh's padding.
+        place: A folder of either layout, a workdir, or a name on the hub. Random parameters are
+            in no folder: they are made again from the seed.
+        whose: The owner of the base, for messages.
+        make_model: Builds the run's model.
 
     Raises:
-        UserError: it is not there, or another; with the arrays that differ in shape or by checksum.
+        UserError: the base is not there, or differs; the message names the arrays that differ in
+            shape or checksum.
     """
     if base.init == RANDOM:
         if place not in (None, RANDOM):
@@ -285,17 +288,18 @@ def load_base(
             )
         found, where = (
             init_params(make_model(sharding.padded(model)), seed=base.seed),
-            f"what seed {base.seed} gives",
+            f"the random model of seed {base.seed}",
         )
         if base.made_by != frozen_base.maker():
-            where += f" by {frozen_base.maker()}, where the run had {base.made_by},"
+            where += f", made by {frozen_base.maker()} (the run used {base.made_by}),"
     else:
-        is_new = place not in (None, RANDOM, base.init)  # a config's "random" says nothing here
+        # "random" may come from the config file: ignore it.
+        is_new = place not in (None, RANDOM, base.init)
         folder = _find_base(base, place if is_new else None, whose=whose)
         base, where = dataclasses.replace(base, folder=str(folder.absolute())), str(folder)
         frozen_base.check(
             base, _base_shapes(model, folder, make_model), where=where, whose=whose
-        )  # before much is read
+        )  # before the large arrays are read
         found = _read_base(base, model, folder, make_model)
     frozen = frozen_base.split(found, base)[1]
     here = frozen_base.sums(frozen, expert_padding=sharding.padded(model).expert_padding)
@@ -304,7 +308,7 @@ def load_base(
 
 
 def _find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
-    """Return the folder of a base."""
+    """Return the folder of a base: see `load_base` for the order."""
     if place is not None:
         return find_folder(place)
     if Path(str(base.folder)).is_dir():
@@ -312,7 +316,7 @@ def _find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
     if os.environ.get(PLACE):
         return find_folder(os.environ[PLACE])
     try:
-        return find_folder(base.init)  # from another current folder, or the hub
+        return find_folder(base.init)  # relative to another current folder, or on the hub
     except UserError:
         raise UserError(
             f"{base.folder}, the base of {whose}, is not there: say where it is now, {WAY}"
@@ -320,7 +324,7 @@ def _find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
 
 
 def _base_shapes(model: ModelConfig, folder: Path, make_model: MakeModel) -> dict[str, Sum]:
-    """Return what a folder's arrays will be in the run's form, without checksums."""
+    """Return the shapes and dtypes of a folder's arrays in the run's form, without checksums."""
     form = {"experts": model.experts, "param_dtype": model.param_dtype}
     stored = dataclasses.replace(read_config(folder), **form)
     shapes = jax.tree_util.tree_leaves_with_path(
@@ -330,7 +334,7 @@ def _base_shapes(model: ModelConfig, folder: Path, make_model: MakeModel) -> dic
 
 
 def _read_base(base: Base, model: ModelConfig, folder: Path, make_model: MakeModel) -> Params:
-    """Read a model's parameters in the form that the run has them in."""
+    """Read the parameters of the base in the run's form."""
     is_workdir = records.is_workdir(folder)
     mesh = jax.sharding.get_mesh()
     read, params = load(
@@ -341,14 +345,15 @@ def _read_base(base: Base, model: ModelConfig, folder: Path, make_model: MakeMod
         step=base.step if is_workdir else None,
         make_model=model_of(folder, make_model),
     )
-    more = sharding.padded(model).expert_padding - read.config.expert_padding  # of `model.qat`
+    # `model.qat` may need more padding.
+    more = sharding.padded(model).expert_padding - read.config.expert_padding
     return padding.resize(params, by=more)
 
 
 def model_of(folder: Path, make_model: MakeModel) -> MakeModel:
-    """Return what builds the model of a folder that a run of `make_model` starts from.
+    """Return what builds the model in `folder`, the base of a run with `make_model`.
 
-    A run of a model of its own may start from published weights, or from a run of the package's.
+    A run with its own model may start from published weights, or from a run of the package's model.
     """
     if records.is_workdir(folder) and records.read_record(folder).model_source is not None:
         return make_model

@@ -1,10 +1,10 @@
-"""Any checkpoint to a folder of any layout, streaming from file to file.
+"""Convert any checkpoint to a folder of any layout, streaming from file to file.
 
-No model is in memory (a workdir's parameters are restored first). Adapters, the workdir's own or a
-folder of PEFT's, are merged on the way. By default every other number is as stored: the bytes of
-each tensor are the same, reordered where the layouts differ. Converting to the same layout rewrites
-the folder into shards of 5 GB and copies config.json as it is; a file that the safetensors library
-wrote whole comes out identical.
+The model is never in memory as a whole (except that a workdir's parameters are restored first).
+Adapters, from the workdir or from a PEFT folder, are merged on the way. By default all other values
+stay as stored: each tensor keeps its bytes, reordered if the layouts differ. Converting to the same
+layout rewrites the folder into shards of 5 GB and copies config.json as it is; a checkpoint that
+the safetensors library wrote as one file comes out identical.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def convert(
 ) -> Report:
     """Write the checkpoint `source` (see `loading.load`) to the new folder `destination`.
 
-    `experts`: None as stored, "mxfp4" (encoded with the scales of least error), "dense" (decoded
-    to, or cast to, bfloat16). `dtype` is that of all floats; None as stored. `adapters` is a folder
-    of PEFT's, merged into the source. `base`: as `loading.load`'s, where the base of a LoRA run is
-    no longer where it was. Tokenizer files are copied from a Hugging Face source and made for any
-    other. `to="peft"` writes the adapters of a workdir alone. `make_model` builds the model of a
-    run, where that is not the package's own: a copy of its source is put beside the weights, which
-    their readers do not look at. Returns what merging and encoding cost, as `weights.save`.
+    `experts`: None keeps them as stored, "mxfp4" encodes them with the scales of least error,
+    "dense" decodes or casts them to bfloat16. `dtype` is the dtype of all floats; None keeps it.
+    `adapters` is a PEFT folder to merge into the source. `base` is as in `loading.load`: the base
+    of a LoRA run, if it has moved. Tokenizer files are copied from a Hugging Face source and made
+    for any other. `to="peft"` writes only the adapters of a workdir. `make_model` builds the model
+    of a run if it is not the package's own; a copy of its source is put beside the weights, where
+    other programs ignore it. Returns the errors of merging and encoding, as `weights.save` does.
 
     Raises UserError, with nothing written, as `loading.load`, `weights.save` and `peft.read` do.
     """
@@ -93,7 +93,7 @@ def convert(
 def _open(
     folder: Path, *, step: int | None, base: str | Path | None, make_model: MakeModel
 ) -> Stored | ParamsSource:
-    """Open what is converted; refuse options that are for workdirs alone."""
+    """Open the source; refuse options for workdirs if it is none."""
     if records.is_workdir(folder):
         return open_workdir(folder, step, base=base, make_model=make_model)
     if step is not None or base is not None or make_model is not Transformer:
@@ -101,14 +101,14 @@ def _open(
         raise UserError(f"{folder}: {name} is for workdirs, and this is none (no checkpoints)")
     if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder}: holds PEFT's adapters alone: give the model they are of as SRC, and this "
+            f"{folder}: holds PEFT's adapters alone: give their base model as SRC, and this "
             "folder with --adapters"
         )
     return open_checkpoint(folder)
 
 
 def _merged(folder: Path, weights: Stored | ParamsSource, adapters: str | Path | None) -> Source:
-    """Return the source with its adapters, or with those of a folder, on top."""
+    """Return the source merged with its own adapters, or with those of the folder `adapters`."""
     if adapters is None:
         return with_adapters(weights) if isinstance(weights, ParamsSource) else weights
     if isinstance(weights, ParamsSource) and weights.adapters is not None:
@@ -125,7 +125,10 @@ def _write_peft(
     step: int | None,
     given: list[str],
 ) -> None:
-    """Write a workdir's adapters, and what they are of: the base that the run began with."""
+    """Write a workdir's adapters, with the name of their base: the model that the run started from.
+
+    `given` are the options that `--to peft` does not take.
+    """
     if given:
         raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
     if not isinstance(weights, ParamsSource):
@@ -144,7 +147,7 @@ def _write_peft(
 def _copy_side_files(
     folder: Path, new: Path, *, weights: Stored, form: Form, dtype: DType | None
 ) -> None:
-    """Copy what lies beside the tensors, within one layout."""
+    """Copy the files beside the tensors, for a source and a destination of the same layout."""
     same = form == weights.config.experts and dtype is None
     names = ["config.json"]
     if weights.layout == "hf":

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's folder, and what model is in it."""
+"""Find a checkpoint's folder, and read the config of its model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gptoss_jax.weights.read import open_checkpoint
 
 
 def find_folder(checkpoint: str | Path) -> Path:
-    """Return the folder of a checkpoint: itself, or fetched if it is a name on the hub.
+    """Return the folder of a checkpoint; fetch it first if `checkpoint` is a name on the hub.
 
-    Raises UserError if there is no such folder, and no such thing on the hub or no network.
+    Raises UserError if there is no such folder, and the hub has no such name or can't be reached.
     """
     folder = Path(checkpoint)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
         raise UserError(f"{checkpoint}: there is no such folder")
-    import huggingface_hub  # half a second, for a name on the hub alone
+    import huggingface_hub  # takes half a second, and only a name on the hub needs it
 
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja"]
@@ -31,7 +31,7 @@ def find_folder(checkpoint: str | Path) -> Path:
                 str(checkpoint), allow_patterns=wanted, ignore_patterns=other
             )
         )
-    except Exception as error:  # the hub's own, and those of its HTTP client
+    except Exception as error:  # the hub's own errors, and those of its HTTP client
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{checkpoint}: there is no such folder, and the hub did not give it: {why}"
@@ -39,9 +39,9 @@ def find_folder(checkpoint: str | Path) -> Path:
 
 
 def read_config(checkpoint: str | Path) -> ModelConfig:
-    """Read what model a checkpoint holds, from its headers alone: no weights are read.
+    """Read the config of a checkpoint's model from its headers alone, without its weights.
 
-    Raises UserError as `load`, apart from what is wrong with values.
+    Raises UserError as `load`, except for wrong values.
     """
     folder = find_folder(checkpoint)
     if records.is_workdir(folder):

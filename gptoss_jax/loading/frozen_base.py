@@ -1,7 +1,7 @@
-"""The base of a run that begins: where it is, and what its arrays are.
+"""Find the base of a new run, and compute the checksums of its arrays.
 
-Checksums are computed once, where the arrays lie: at the pace of an accelerator's memory, and on
-two cores of a CPU at about 1 GiB of packed experts a second.
+The device that holds an array computes its checksum, once: at the speed of an accelerator's memory,
+and at about 1 GiB of packed experts a second on two CPU cores.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _ADAPTERS = "lora/"
 
 
 def begin(config: Config) -> Base | None:
-    """Say where the base of a new run is; None for a run without adapters, which has none.
+    """Return where the base of a new run is; None for a run without adapters, which has no base.
 
-    Of a workdir it is the checkpoint that is the newest now.
+    If the base is a workdir, its newest checkpoint at this moment is the base.
 
     Raises:
         UserError: there is no such folder.
@@ -41,10 +41,11 @@ def begin(config: Config) -> Base | None:
 def measure(
     base: Base, params: Params, *, frozen_paths: Collection[str], expert_padding: int = 0
 ) -> Base:
-    """Add what the arrays are: those at `frozen_paths`, but for adapters, which have no other home.
+    """Return the base with the shapes, dtypes and checksums of the arrays at `frozen_paths`.
 
-    Where the run goes on with the adapters of another, in whose base all of these are, that base is
-    this run's: the other run may go on, or be deleted.
+    Frozen adapters are left out: no file but the run's own checkpoints holds them. If `base` is a
+    LoRA run, and that run's base holds all these arrays, then that base is returned instead of the
+    run: so the other run may continue, or be deleted.
     """
     frozen = [path for path in frozen_paths if not path.startswith(_ADAPTERS)]
     flat = flatten(params)

@@ -1,4 +1,4 @@
-"""A run's newest checkpoint as the state that it goes on from, with what is in its base."""
+"""Restore the state of a run from its newest checkpoint and its base, so that it continues."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gptoss_jax.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a run goes on from."""
+    """The checkpoint from which a run continues."""
 
     state: TrainState
     record: Record
-    damaged: list[str]  # what was wrong with the checkpoints after it, which were set aside
+    damaged: list[str]  # one error for each newer checkpoint; these were damaged and set aside
 
 
 def restore(
@@ -39,12 +39,12 @@ def restore(
 ) -> tuple[TrainState, Record]:
     """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
-    As `checkpoints.restore_held`. What is in the run's base is `frozen`, if given, or else read
-    from where the base is: see `checkpoint.load_base`, also for `place`. The record's says where
-    that was.
+    This is `checkpoints.restore_held` with the parameters of the run's base: `frozen`, if given, or
+    else those that `checkpoint.load_base` reads (see there for `place`). The base in the returned
+    record then says where it was found.
 
     Raises:
-        DamagedError: what is there is not what was written, or arrays of other shapes.
+        DamagedError: the content differs from what was written, or arrays have other shapes.
         UserError: as `records.read_record` and `checkpoint.load_base`.
     """
     state, record = checkpoints.restore_held(
@@ -53,7 +53,7 @@ def restore(
     if record.base is None:
         return state, record
     if frozen is None:
-        if place == record.config.init:  # the run's own: where its base is the record knows
+        if place == record.config.init:  # the run's own init: its record knows where the base is
             place = None
         own = record.config.model
         frozen, base = load_base(
@@ -74,17 +74,17 @@ def restore_newest(
     frozen: Params | None = None,
     make_model: MakeModel = Transformer,
 ) -> Restored:
-    """Read the newest checkpoint that is whole, for a run to go on from.
+    """Read the newest undamaged checkpoint, so that a run continues from it.
 
-    Damaged ones after it are renamed to `<step>.damaged`, so that nothing takes them for
-    checkpoints; not before a whole one was read. For whoever holds the workdir (`workdir.Hold`).
-    `place` and `frozen` are as in `restore`.
+    Newer, damaged checkpoints are then renamed to `<step>.damaged`, so that nothing takes them for
+    checkpoints. The caller must hold the lock of the workdir (`workdir.Hold`). `place` and `frozen`
+    are as in `restore`.
 
     Raises:
-        UserError: none is whole, or as `restore`.
+        UserError: all checkpoints are damaged, or as `restore`.
     """
     damaged: list[str] = []
-    there = processes.from_first(lambda: records.steps(workdir))
+    steps = processes.from_first(lambda: records.steps(workdir))
     read = functools.partial(
         restore,
         workdir,
@@ -94,13 +94,13 @@ def restore_newest(
         frozen=frozen,
         make_model=make_model,
     )
-    for step in reversed(there):
+    for step in reversed(steps):
         try:
             state, record = read(step=step)
         except DamagedError as error:
             damaged.append(str(error))
             continue
-        bad = [Path(workdir) / records.FOLDER / str(s) for s in there if s > step]
+        bad = [Path(workdir) / records.FOLDER / str(s) for s in steps if s > step]
         processes.from_first(functools.partial(checkpoints.set_aside, bad))
         return Restored(state, record, damaged)
     raise UserError("; ".join([*damaged[:1], records.none_is_whole(workdir)]))

@@ -1,6 +1,6 @@
-"""Leaves that are spread over a mesh, filled piece by piece: each device gets its part alone.
+"""Fill leaves that are sharded over a mesh, piece by piece, so that each device gets its part only.
 
-A host reads only the pieces of which its own devices have a part, and holds one at a time.
+A host reads only the pieces that its own devices need a part of, and holds one at a time.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Index = tuple[slice, ...]
 
 @dataclass
 class Shard:
-    """What one device has of a leaf: where it lies in the whole, and what is filled so far."""
+    """One device's part of a leaf: its place in the whole leaf, and the values filled so far."""
 
     device: Any
-    index: Any  # as `leaf`, an Index for each array
+    index: Any  # the structure of `leaf`, with an Index for each array
     leaf: Any
 
 
 def empty(like: Any, shardings: Any) -> list[Shard]:
-    """Make this host's shards of a leaf of zeros; `like` has the shape of each array in it."""
+    """Make this host's shards of a leaf, filled with zeros; `like` has the shapes of its arrays."""
     arrays, tree = jax.tree.flatten(like)
     spreads = jax.tree.leaves(shardings)
     maps = [
@@ -48,7 +48,7 @@ def empty(like: Any, shardings: Any) -> list[Shard]:
 
 
 def join(shards: list[Shard], like: Any, shardings: Any) -> Any:
-    """Return the leaf that the shards of all hosts make up."""
+    """Join the shards of all hosts into one leaf."""
 
     def one(x: Any, sharding: Any, *parts: Any) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, sharding, list(parts))
@@ -64,9 +64,10 @@ def put(
     layer: int | None,
     relay: Callable[[MXFP4], Any] | None,
 ) -> bool:
-    """Write rows of a leaf (of one layer of it) into the shards that have a part of them.
+    """Write rows of a leaf (or of one layer of it) into the shards that have a part of them.
 
-    `read(rows=)` is called if there is any. Returns whether all that was written is finite.
+    `read(rows=)` is called only if there is such a shard. Returns whether all written values are
+    finite.
     """
     lead = 0 if layer is None else 1
     wanted = [shard for shard in shards if _common(_first(shard, lead), rows)]
@@ -94,9 +95,9 @@ def _first(shard: Shard, lead: int) -> slice:
 
 
 def _like(piece: Any, index: Any) -> Any:
-    """Give each array of a piece the index of its field.
+    """Return the piece's structure, with the index of the matching field for each array.
 
-    Where the leaf is relaid only the first axes are the piece's, and only they are split.
+    If the leaf is relaid, it shares only the first axes with the piece, and only these are split.
     """
     if jax.tree.structure(piece) == jax.tree.structure(index, is_leaf=_is_index):
         return index
@@ -122,7 +123,7 @@ def _whole(index: Index, shape: tuple[int, ...]) -> Index:
 
 @partial(jax.jit, donate_argnums=0)
 def write(leaf: Any, piece: Any, at: tuple[int, ...]) -> tuple[Any, jax.Array]:
-    """Put a piece where its leading indices say, in place; say whether all of it is finite."""
+    """Write a piece into a leaf in place, at leading indices `at`; return whether it is finite."""
     finite = jnp.array(True)
 
     def put(whole: jax.Array, rows: jax.Array) -> jax.Array:

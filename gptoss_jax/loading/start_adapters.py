@@ -1,4 +1,4 @@
-"""PEFT's adapters as what a run begins with (`init_adapters`)."""
+"""Start a run from PEFT's adapters (`init_adapters`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from gptoss_jax.weights import peft
 
 
 def read(config: Config) -> tuple[LoRAConfig, Params] | None:
-    """Return what `init_adapters` holds, as `weights.peft.read`; None if none are named.
+    """Read the adapters of `init_adapters` with `weights.peft.read`; None if it is not set.
 
     Raises:
-        UserError: a folder that can't be read, of another base, or of other adapters than those of
+        UserError: the folder can't be read, or its adapters belong to another base or differ from
             `model.lora`.
     """
     if config.init_adapters is None:
@@ -42,7 +42,7 @@ def read(config: Config) -> tuple[LoRAConfig, Params] | None:
 
 
 def describe(own: LoRAConfig) -> str:
-    """Return words that say what is adapted, and how."""
+    """Return the targets, rank, alpha and rslora as text."""
     return (
         f"{' '.join(own.targets)}, rank {own.rank}, alpha {own.alpha:g}"
         f"{', rslora' if own.rslora else ''}"
@@ -52,18 +52,19 @@ def describe(own: LoRAConfig) -> str:
 def put(
     config: Config, params: Params | None, own: Params, *, make_model: MakeModel = Transformer
 ) -> Params:
-    """Return parameters with adapters that begin as `own`, and else as new ones.
+    """Return parameters with adapters: those in `own`, and new ones for the rest.
 
-    What `own` leaves out is made as it is for any run: other weights, other layers, and the rest of
-    a rank, where both A and B are zero and would stay so. The function is that of `own` alone.
+    Adapters that `own` lacks get the first values of any new run. These are adapters of other
+    weights and of other layers, and unused ranks: those are zero in both A and B, so they would
+    stay zero. The model computes the same function as with `own` alone.
 
     Args:
-        config: Of the run; `model` as it is on the mesh.
-        params: Without adapters; None: random ones, by the seed.
-        own: As `read` returns them, numpy arrays.
+        config: The config of the run; `model` has the mesh's padding.
+        params: Parameters without adapters; None: random ones from the seed.
+        own: Adapters from `read`, as numpy arrays.
 
     Raises:
-        UserError: the parameters have adapters.
+        UserError: the parameters already have adapters.
     """
     model, seed = config.model, config.train.seed
     if params is None:
@@ -84,7 +85,7 @@ def put(
 
 
 def _filled(a: np.ndarray, b: np.ndarray, new: Any, *, stacked: bool) -> Float[Array, "..."]:
-    """Return A with the new one where a rank is all zero in A and in B, a layer at a time."""
+    """Replace ranks of A that are all zero in both A and B with those of `new`, layer by layer."""
     lead = a.shape[:1] if stacked else (1,)
     rank = a.shape[-1]
     there = a.reshape(*lead, -1, rank).any(1) | b.reshape(*lead, rank, -1).any(2)  # [L, r]
@@ -93,7 +94,7 @@ def _filled(a: np.ndarray, b: np.ndarray, new: Any, *, stacked: bool) -> Float[A
 
 
 def _options(config: Config, own: LoRAConfig) -> list[str]:
-    """Return the options that make `model.lora` fit; none if it does."""
+    """Return the options that make `model.lora` fit the adapters; [] if it already does."""
     mine, options = config.model.lora, []
     given = Transformer(config.model).abstract_params()
     adaptable = lora_adapters.adaptable()

@@ -1,4 +1,4 @@
-"""What a run takes on hardware that is not here: the real programs, compiled and measured.
+"""Plan a run for absent hardware: compile its real programs, and read their memory and work.
 
-Imports: training, sampler and what comes before. `plan` and `train --dry-run` take these.
+Imports: training, sampler and what comes before. `plan` and `train --dry-run` use this package.
 """

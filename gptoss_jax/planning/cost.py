@@ -1,4 +1,4 @@
-"""What a program costs on a device: memory by its compiler, times by its work and data sheets."""
+"""Estimate a program's cost on a device: memory from its compiler, times from the data sheets."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ ASSUMPTIONS = (
 
 @dataclass
 class Plan:
-    """What a program takes on each device; bytes, seconds, FLOPs."""
+    """The cost of a program on each device, in bytes, seconds and FLOPs."""
 
     name: str
     parts: dict[str, int]
     gradients: int
     capacity: int
-    # By the compiler; None where it refused before it said.
+    # From the compiler; None if it refused the program and did not say.
     arguments: int | None = None
     temporaries: int | None = None
     code: int = 0
     peak: int | None = None
-    host: int = 0  # in the host's memory: of the state, and what waits there in the step
-    refused: str | None = None
+    host: int = 0  # in the host's memory: state, and temporaries that are moved there in the step
+    refused: str | None = None  # the compiler's message
     flops: float = 0.0
-    compiler_flops: float | None = None  # bodies of loops once
+    compiler_flops: float | None = None  # the body of a loop counts once
     bytes_accessed: float = 0.0
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
     unknown_loops: list[str] = field(default_factory=list)
     receive_buffer: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # compute, memory, collectives
+    seconds: dict[str, float] = field(default_factory=dict)  # for compute, memory, collectives
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
 
     @property
     def spare(self) -> int | None:
-        """Bytes that are left; negative: that lack."""
+        """The bytes that are left; negative: the bytes that are missing."""
         return None if self.peak is None else self.capacity - self.peak
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """Whether the program compiles and fits into the device's memory."""
         return self.refused is None and self.spare is not None and self.spare >= 0
 
     def record(self) -> dict[str, Any]:
-        """Return all of it for JSON."""
+        """Return the plan as JSON data."""
         return {**asdict(self), "spare": self.spare, "fits": self.fits}
 
 
@@ -79,7 +79,7 @@ def measure(
     sampling: Sampling,
     keep_hlo: Callable[[str, str], None] | None = None,
 ) -> Plan:
-    """Compile a program, and read what it takes."""
+    """Compile a program, and return its cost; `keep_hlo(name, text)` gets its HLO text."""
     facts = TARGETS[kind]
     plan = Plan(lowered.name, lowered.parts, lowered.gradients, facts.memory)
     plan.trace_seconds, plan.host = lowered.seconds, lowered.host
@@ -123,11 +123,11 @@ def measure(
 
 
 def _allocated(memory: Any, kind: str) -> int:
-    """Return the bytes that a program takes beside its own code.
+    """Return the bytes that a program takes, without its code.
 
-    A TPU's compiler says so itself; its figure of temporaries has buffers in it that arguments are
-    counted for too. Of others it is arguments, temporaries, and what outputs take beyond the
-    arguments that they replace.
+    A TPU's compiler reports this total itself; some buffers in its figure of temporaries also count
+    as arguments. For other chips it is the sum of arguments, temporaries, and outputs that do not
+    replace an argument.
     """
     whole = getattr(memory, "total_allocation_bytes", 0)
     if whole and kind not in GPUS:
@@ -139,7 +139,7 @@ def _allocated(memory: Any, kind: str) -> int:
 def summarise(
     collectives: list[hlo.Collective], facts: Target, *, gpu: bool
 ) -> dict[str, dict[str, float]]:
-    """Add collectives up by kind: how many a run of the program, bytes a device, least seconds."""
+    """Sum collectives by kind: count in a run of the program, bytes a device, least seconds."""
     found: dict[str, dict[str, float]] = {}
     for one in collectives:
         entry = found.setdefault(
@@ -159,7 +159,7 @@ def _leaves_host(one: hlo.Collective) -> bool:
 
 
 def wanted_bytes(message: str) -> int | None:
-    """Read from a compiler's refusal how many bytes the program would take; None if it says not."""
+    """Read from a compiler's refusal how many bytes the program needs; None if it does not say."""
     found = re.search(
         r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])", message
     ) or re.search(r"allocat\w* ([\d.]+)\s?([KMGT])i?B", message)
@@ -169,10 +169,10 @@ def wanted_bytes(message: str) -> int | None:
 
 
 def receive_bytes(config: Config, mesh: jax.sharding.Mesh, name: str, sampling: Sampling) -> int:
-    """Return the bytes of a shard's buffer for the rows of others, in the worst routing.
+    """Return the bytes of a shard's buffer for rows from other shards, for the worst routing.
 
-    The buffer has room for all rows of the axis `expert`, `model.expert_chunk` of each shard at a
-    time: any routing fits, all to one expert too.
+    The buffer has room for all rows of the `expert` axis, at most `model.expert_chunk` from each
+    shard at a time. So any routing fits, even if all rows go to one expert.
     """
     shards, parts = mesh.shape["expert"], 1
     if shards == 1:
@@ -195,7 +195,7 @@ def _piece(sampling: Sampling) -> int:
 
 
 def flops(config: Config, name: str, sampling: Sampling) -> float:
-    """Return the operations of a run of the program over all devices; see `ASSUMPTIONS`."""
+    """Return the FLOPs of one run of the program on all devices together; see `ASSUMPTIONS`."""
     c = config.model
     if name == "train":
         tokens = config.data.batch_size * config.data.sequence_length
@@ -215,21 +215,21 @@ def flops(config: Config, name: str, sampling: Sampling) -> float:
 def decode_bytes(
     config: ModelConfig, parts: dict[str, int], sampling: Sampling, mesh: jax.sharding.Mesh
 ) -> float:
-    """Return the bytes that a device reads for a token of each row: cache, weights, experts' share.
+    """Return the bytes that a device reads to decode one token of each row: cache and weights.
 
-    Of the experts those are read that any of the rows chose, were the choice even and independent.
+    Only the experts that some row chooses are read; the choices count as even and independent.
     """
     c = config
     unpacked = jnp.dtype(c.param_dtype).itemsize
     per_weight = 17 / 32 if c.experts == "mxfp4" or c.qat else unpacked
     experts = c.num_layers * c.num_experts * 3 * c.d_model * c.d_expert * per_weight / mesh.size
-    table = c.vocab_size * c.d_model * unpacked / mesh.size  # the embedding's: a row is read
+    table = c.vocab_size * c.d_model * unpacked / mesh.size  # the embedding: only rows are read
     chosen = 1 - (1 - c.active_experts / c.num_experts) ** sampling.batch
     return parts["cache"] + parts["parameters"] - experts * (1 - chosen) - table
 
 
 def lines(plan: Plan) -> list[str]:
-    """Return what is printed of a plan."""
+    """Return the lines to print for a plan."""
     out = [f"{plan.name}, on each device"]
     out += [_row(name, size) for name, size in plan.parts.items() if size]
     if plan.gradients:

@@ -1,4 +1,4 @@
-"""What a run would be: its parameters, memory and arithmetic, without making any of it."""
+"""Show the parameters, memory and arithmetic of a run without allocating anything."""
 
 from __future__ import annotations
 
@@ -32,31 +32,30 @@ from gptoss_jax.types import MXFP4, Relaid
 def show(config: Config, console: Console, *, make_model: MakeModel = Transformer) -> None:
     """Print parameters, FLOPs, checkpoint size and memory of a step; write and allocate nothing.
 
-    Data that are given are looked at, too. The step is compiled for this device, as training would
-    do, which may take a minute.
+    The data files, if given, are checked too. The step is compiled for this device, as training
+    does, which may take a minute.
 
     Raises:
-        UserError: bad data, or patterns of `optimizer` that do not fit the model.
+        UserError: the data are bad, or patterns of `optimizer` do not fit the model.
     """
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    run, begun = shapes(config, make_model), start_adapters.read(config)
+    run, given = shapes(config, make_model), start_adapters.read(config)
     check_start(config, None)
     say("\nparameters")
     for line in parameter_table(run):
         say(line)
     total, active = run.model.num_parameters()
     say(f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active")
-    if begun is not None:
-        say(f"adapters  begin as {config.init_adapters}: {start_adapters.describe(begun[0])}")
+    if given is not None:
+        say(f"adapters  begin as {config.init_adapters}: {start_adapters.describe(given[0])}")
 
     rows, length = config.data.batch_size, config.data.sequence_length
     tokens = trained = float(rows * length)
-    known = (
-        config.data.train and config.objective.kind.records != "questions"
-    )  # whose answers are yet to come
+    # Questions have no answers yet, so the tokens of a batch are unknown.
+    known = config.data.train and config.objective.kind.records != "questions"
     if known:
         say(f"\n{data.describe(config)}")
         tokens, trained = _first_batch(config)
@@ -85,7 +84,7 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
 
 
 def parameter_table(run: Shapes) -> list[str]:
-    """Return a line a parameter: path, shape, dtype, count, what is trained of it, megabytes."""
+    """Return a line for each parameter: path, shape, dtype, size, trained elements, megabytes."""
     factors = flatten(run.factors)
     rows = [("path", "shape", "dtype", "parameters", "trained", "MB")]
     count = trained = 0
@@ -113,10 +112,10 @@ def parameter_table(run: Shapes) -> list[str]:
 
 
 def memory_table(config: Config, run: Shapes) -> list[str]:
-    """Compile the step, and return lines on its memory by part, and on its arithmetic."""
+    """Compile the step, and return lines about its memory, part by part, and its arithmetic."""
     state = run.state
     factors = flatten(run.factors)
-    exact = config.optimizer.accumulate > 1  # gradients then add up in float32
+    exact = config.optimizer.accumulate > 1  # accumulated gradients are float32
     each = {
         path: math.prod(leaf.shape) * 4 if exact else tree_bytes(leaf)
         for path, leaf in flatten(state.params).items()
@@ -134,11 +133,11 @@ def memory_table(config: Config, run: Shapes) -> list[str]:
     try:
         compiled = step.lower(state, run.batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).strip().splitlines()[0][:200]
+        message = str(error).strip().splitlines()[0][:200]
         known = sum(parts.values()) + gradients
         lines.append(_row("gradients", gradients))
         lines.append(_row("together", known, "and activations, of which the compiler says nothing"))
-        return [*lines, f"the step can't be compiled for this device: {said}"]
+        return [*lines, f"the step can't be compiled for this device: {message}"]
     memory = compiled.memory_analysis()
     peak = 0
     if memory is None:
@@ -167,7 +166,7 @@ def memory_table(config: Config, run: Shapes) -> list[str]:
 
 
 def device_bytes() -> int | None:
-    """Return the memory of the first device (of a CPU, the machine's); None if it is not known."""
+    """Return the bytes of the first device's memory (a CPU: the machine's); None if unknown."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         try:
@@ -178,7 +177,7 @@ def device_bytes() -> int | None:
 
 
 def _first_batch(config: Config) -> tuple[float, float]:
-    """Return the tokens of the first batch, and those trained."""
+    """Return the number of tokens in the first batch, and the sum of their weights in the loss."""
     batches = data.train_batches(config)
     try:
         batch = next(batches)

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its HLO text, loops counted by their trips."""
+"""Read the collectives of a compiled program from its HLO text, with all trips of loops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# A collective by the name under which it is reported.
+# The kinds of collectives, by the names in reports.
 KINDS = (
     "all-gather",
     "reduce-scatter",
@@ -17,7 +17,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # others have theirs in their name
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # other dtypes have the number in their name
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -37,31 +37,31 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
-    text: str  # what stands between the parentheses
+    text: str  # the text between the parentheses
     is_root: bool
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective, and how often a run of the program comes by it."""
+    """One collective, and how often a run of the program executes it."""
 
     kind: str
-    operand_bytes: float  # what each device puts in
-    groups: tuple[tuple[int, ...], ...]  # which devices talk to each other; empty: all of them
+    operand_bytes: float  # of each device's operand
+    groups: tuple[tuple[int, ...], ...]  # which devices communicate; empty: all of them
     times: int
 
     @property
     def group_size(self) -> int:
-        """How many devices talk to each other."""
+        """The number of devices in the largest group."""
         return max((len(group) for group in self.groups), default=0)
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a device sends each time, in a ring: the least that the kind needs.
+        """The bytes that a device sends each time, in a ring: the least that the kind needs.
 
-        An all-gather's operand goes to n - 1 others; of a reduce-scatter's and an all-to-all's a
-        share of (n-1)/n goes away; an all-reduce is the two one after the other. What a ragged
-        all-to-all sends is known when it runs: its whole operand is counted.
+        An all-gather sends its operand to n - 1 others. A reduce-scatter and an all-to-all send
+        (n-1)/n of theirs. An all-reduce is a reduce-scatter and then an all-gather. It is known
+        only at run time how much a ragged all-to-all sends: its whole operand counts.
         """
         n = self.group_size
         if self.kind in ("collective-permute", "collective-broadcast", "ragged-all-to-all"):
@@ -74,19 +74,20 @@ class Collective:
 
 @dataclass
 class Reading:
-    """What was read from a program."""
+    """The collectives of a program."""
 
     collectives: list[Collective] = field(default_factory=list)
-    unknown_loops: list[str] = field(default_factory=list)  # with collectives, counted once
+    # Loops that hold collectives but whose number of trips is unknown; these count once.
+    unknown_loops: list[str] = field(default_factory=list)
 
 
 def read(text: str, *, num_devices: int = 0) -> Reading:
-    """Find the collectives of a program's HLO text, with those in loops multiplied by their trips.
+    """Find the collectives in a program's HLO text; those in a loop count once for each trip.
 
-    A loop's trips are what the compiler noted (`known_trip_count`), else the constant that its
-    condition compares its counter with. A loop whose trips only a run can tell counts once, and is
-    named in `unknown_loops` if it holds a collective. Of the branches of a condition all count.
-    `num_devices` is taken where a collective names no groups: all devices are one.
+    The number of trips is what the compiler noted (`known_trip_count`), or else the constant that
+    the loop's condition compares its counter with. A loop counts once if its trips are known only
+    at run time, and `unknown_loops` names it if it holds a collective. All branches of a condition
+    count. If a collective names no groups, all `num_devices` devices are one group.
     """
     computations, entry = parse(text)
     result = Reading()
@@ -95,7 +96,7 @@ def read(text: str, *, num_devices: int = 0) -> Reading:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Return the instructions of each computation, and the name of the one that is run."""
+    """Return the instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, inside = "", None
     for line in text.splitlines():
@@ -103,14 +104,14 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if header:
             inside = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        # Only a header ends a computation: braces stand in what kernels print, too.
+        # Only the next header ends a computation: the text of kernels has braces too.
         elif inside is not None and (one := _instruction(line)):
             inside.append(one)
     return computations, entry
 
 
 def shape_bytes(shape: str) -> float:
-    """Return the bytes of a shape as HLO writes it, a tuple's added up; layouts take no part."""
+    """Return the bytes of a shape in HLO's notation; a tuple's are summed, layouts are ignored."""
     total = 0.0
     for dtype, sizes in _SHAPE.findall(shape):
         bits = _BITS.get(dtype)
@@ -142,7 +143,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Return where the parenthesis closes that opens at `start`."""
+    """Return the position that closes the parenthesis opened at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -163,8 +164,8 @@ def _walk(
     overlapped: set[tuple[str, ...]] = set()
     for one in instructions:
         if one.opcode == "fusion":
-            # A TPU's collective that runs beside other work is in each of the fusions that it
-            # spans, with the same marks.
+            # On a TPU a collective may overlap with other work. It then appears in each of the
+            # fusions that it spans, with the same marks.
             for inner in called(one):
                 chains = {
                     _chain(part) for part in computations.get(inner, []) if _kind(part.opcode)
@@ -190,7 +191,7 @@ def _walk(
 
 
 def _chain(one: Instruction) -> tuple[str, ...]:
-    """Return what the parts of one overlapped collective have in common."""
+    """Return the marks that all parts of one overlapped collective share."""
     marks = (r"channel_id=(\d+)", r'chain_id="(\d+)"')
     found = (re.search(mark, one.attributes) for mark in marks)
     return (one.opcode, *(mark[1] if mark else "" for mark in found))
@@ -202,7 +203,7 @@ def _kind(opcode: str) -> str | None:
 
 
 def called(one: Instruction) -> Iterator[str]:
-    """Name the computations that an instruction runs."""
+    """Yield the names of the computations that an instruction runs."""
     for single, several in _CALLED.findall(one.attributes):
         yield from [single] if single else re.findall(r"[\w.\-]+", several)
 
@@ -220,7 +221,7 @@ def _operand_bytes(one: Instruction, shapes: dict[str, str], kind: str, group: i
 
 
 def trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
-    """Return how often a loop's body runs, None if only a run can tell."""
+    """Return how often a loop's body runs; None if that is known only at run time."""
     noted = _TRIPS.search(loop.attributes)
     if noted:
         return int(noted[1])
@@ -239,7 +240,7 @@ def trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int 
 
 
 def _groups(one: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of devices, from any of the forms that HLO writes them in."""
+    """Return the groups of devices, from any of HLO's notations for them."""
     everyone = (tuple(range(num_devices)),) if num_devices else ()
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.attributes)
     if pairs:
@@ -258,9 +259,10 @@ def _groups(one: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _by_axes(mesh: str, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Group devices along axes of a mesh, as in mesh['a'=2,'b'=4] {'b'}; () if it is written else.
+    """Group devices along axes of a mesh, as in mesh['a'=2,'b'=4] {'b'}; () for other notations.
 
-    Part of an axis, and devices in an order of their own, are left to be read as all devices.
+    Parts of an axis and an explicit order of devices also return (): the caller then takes all
+    devices as one group.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     along = re.findall(r"'([^']+)'", axes)
@@ -275,7 +277,7 @@ def _by_axes(mesh: str, axes: str) -> tuple[tuple[int, ...], ...]:
 def _iota(
     groups: tuple[int, ...], sizes: tuple[int, ...], order: str | None
 ) -> tuple[tuple[int, ...], ...]:
-    """Count devices over axes of `sizes`, transpose these, and cut the result into groups."""
+    """Number devices over axes of `sizes`, transpose the axes, and cut the result into groups."""
     axes = _numbers(order) if order else tuple(range(len(sizes)))
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     ids = [0]

@@ -1,4 +1,4 @@
-"""A plan: the programs of a run, compiled and measured for a target that is not here."""
+"""Make a plan: compile the programs of a run for an absent target, and measure them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make(
     keep: Any = None,
     make_model: MakeModel = Transformer,
 ) -> tuple[list[Plan], jax.sharding.Mesh]:
-    """Compile the programs named in `what` for `target`, and return what each takes.
+    """Compile the programs named in `what` for `target`, and return the cost of each, and the mesh.
 
     Raises:
-        UserError: an unknown target, a mesh that is not the target's, or no compiler for it.
+        UserError: the target is unknown, the mesh does not fit it, or its compiler is missing.
     """
     kind, _ = topologies.split(target)
     devices = topologies.devices(target)
@@ -69,7 +69,7 @@ def make(
 def as_record(
     config: Config, target: str, mesh: jax.sharding.Mesh, sampling: Sampling, plans: list[Plan]
 ) -> dict[str, Any]:
-    """Return a plan for JSON."""
+    """Return a plan as JSON data."""
     return {
         "config": config.name,
         "target": target,
@@ -84,7 +84,7 @@ def as_record(
 
 
 def _with_all_devices(config: Config, count: int) -> Config:
-    """Let fsdp take all devices where the config says nothing of a mesh."""
+    """Give all devices to `fsdp` if the config sets no mesh."""
     if config.mesh == MeshConfig() and count > 1:
         return dataclasses.replace(config, mesh=MeshConfig(fsdp=-1))
     return config

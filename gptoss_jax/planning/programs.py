@@ -1,4 +1,4 @@
-"""The programs of a run, lowered from shapes for devices that are not here."""
+"""Lower the programs of a run from shapes, for devices that this machine lacks."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ PROGRAMS = ("train", "prefill", "decode")
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is sampled: so many rows at once, of so many tokens with their prompts."""
+    """The sizes of sampling."""
 
-    batch: int
-    context: int
-    prompt: int  # tokens that prefill reads; of the context
-    piece: int | None = None  # of them at a time; None: as the sampler does on the chip
+    batch: int  # rows that are sampled at the same time
+    context: int  # tokens a row, with its prompt
+    prompt: int  # tokens of the context that prefill reads
+    piece: int | None = None  # tokens that prefill reads at a time; None: the sampler's on the chip
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program before it is compiled, and what of its arguments is what, in bytes a device."""
+    """A program before it is compiled, and the bytes of its arguments on each device."""
 
     name: str
     compile: Callable[[], Any]
-    parts: dict[str, int]
-    gradients: int  # part of what the compiler calls temporary
-    seconds: float  # that tracing took
+    parts: dict[str, int]  # the arguments' bytes by kind
+    gradients: int  # bytes; the compiler counts them as temporaries
+    seconds: float  # the time of tracing
     host: int = 0  # bytes of the state that stay in the host's memory
 
 
 def train(config: Config, mesh: jax.sharding.Mesh, make_model: MakeModel = Transformer) -> Lowered:
-    """Lower the step that `gptoss_jax.train` runs, with its state and batch spread over the mesh.
+    """Lower the step that `gptoss_jax.train` runs, with its state and batch sharded over the mesh.
 
     Raises:
-        UserError: what training would refuse, too.
+        UserError: training would refuse the config too.
     """
     start = time.perf_counter()
     rows = config.data.batch_size // config.optimizer.accumulate
@@ -75,7 +75,7 @@ def train(config: Config, mesh: jax.sharding.Mesh, make_model: MakeModel = Trans
         if np.any(factors[path]) and hasattr(leaf, "dtype")
     }
     gradients = gradient_bytes(config, each)
-    # Of devices that are not here a sharding does not tell its kind of memory.
+    # A sharding on absent devices does not know its kind of memory.
     host = local_bytes(state.params[host_embedding.KEY]) if config.model.embedding_on_host else 0
     parts = {
         "parameters": local_bytes(state.params) - host,
@@ -95,7 +95,7 @@ def prefill(
     sampling: Sampling,
     make_model: MakeModel = Transformer,
 ) -> Lowered:
-    """Lower the pass over the prompt that the sampler makes, or over a piece of it."""
+    """Lower the sampler's pass over the prompt, or over a piece of it."""
     start = time.perf_counter()
     model, params = _sampled(config, mesh, make_model)
     prompts = _rows((sampling.batch, sampling.prompt), jnp.int32, mesh)
@@ -148,7 +148,7 @@ def decode(
 
 
 def local_bytes(tree: Any) -> int:
-    """Return the bytes of a tree of shapes on one device, as they are spread."""
+    """Return the bytes that one device holds of a tree of sharded shapes."""
     total = 0
     for x in jax.tree.leaves(tree):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

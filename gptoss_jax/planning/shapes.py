@@ -1,4 +1,7 @@
-"""What a config trains by, as shapes: nothing is allocated. And how large such trees are."""
+"""Make the training step of a config and its arguments as shapes, without allocating arrays.
+
+This module also computes the sizes of such trees in bytes.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ from gptoss_jax.types import Batch, Params, TrainState
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a config trains by, and what goes into its step, as shapes."""
+    """The training step of a config, and its arguments as shapes."""
 
     model: Transformer
-    factors: Params  # on each parameter's learning rate
+    factors: Params  # the factor on each parameter's learning rate
     step: setup.Step
-    state: TrainState  # spread over the mesh that is set, if there is one
+    state: TrainState  # sharded over the mesh that is set, if there is one
     batch: Batch
 
 
@@ -38,12 +41,12 @@ def shapes(config: Config, make_model: MakeModel = Transformer) -> Shapes:
     """Return the step that a config trains with, and its arguments as shapes.
 
     Raises:
-        UserError: patterns of `optimizer` that do not fit the model, or `make_model` builds none.
+        UserError: patterns of `optimizer` do not fit the model, or `make_model` builds no model.
     """
     c, sources = config.model, len(config.data.train) if config.data.weights else 0
-    # Which experts have the highest load is not known, but how many are chosen is.
+    # It is not known which experts have the highest load, but it is known how many are chosen.
     load = np.full((c.num_layers, c.num_experts), 1 / c.num_experts)
-    model_source.source_of(make_model, config.model)  # refuses what builds no model
+    model_source.source_of(make_model, config.model)  # raises if `make_model` builds no model
     model, objective = make_model(sharding.padded(config.model)), make_objective(config)
     factors = select.masks(model.abstract_params(), model.config, config.optimizer, load=load)
     optimizer = setup.optimizer_of(config, factors)
@@ -61,10 +64,10 @@ def shapes(config: Config, make_model: MakeModel = Transformer) -> Shapes:
 
 
 def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> int:
-    """Return the bytes of what a checkpoint holds: parameters, optimizer, averaged parameters.
+    """Return the bytes of a checkpoint: parameters, optimizer state, averaged parameters.
 
-    `left_out` are the paths of parameters that are in a base, adapters though frozen not among them
-    (`frozen_base.measure`).
+    `left_out` are the paths of frozen parameters, which are in the base. Frozen adapters count all
+    the same: a checkpoint holds them (`frozen_base.measure`).
     """
     kept = [
         leaf
@@ -75,12 +78,12 @@ def checkpoint_bytes(state: TrainState, *, left_out: Collection[str] = ()) -> in
 
 
 def gradient_bytes(config: Config, each: dict[str, int]) -> int:
-    """Return the bytes of gradients that there are at once, of those of each parameter by path."""
+    """Return the bytes of gradients in memory at once, given those of each parameter by path."""
     if config.optimizer.fused:
         return largest_part(each, num_layers=config.model.num_layers)
     return sum(each.values())
 
 
 def tree_bytes(tree: Any) -> int:
-    """Return the bytes of all leaves, wherever they are."""
+    """Return the bytes of all leaves as whole arrays, however they are sharded."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves between memory and chip, by its HLO text."""
+"""Estimate from its HLO text how many bytes a compiled program moves between memory and chip."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from gptoss_jax.planning import hlo
 from gptoss_jax.planning.hlo import Instruction, shape_bytes
 
-# Instructions that move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = {
     "parameter",
     "constant",
@@ -27,14 +27,13 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def accessed_bytes(text: str) -> float:
-    """Return the bytes that the program's instructions read and write, loops by their trips.
+    """Return the bytes that the program's instructions read and write, with all trips of loops.
 
-    Each instruction that is no part of a fusion reads its operands and writes its result. Of an
-    operand that is sliced, and of an array that a slice is written into, the slice alone counts. A
-    kernel's operand that stays the same in all trips of a loop counts once for all of them: so a
-    stack of layers counts once where each trip reads one layer of it. What stays in caches is
-    counted all the same, so this is more than what moves; a loop whose trips only a run can tell
-    counts once.
+    Each instruction outside a fusion reads its operands and writes its result. If an operand is
+    sliced, or a slice is written into an array, only the slice counts. A kernel's operand that is
+    the same in all trips of a loop counts once for the whole loop: so a stack of layers counts once
+    if each trip reads one layer of it. Data that stay in caches count too, so the result is more
+    than what really moves. A loop counts once if its number of trips is known only at run time.
     """
     computations, entry = hlo.parse(text)
     return _walk(computations, entry, 1, in_loop=False)
@@ -75,7 +74,7 @@ def _own(
     shapes: dict[str, float],
     fixed: set[str],
 ) -> float:
-    """Return what one instruction reads and writes each time."""
+    """Return the bytes that one instruction reads and writes each time."""
     if one.opcode in _SLICES:
         return 2 * shapes[one.name]
     if one.opcode == "dynamic-update-slice":
@@ -118,7 +117,7 @@ def _parameters(instructions: list[Instruction]) -> list[str]:
 
 
 def _unchanged(instructions: list[Instruction]) -> set[str]:
-    """Return what of a loop's body is the same in each trip: elements that it hands on as is."""
+    """Return the values in a loop's body that all trips share: elements passed on unchanged."""
     root = next((one for one in instructions if one.is_root), None)
     if root is None or root.opcode != "tuple":
         return set()

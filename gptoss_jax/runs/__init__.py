@@ -1,5 +1,5 @@
-"""A run's folder (workdir): its lock, checkpoints, records, metrics and page.
+"""A run's folder (workdir): its lock, checkpoints, records, metrics and report page.
 
-Values and files alone: what of a checkpoint lies elsewhere (the base of a LoRA run) is found by
-`loading`. Imports: parallel, parameters, config and what comes before.
+This package handles only values and the workdir's own files. The base of a LoRA run lies elsewhere:
+`loading` finds it. Imports: parallel, parameters, config and what comes before.
 """

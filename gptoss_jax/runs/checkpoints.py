@@ -1,10 +1,10 @@
 """The state of a run on disk: orbax checkpoints under `<workdir>/checkpoints/<step>`.
 
-A checkpoint holds the parameters, the optimizer's state, the averaged parameters where there are
-any, and a JSON record of the rest: schema version, step, random state, resolved config, position in
-the data, the data's fingerprint, what the spike policy remembers, a checksum for each array, and a
-hash of all that. So damage to any of it is found when it is read. Of a run with adapters it holds
-what is trained; what is frozen is the base, which the record names (`frozen_base.py`).
+A checkpoint holds the parameters, the optimizer state, the averaged parameters if the run has them,
+and a JSON record of the rest: schema version, step, random state, resolved config, position in the
+data, fingerprint of the data, state of the spike policy, a checksum for each array, and a hash of
+the record itself. So reading finds any damage. The checkpoint of a run with adapters holds only the
+trained parameters; the frozen ones are the base, which the record names (`frozen_base.py`).
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ from gptoss_jax.runs.records import (
 from gptoss_jax.types import Params, TrainState
 
 if TYPE_CHECKING:
-    import orbax.checkpoint as ocp  # as long to import as jax: where it writes alone
+    import orbax.checkpoint as ocp  # slow to import, like jax: only functions that write do it
 
 
 class _Keep:
-    """Keeps the newest checkpoints, and the one with the lowest held-out loss."""
+    """A policy that keeps the newest checkpoints and the one with the lowest held-out loss."""
 
     def __init__(self, workdir: str | Path, keep: int) -> None:
         self._keep, self._before = keep, held_out_losses(workdir)
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Say for each checkpoint, oldest first, whether it stays."""
-        losses = dict(self._before)  # orbax knows of those of this process alone
+        """Return for each checkpoint, oldest first, whether to keep it."""
+        losses = dict(self._before)  # orbax knows only the losses that this process saved
         losses |= {c.step: c.metrics[HELD_OUT] for c in checkpoints if c.metrics}
-        there = [c.step for c in checkpoints]
-        scored = sorted((losses[step], step) for step in there if step in losses)
-        kept = {*there[-self._keep :], *(step for _, step in scored[:1])}
-        return [step in kept for step in there]
+        saved = [c.step for c in checkpoints]
+        scored = sorted((losses[step], step) for step in saved if step in losses)
+        kept = {*saved[-self._keep :], *(step for _, step in scored[:1])}
+        return [step in kept for step in saved]
 
 
 def open_manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
-    """Open the checkpoints of a run for writing, making the folder.
+    """Open the checkpoints of a run for writing, and make the folder if needed.
 
-    Keeps the `keep` newest and, beside them, the one with the lowest held-out loss. What a killed
-    run left half-written is removed.
+    The manager keeps the `keep` newest checkpoints and the one with the lowest held-out loss. It
+    removes checkpoints that a killed run left half-written.
     """
     import orbax.checkpoint as ocp
 
@@ -89,18 +89,19 @@ def save(
     base: Base | None = None,
     model_source: ModelSource | None = None,
 ) -> None:
-    """Begin to write a checkpoint of `state.step`; it is whole after `wait_until_finished`.
+    """Start to write a checkpoint of `state.step`; it is complete after `wait_until_finished`.
 
-    The arrays are copied before this returns, so the state may be donated at once. The loss is what
-    the best checkpoint is chosen by. `expert_padding` is what the mesh added to experts: the record
-    says so, and whoever reads it leaves it out, or has as much of it as another mesh needs. What is
-    in the `base` is not written.
+    The arrays are copied before this returns, so the state may be donated at once. `held_out_loss`
+    decides which checkpoint is the best. `expert_padding` is the number of columns that the mesh
+    added to experts: the record holds it, so that a reader can drop them or pad for another mesh.
+    Parameters of the `base` are not written.
     """
     import orbax.checkpoint as ocp
 
     items: dict[str, Any] = {
         "params": split_held(state.params, base)[0],
-        # With the step, since orbax refuses the empty state that some optimizers have.
+        # The step is stored with it because orbax refuses an empty state, which some optimizers
+        # have.
         "opt_state": {"state": state.opt_state, "step": state.step},
     }
     if state.ema is not None:
@@ -140,15 +141,16 @@ def restore_held(
     step: int | None = None,
     expert_padding: int = 0,
 ) -> tuple[TrainState, Record]:
-    """Read what a checkpoint holds into the shapes, dtypes and shardings of `abstract`.
+    """Read the arrays of a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
-    `abstract` is a state of arrays or of `jax.ShapeDtypeStruct`s, spread over any mesh, whatever
-    mesh and number of processes wrote it, and with so much of `expert_padding`. The newest if no
-    step is given. Several processes do this together: where one finds damage, all raise it. What
-    the record's base holds is not among the parameters: `loading.resume` reads it.
+    `abstract` is a state of arrays or of `jax.ShapeDtypeStruct`s, padded by `expert_padding`. Its
+    mesh and the number of processes may differ from those that wrote the checkpoint. Without `step`
+    this reads the newest checkpoint. All processes of a run call it together: if one finds damage,
+    all raise the error. The result lacks the parameters of the record's base; `loading.resume`
+    reads them.
 
     Raises:
-        DamagedError: what is there is not what was written, or arrays of other shapes.
+        DamagedError: the content differs from what was written, or arrays have other shapes.
         UserError: as `records.read_record`.
     """
     raw, folder = processes.from_first(lambda: read_json(workdir, step))
@@ -171,20 +173,20 @@ def restore_held(
 
 
 def place(x: jax.Array, like: Any) -> jax.Array:
-    """Put an array where the sharding of `like` says, if it has one."""
+    """Move an array to the sharding of `like`, if `like` has one."""
     where = getattr(like, "sharding", None)
     return x if where is None else jax.device_put(x, where)
 
 
 def join(held: Params, frozen: Params) -> Params:
-    """Put what a checkpoint holds and what its base holds together."""
+    """Join the parameters that a checkpoint holds with those of its base."""
     return nest(flatten(held) | flatten(frozen))
 
 
 def read_held(
     raw: dict[str, Any], folder: Path, targets: dict[str, Any], *, expert_padding: int
 ) -> dict[str, Any]:
-    """Read items of a checkpoint into `targets`; `raw` is its record, with checksums."""
+    """Read items of a checkpoint into `targets`; `raw` is its record, with the checksums."""
     return read_items(
         folder,
         targets,
@@ -203,7 +205,7 @@ def _place_key(data: np.ndarray, like: Any) -> Any:
 
 
 def set_aside(folders: list[Path]) -> None:
-    """Rename damaged checkpoints to names that are no step's."""
+    """Rename the folders of damaged checkpoints, so that none has the name of a step."""
     for folder in folders:
         name, n = f"{folder.name}.damaged", 1
         while (folder.parent / name).exists():

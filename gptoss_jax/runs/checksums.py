@@ -1,4 +1,4 @@
-"""A checksum for each array of a tree, computed where the array lies."""
+"""Compute a checksum for each array of a tree, on the device that holds the array."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from gptoss_jax.parallel import padding
 from gptoss_jax.parameters.tree import path_name
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-_BLOCK = 512  # elements at least that a CPU sums at once
+_BLOCK = 512  # the least number of elements that a CPU sums at once
 
 
 def checksums(tree: Any, *, expert_padding: int = 0) -> dict[str, int]:
-    """Return path -> 32-bit checksum for each array of a pytree, paths such as `layers/x/bias`.
+    """Return path -> 32-bit checksum for each array of a pytree; a path is like `layers/x/bias`.
 
-    Depends on the bits alone, and not on how the array is spread over devices, nor on the columns
-    that a mesh added to experts (`parallel.padding`). Any change within one element changes it for
-    sure; any other change (of several elements, of their order) but for one chance in 2**32. It
-    does not cover shape and dtype. An array is read once, and not copied.
+    A checksum depends only on the bits of the array, not on its sharding, and not on the columns
+    that a mesh added to experts (`parallel.padding`). It does not cover shape and dtype. A change
+    of one element always changes the checksum; any other change (of several elements, or of their
+    order) is missed with a probability of 2**-32. Each array is read once, and not copied.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     whole = jax.tree.leaves(padding.resize(shapes, by=-expert_padding))
-    # One after the other: on CPUs programs that run at once may wait for each other's all-reduces,
-    # in one order in this process and in another order in that one, for ever.
+    # One after the other: on CPUs, programs that run at the same time may deadlock. Two processes
+    # may start the programs' all-reduces in different orders and then wait for each other for ever.
     return {
         path_name(path): int(_checksum(leaf, real.shape))
         for (path, leaf), real in zip(leaves, whole, strict=True)
@@ -39,13 +39,14 @@ def checksums(tree: Any, *, expert_padding: int = 0) -> dict[str, int]:
 
 
 def differences(expected: dict[str, int], found: dict[str, int]) -> list[str]:
-    """Name what is not alike in two results of `checksums`, or is in one alone."""
+    """Return the paths whose checksums differ, or that only one of the two results has."""
     return sorted(name for name in expected | found if expected.get(name) != found.get(name))
 
 
 def _checksum(x: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, ""]:
-    # An accelerator fuses the sum with what is summed. A CPU would write that out in full, so there
-    # it goes by blocks, over a view by the host: in a loop XLA widens a whole bfloat16 array.
+    # An accelerator fuses the sum with the values it adds. A CPU would store those in full, so it
+    # sums block by block. It reads the host's integer view of the array, because in a loop XLA
+    # would first widen a whole bfloat16 array.
     if len(x.devices()) == 1 and {d.platform for d in x.devices()} == {"cpu"}:
         bits = np.ascontiguousarray(np.asarray(x)[tuple(map(slice, shape))]).reshape(shape)
         return _sum_by_blocks(bits.view(_UNSIGNED[bits.dtype.itemsize]))
@@ -64,7 +65,10 @@ def _sum_at_once(x: Array, shape: tuple[int, ...]) -> UInt32[Array, ""]:
 
 @jax.jit
 def _sum_by_blocks(x: UInt[Array, "..."]) -> UInt32[Array, ""]:
-    """Do as `_sum`, in turn over blocks of trailing axes that are large enough for a loop."""
+    """Return `_sum(x)`, computed in a loop over blocks.
+
+    A block is made of as few trailing axes as hold `_BLOCK` elements.
+    """
     sizes = [math.prod(x.shape[axis:]) for axis in range(x.ndim + 1)]
     axis = max((i for i, size in enumerate(sizes) if size >= _BLOCK), default=0)
     if axis == 0:
@@ -83,15 +87,15 @@ def _sum(
     start: UInt32[Array, ""] | int = 0,
     shape: tuple[int, ...] | None = None,
 ) -> UInt32[Array, ""]:
-    """Sum the elements, each mixed with its place in row-major order, which begins at `start`.
+    """Sum the elements, each mixed with its row-major index; the first index is `start`.
 
-    Modulo 2**32, so it comes out the same in whatever order devices add up. Of an array that is
-    longer than `shape` on some axis what is beyond that is left out.
+    The sum is modulo 2**32, so the order in which devices add does not matter. Elements beyond
+    `shape` on any axis are left out.
     """
     shape = x.shape if shape is None else shape
     place = jnp.full(x.shape, start, jnp.uint32)
     inside = jnp.bool_(True)
-    for axis in range(x.ndim):  # a reshape would gather an array that is spread over devices
+    for axis in range(x.ndim):  # a reshape would gather a sharded array
         stride = math.prod(shape[axis + 1 :]) % 2**32
         at = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         place += at * jnp.uint32(stride)

@@ -1,4 +1,4 @@
-"""What a run measured: JSON lines, TensorBoard, curves."""
+"""The metrics of a run: JSON lines, TensorBoard files and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ class MetricsLog:
     """Appends records to `metrics.jsonl`, `samples.jsonl` and TensorBoard's files in a workdir."""
 
     def __init__(self, workdir: str | Path, *, step: int | None = None) -> None:
-        """Open the log of a run that goes on after `step`: later records are taken out of it.
+        """Open the log of a run that continues after `step`, and remove later records from it.
 
-        Without a step it begins anew.
+        Without a step the log starts empty.
         """
         folder = Path(workdir)
-        _keep(folder / FILE, step)
+        _keep_until(folder / FILE, step)
         if (folder / SAMPLES).is_file():
-            _keep(folder / SAMPLES, step)
+            _keep_until(folder / SAMPLES, step)
         self._file = (folder / FILE).open("ab", buffering=0)  # a killed run loses no record
         self._samples = folder / SAMPLES
         purge_step = 0 if step is None else step + 1
         self._board = Board(folder / "tensorboard", purge_step=purge_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one record, without what is None or not finite (JSON has no NaN).
+        """Append one record, without values that are None or not finite (JSON has no NaN).
 
-        Numbers go to TensorBoard too; of lists [L][E] the largest entry of each layer.
+        Numbers go to TensorBoard too; for a list [L][E], the largest entry of each layer does.
         """
         values = {k: v for k, v in values.items() if v is not None}
         values = {k: v for k, v in values.items() if isinstance(v, list) or math.isfinite(v)}
         line = (json.dumps({"step": step, **values}) + "\n").encode()
-        while line:  # a disk that gets full takes a part
+        while line:  # a disk that is almost full may take only a part
             line = line[self._file.write(line) :]
         for name, value in values.items():
             if not isinstance(value, list):
@@ -50,25 +50,25 @@ class MetricsLog:
                     self._board.add(f"{name}_max/layer_{layer}", max(row), step=step)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append what the model answered to `samples.jsonl`, a record an answer, if there is any.
+        """Append the model's answers, if there are any, to `samples.jsonl`, one record each.
 
-        Each is {"step", "question", "expected", "answer", "right"}: see `held_out.evaluate`.
+        A record is {"step", "question", "expected", "answer", "right"}: see `held_out.evaluate`.
         """
         if samples:
             with self._samples.open("a") as file:
                 file.writelines(json.dumps({"step": step, **s}) + "\n" for s in samples)
 
     def close(self) -> None:
-        """Flush and close all."""
+        """Flush and close all files."""
         self._file.close()
         self._board.close()
 
 
 class NoLog:
-    """The log of a process that leaves it to the first one."""
+    """The log of every process but the first: it writes nothing."""
 
     def __init__(self, *, step: int | None = None) -> None:
-        """Take what `MetricsLog` takes."""
+        """Ignore `step`, which `MetricsLog` takes."""
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Do nothing."""
@@ -81,7 +81,7 @@ class NoLog:
 
 
 def read(workdir: str | Path, file: str = FILE) -> list[dict[str, Any]]:
-    """Read the records of a run, or its samples; a last line that was cut short is left out."""
+    """Read the records of a run, or its samples, up to the first line that is cut short."""
     path = Path(workdir) / file
     records: list[dict[str, Any]] = []
     if path.is_file():
@@ -93,13 +93,13 @@ def read(workdir: str | Path, file: str = FILE) -> list[dict[str, Any]]:
     return records
 
 
-def _keep(path: Path, step: int | None) -> None:
-    """Leave of a file of records those up to a step; none of them without one."""
-    there = [] if step is None else read(path.parent, path.name)
-    kept = [r for r in there if r["step"] <= step]
-    whole = path.with_suffix(".tmp")
-    whole.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(whole, path)
+def _keep_until(path: Path, step: int | None) -> None:
+    """Rewrite a file of records with those up to `step`; without a step, with none."""
+    records = [] if step is None else read(path.parent, path.name)
+    kept = [r for r in records if r["step"] <= step]
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(new, path)
 
 
 def plot(workdir: str | Path) -> Path:

@@ -1,8 +1,8 @@
-"""The source of a model that a config file brings with `make_model(config)`.
+"""The source code of a model that a config file defines with `make_model(config)`.
 
-A run keeps a copy of it in its workdir, one of each version that it was trained by, and names it by
-path and hash. Nothing loads code out of a workdir: whoever resumes such a run, samples from it or
-converts it gives the config file again.
+A run keeps a copy of each version of the source that trained it, and records the path of the config
+file and a hash. No code is loaded out of a workdir: to resume such a run, sample from it or convert
+it, the user gives the config file again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ FOLDER = "model_source"
 
 
 class ModelSource(NamedTuple):
-    """Which config file brought the model, and a hash of it and of the model's own files."""
+    """The config file that defines the model, and a hash of it and of the model's own files."""
 
     file: str
     sha256: str
 
 
 def source_of(make_model: MakeModel, config: ModelConfig) -> ModelSource | None:
-    """Return the source of what builds a model; None for the package's own `Transformer`.
+    """Return the source of the model that `make_model` builds; None for `Transformer` itself.
 
     Raises:
-        UserError: `make_model` returns no Linen module like `Transformer`.
+        UserError: `make_model` does not return a Linen module like `Transformer`.
     """
     if make_model is Transformer:
         return None
@@ -59,11 +59,11 @@ def keep_copy(make_model: MakeModel, config: ModelConfig, workdir: Path) -> None
 def check(
     recorded: ModelSource | None, make_model: MakeModel, config: ModelConfig, *, whose: str | Path
 ) -> None:
-    """Refuse to build a run's model by other code; print a line if its source has changed.
+    """Refuse to build a run's model with other code; print a line if its source has changed.
 
     Raises:
-        UserError: the run's model is one that a config file brings, and none was given; or the
-            reverse.
+        UserError: a config file defines the run's model and the caller gives no `make_model`, or
+            the run's model is the package's own and the caller gives one.
     """
     given = source_of(make_model, config)
     if recorded is None and given is None:
@@ -92,12 +92,12 @@ def check(
 
 
 def _copy(source: ModelSource, workdir: Path) -> Path:
-    """Return where a workdir has a version of the source."""
+    """Return the folder in a workdir that holds this version of the source."""
     return workdir / FOLDER / source.sha256[:12]
 
 
 def _differences(files: dict[str, Path], copy: Path) -> list[str]:
-    """Return the names of files that differ from those of a copy, or that one of both lacks."""
+    """Return the names of files that differ from the copy, or that are missing on one side."""
     copied = {str(path.relative_to(copy)): path for path in copy.rglob("*.py")}
     return [
         name
@@ -114,9 +114,9 @@ def _config_file(make_model: MakeModel) -> str:
 
 
 def _files(make_model: MakeModel, config: ModelConfig) -> dict[str, Path]:
-    """Return name -> file: the config file, and those of the package that has the model's class.
+    """Return name -> file: the config file, and all files of the package with the model's class.
 
-    Of a class that is in no package it is the files beside its own.
+    If the class is not in a package, these are the files in the folder of its module.
     """
     model: Any = make_model(config)
     if not (hasattr(model, "forward") and hasattr(model, "config")):

@@ -1,4 +1,4 @@
-"""Arrays out of folders that orbax wrote, as they were written; and orbax kept off the terminal."""
+"""Read arrays from folders that orbax wrote, check them, and keep orbax's logs off the terminal."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.runs import checksums
 
-# Of what orbax and tensorstore leave behind in other threads when one of many reads or writes
-# fails: each of the others says later, in many lines, that nobody waited for it.
+# If one of many reads or writes fails, orbax and tensorstore leave the others behind in threads.
+# Each of these later prints, in many lines, that nobody awaited it. These words mark such messages.
 _ECHOES = ("Event loop is closed", "TensorStore", "tensorstore")
 
 
 class DamagedError(UserError):
-    """A checkpoint of which something is missing, cut short or changed."""
+    """Part of a checkpoint is missing, cut short or changed."""
 
 
 class UnreadableError(Exception):
-    """What orbax said, in short; whether it can come of the files, rather than of the machine."""
+    """An error of orbax, shortened. `is_damage`: its cause may be the files, not the machine."""
 
     def __init__(self, error: Exception) -> None:
-        said = (str(error).strip().splitlines() or [""])[0].split(" See full")[0][:160]
-        super().__init__(f"{type(error).__name__}: {said}")
+        message = (str(error).strip().splitlines() or [""])[0].split(" See full")[0][:160]
+        super().__init__(f"{type(error).__name__}: {message}")
         machine = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
         self.is_damage = not isinstance(error, machine)
 
@@ -43,18 +43,19 @@ def read_items(
     resize: bool = False,
     expert_padding: int = 0,
 ) -> dict[str, Any]:
-    """Read the items of a checkpoint, each as `read_arrays`, and hold them against checksums.
+    """Read each item of a checkpoint with `read_arrays`, and compare it with its checksums.
 
     Args:
-        folder: The checkpoint's, with a folder an item.
-        targets: By item, what `read_arrays` takes.
-        sums: By item, `checksums` of what was written; None: unknown.
-        resize: As `read_arrays`.
-        expert_padding: What of experts in `targets` a mesh added.
+        folder: The folder of the checkpoint; it holds one folder for each item.
+        targets: The `target` of `read_arrays` for each item.
+        sums: The `checksums` of each item as written; None if they are unknown.
+        resize: As in `read_arrays`.
+        expert_padding: The number of columns that a mesh added to experts in `targets`.
 
     Raises:
-        DamagedError: what is there is not what was written, or arrays of other shapes.
-        UserError: it can't be read, for another reason. Each in one line, with the checkpoint.
+        DamagedError: the content differs from what was written, or arrays have other shapes.
+        UserError: the item can't be read for another reason. Both messages are one line that names
+            the checkpoint.
     """
     restored: dict[str, Any] = {}
     for name, target in targets.items():
@@ -85,22 +86,22 @@ def _read_item(folder: Path, name: str, target: Any, *, resize: bool) -> Any:
 
 
 def read_arrays(folder: Path, target: Any, *, resize: bool = False) -> Any:
-    """Read a tree into the shapes, dtypes and shardings of `target` (by default the first device).
+    """Read a tree into the shapes, dtypes and shardings of `target` (default: the first device).
 
-    Arrays of other shapes are an error; with `resize` they are cut short, or filled up with zeros.
-    Each process of several reads what its own devices need, and waits for no other.
+    Arrays of other shapes are an error, unless `resize` is set: then they are cut, or padded with
+    zeros. Each process reads only what its own devices need, and does not wait for the others.
 
     Raises:
-        UnreadableError: whatever goes wrong.
+        UnreadableError: reading fails for any reason.
     """
-    import orbax.checkpoint as ocp  # as long to import as jax, and a folder of weights needs none
+    import orbax.checkpoint as ocp  # slow to import, like jax; folders of weights do not need it
 
     quiet()
-    for _ in range(60):  # a network's file systems may show late what another host wrote
+    for _ in range(60):  # a network file system may show late what another host wrote
         if folder.is_dir() or processes.is_first():
             break
         time.sleep(1)
-    # Kept from orbax's barriers: one process may find damage that the others do not see.
+    # Without orbax's barriers: one process may find damage that the others do not see.
     me = processes.index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     try:
@@ -118,7 +119,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def quiet() -> None:
-    """Keep off the terminal what orbax says, in this process; what is wrong is raised."""
+    """Keep orbax's logs off the terminal, in this process; errors are still raised."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook

@@ -18,35 +18,35 @@ from gptoss_jax.runs.frozen_base import from_json as base_from_json
 from gptoss_jax.runs.model_source import ModelSource
 from gptoss_jax.runs.orbax_reader import DamagedError
 
-# 2 had no base, and 1 no checksums; they are read as well. 4 is written where the model is not the
-# package's own, so that a version that knows nothing of that refuses it.
+# Versions 1 (without checksums) and 2 (without a base) can still be read. A run whose model is not
+# the package's own writes version 4, so that older versions of the package refuse it.
 SCHEMA, SCHEMA_OWN_MODEL = 3, 4
 FOLDER = "checkpoints"
 HELD_OUT = "held_out_loss"
-PADDING = "expert_padding"  # the record's field for what the mesh added to experts
-HASH = "sha256"  # and for the hash of the rest of it
+PADDING = "expert_padding"  # the field with the number of columns that the mesh added to experts
+HASH = "sha256"  # the field with the hash of all other fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The part of a checkpoint that is no array."""
+    """The part of a checkpoint that is not arrays."""
 
     step: int
     config: Config
     data_state: dict[str, Any]
     fingerprint: dict[str, Any]
     spikes: dict[str, Any] = dataclasses.field(default_factory=dict)  # see spikes.SpikeGuard
-    base: Base | None = None  # of a run with adapters: what the checkpoint does not hold
-    model_source: ModelSource | None = None  # of a model that a config file brought
+    base: Base | None = None  # the frozen parameters of a run with adapters, stored elsewhere
+    model_source: ModelSource | None = None  # if a config file defines the model
 
 
 def is_workdir(folder: str | Path) -> bool:
-    """Say whether a folder is a run's: whether it has a folder of checkpoints, or may have had."""
+    """Return whether a folder is a run's workdir: it has a folder `checkpoints`, maybe empty."""
     return (Path(folder) / FOLDER).is_dir()
 
 
 def steps(workdir: str | Path) -> list[int]:
-    """Return the steps that have a whole checkpoint, rising; none if there is no such folder."""
+    """Return the steps with a complete checkpoint, in rising order; [] without such a folder."""
     folder = Path(workdir) / FOLDER
     if not folder.is_dir():
         return []
@@ -71,20 +71,20 @@ def held_out_losses(workdir: str | Path) -> dict[int, float]:
 
 
 def read_record(workdir: str | Path, step: int | None = None) -> Record:
-    """Read the record of a checkpoint, the newest if no step is given.
+    """Read the record of a checkpoint (the newest if no step is given).
 
     Raises:
-        DamagedError: a record that is not what was written.
-        UserError: no checkpoint there, or another schema version.
+        DamagedError: the record differs from what was written.
+        UserError: there is no such checkpoint, or it has an unknown schema version.
     """
     return parse(*read_json(workdir, step))
 
 
 def newest_record(workdir: str | Path) -> Record | None:
-    """Read the newest record that is whole, on the first process for all; None if there is none.
+    """Read the newest undamaged record, on the first process for all; None without checkpoints.
 
     Raises:
-        UserError: no record is whole, or another schema version.
+        UserError: all records are damaged, or one has an unknown schema version.
     """
 
     def newest() -> Record | None:
@@ -99,7 +99,7 @@ def newest_record(workdir: str | Path) -> Record | None:
 
 
 def read_folder(workdir: str | Path, step: int | None) -> Path:
-    """Return the folder of a checkpoint, the newest if no step is given; UserError if none is."""
+    """Return the folder of a checkpoint (the newest without a step); UserError if it is missing."""
     there = steps(workdir)
     if not there:
         raise UserError(f"{workdir}: there is no checkpoint in it (no {FOLDER}/<step>)")
@@ -111,7 +111,7 @@ def read_folder(workdir: str | Path, step: int | None) -> Path:
 
 
 def read_json(workdir: str | Path, step: int | None) -> tuple[dict[str, Any], Path]:
-    """Read a record, and hold it against its own hash."""
+    """Read a record, and compare it with its own hash; return it and the checkpoint's folder."""
     folder = read_folder(workdir, step)
     try:
         raw = json.loads((folder / "record" / "metadata").read_text())
@@ -126,17 +126,17 @@ def read_json(workdir: str | Path, step: int | None) -> tuple[dict[str, Any], Pa
 
 
 def digest(record: dict[str, Any]) -> str:
-    """Return the hash of a record without its own."""
+    """Return the hash of a record that does not hold its own hash."""
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse(raw: dict[str, Any], folder: Path) -> Record:
-    """Make a `Record` of what `read_json` returns. UserError: another schema version."""
+    """Make a `Record` from the result of `read_json`. UserError: an unknown schema version."""
     if raw["schema"] not in range(1, SCHEMA_OWN_MODEL + 1):
         raise UserError(
-            f"checkpoint {folder} is of schema {raw['schema']}, this version reads 1 to "
-            f"{SCHEMA_OWN_MODEL}"
+            f"checkpoint {folder} has schema version {raw['schema']}, and this gptoss_jax reads 1 "
+            f"to {SCHEMA_OWN_MODEL}: install a newer one"
         )
     config = command_line.from_json(json.dumps(raw["config"]), where=f"checkpoint {folder}")
     return Record(
@@ -151,7 +151,7 @@ def parse(raw: dict[str, Any], folder: Path) -> Record:
 
 
 def none_is_whole(workdir: str | Path) -> str:
-    """Return what is said of a run none of whose checkpoints is whole."""
+    """Return the error message for a run whose checkpoints are all damaged."""
     folders = ", ".join(map(str, steps(workdir)))
     return (
         f"{workdir}: no checkpoint is whole (steps {folders}); choose another --workdir, or remove "

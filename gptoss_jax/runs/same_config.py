@@ -1,4 +1,4 @@
-"""Whether a workdir's run is the one that a config describes, so that it can go on."""
+"""Check that a config describes the run in a workdir, so that the run can continue."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from gptoss_jax.config import Config, ModelConfig, ObjectiveConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.runs.checkpoints import Record
 
-# Of TrainConfig: what decides the numbers. The rest is how long, how it logs, evaluates and keeps.
+# The fields of TrainConfig that change the results. The others set the length of the run, and what
+# it logs, evaluates and keeps.
 _FIXED = ("seed", "balance_loss", "z_loss", "balance_bias")
-# Of ObjectiveConfig: files and folders, which may be moved, but keep their names.
+# The fields of ObjectiveConfig that are files or folders: these may move, but must keep their name.
 _PLACES = ("distill.teacher", "grpo.reward")
 
 
 def check_same_run(
     record: Record, config: Config, *, data_changes: list[str], workdir: str | Path
 ) -> None:
-    """Refuse to go on with a run whose model, data, objective or optimizer are not these.
+    """Refuse to continue a run whose model, data, objective or optimizer differ from the config's.
 
-    `data_changes` says in what the data differ (`data.differences` of the fingerprints). Steps,
-    logging, evaluation, what is kept and remat may change, and the folders of a teacher and of a
-    reward function. The base of a run with adapters is held against its hash when it is read
-    (`checkpoint.load_base`).
+    `data_changes` lists the differences of the data (`data.differences` of the fingerprints).
+    These may change: steps, logging, evaluation, which checkpoints are kept, remat, and the folders
+    of a teacher and of a reward function. The base of a run with adapters is compared with its hash
+    when it is read (`checkpoint.load_base`).
 
     Raises:
-        UserError: with each field that differs, old -> new.
+        UserError: a field differs; the message lists such fields as old -> new.
     """
     old, new = record.config, config
     changed = {
@@ -56,12 +57,12 @@ def check_same_run(
 
 
 def architecture_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Name the fields in which two models are different functions, old -> new."""
+    """List the fields that make two models different functions, as old -> new."""
     return _changes("model", old.architecture, new.architecture)
 
 
 def adapter_changes(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Name the fields of `lora` in which two models differ, old -> new."""
+    """List the fields of `lora` in which two models differ, as old -> new."""
     return _changes("model", _lora(old), _lora(new))
 
 
@@ -75,7 +76,7 @@ def _lora(config: ModelConfig) -> dict[str, Any]:
 
 
 def _objective_fields(config: ObjectiveConfig) -> dict[str, Any]:
-    """Return the name, and the fields of the objective that has it."""
+    """Return the objective's name and the fields of that objective alone."""
     own = dataclasses.asdict(config).get(config.name, {})
     fields = {f"{config.name}.{name}": value for name, value in own.items()}
     for place in _PLACES:

@@ -12,17 +12,18 @@ _FLUSH_SECONDS = 10.0  # each flush waits for the disk
 class Board:
     """Appends numbers to a TensorBoard event file.
 
-    Written by the caller's own thread: that of tensorboardX's SummaryWriter dies of a full disk,
-    and then whoever writes waits for it for ever.
+    The caller's own thread writes the file. The thread of tensorboardX's SummaryWriter would die
+    when the disk is full, and then each writer would wait for it for ever.
     """
 
     def __init__(self, folder: str | Path, *, purge_step: int) -> None:
-        """Begin a file; what earlier files have from `purge_step` on is no longer shown."""
+        """Start a file; TensorBoard then hides the steps from `purge_step` on in earlier files."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # The name has only the second: a run that is restarted at once is not to overwrite it.
+        # tensorboardX's file name has only the time in seconds. The suffix keeps a run that is
+        # restarted at once from overwriting the file.
         suffix = f".{os.getpid()}.{time.time_ns() % 10**9}"
         self._writer = EventsWriter(str(Path(folder) / "events"), suffix)
         start = SessionLog(status=SessionLog.START)

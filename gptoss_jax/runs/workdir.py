@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, what happened in it, and what is said if it can't be."""
+"""A run's folder: the lock on it, its log of events, and messages if it can't be written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gptoss_jax.runs import records
 LOCK = "lock"
 EVENTS = "events.jsonl"
 
-# What is wrong with a disk or with rights to it, and no fault of the program.
+# Errors of the disk or of access rights: no fault of the program.
 _DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
     errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE,
@@ -28,26 +28,27 @@ _DISK = (
 
 
 class Hold:
-    """The right to write to a workdir, which one process at a time has: for `with`.
+    """The lock on a workdir, a context manager: one run at a time may write to the folder.
 
-    It is a lock by `flock` on the file `lock` in it, which names the process; the system lets go of
-    it when the process ends, however that may be. Taken at once where the folder is there, so that
-    nothing of a run under way is read; where it is not, `take` makes it.
+    It locks the file `lock` in the workdir with `flock`, and writes into it which process holds it.
+    The system releases the lock when the process ends for any reason. If the folder exists, `with`
+    takes the lock at once, so that nothing is read while another run writes. If it does not, `take`
+    makes the folder and takes the lock.
 
-    Of a run of several processes the first one has it for all; the others see to it that they see
-    the same folder. Errors of the disk that come out of the `with` become a UserError that says
-    what is whole.
+    In a run of several processes the first one holds the lock for all; the others check that they
+    see the same folder. `with` turns disk errors into a UserError that names the last complete
+    checkpoint.
     """
 
     def __init__(self, workdir: str | Path) -> None:
-        """Name the folder; nothing is written yet."""
+        """Remember the folder; write nothing yet."""
         self.workdir = Path(workdir)
         self._path = self.workdir / LOCK
         self._file: int | None = None
         self._is_new = self._is_shared = False
 
     def __enter__(self) -> Hold:
-        """Take the lock if the folder is there. Raises `UserError` if another run has it."""
+        """Take the lock if the folder exists. Raises `UserError` if another run has it."""
         self._share(processes.from_first(self._enter))
         return self
 
@@ -58,11 +59,11 @@ class Hold:
         return None if self._is_new else self._take()
 
     def take(self) -> None:
-        """Make the folder and take the lock, if that was not done.
+        """Make the folder and take the lock, unless this already has it.
 
         Raises:
-            UserError: another process has it, or a run has begun since, or it can't be written; or
-                another host does not see it.
+            UserError: another process has the lock, another run has started in the folder since,
+                the folder can't be written, or another host does not see it.
         """
         self._share(processes.from_first(self._take))
 
@@ -84,7 +85,7 @@ class Hold:
         )
 
     def _take(self) -> str:
-        """Take the lock, and return what its file says."""
+        """Take the lock, and return the text of its file."""
         if self._file is not None:
             return os.pread(self._file, 1000, 0).decode(errors="replace")
         try:
@@ -96,7 +97,10 @@ class Hold:
                 "name another with --workdir"
             ) from None
         if self._is_new and records.steps(self.workdir):
-            raise UserError(f"another run has begun in {self.workdir}: the same command goes on")
+            raise UserError(
+                f"another run has begun in {self.workdir}: give the same command again to continue "
+                "it"
+            )
         return os.pread(self._file, 1000, 0).decode(errors="replace")
 
     def _lock(self) -> int:
@@ -105,17 +109,17 @@ class Hold:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                said = os.pread(file, 1000, 0).decode(errors="replace").strip()
+                holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
                 os.close(file)
                 raise UserError(
-                    f"the workdir {self.workdir} is in use by {said or 'another process'}; "
+                    f"the workdir {self.workdir} is in use by {holder or 'another process'}; "
                     "wait for its end, or name another with --workdir"
                 ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                     os.close(file)
                     raise
-                return file  # a file system without locks: better unguarded than of no use
+                return file  # the file system has no locks: run without one rather than not at all
             if _is_at(self._path, file):
                 break
             os.close(file)  # its holder removed it between the two calls
@@ -135,21 +139,22 @@ class Hold:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let go, and turn errors of the disk into one line."""
+        """Release the lock, and turn disk errors into one line."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # then it stays, and holds nobody up
-                self._path.unlink()  # before the lock goes, so that nobody else's is removed
+            with contextlib.suppress(OSError):  # a file that stays blocks nobody
+                # While the lock is still held, so that this can't remove another run's file.
+                self._path.unlink()
             os.close(self._file)
             self._file = None
-        said = disk_error(error, self.workdir)
-        if said:
+        reason = disk_error(error, self.workdir)
+        if reason:
             kept = records.steps(self.workdir)
             if kept:
                 after = f"checkpoint {kept[-1]} is whole, and the same command goes on from it"
             else:
                 after = "no checkpoint was saved yet, and the same command starts again"
             raise UserError(
-                f"the workdir {self.workdir} can't be written: {said}; {after} once that is put "
+                f"the workdir {self.workdir} can't be written: {reason}; {after} once that is put "
                 "right"
             ) from error
 
@@ -159,7 +164,7 @@ def _read(path: Path) -> str:
 
 
 def _is_at(path: Path, file: int) -> bool:
-    """Say whether an open file is still the one that a path names."""
+    """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:
@@ -167,15 +172,15 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 def disk_error(error: BaseException | None, workdir: Path) -> str | None:
-    """Return what the system said if an exception comes of writing to a workdir's disk, else None.
+    """Return the system's message if writing to a workdir's disk caused `error`, else None.
 
-    Looks at what it was raised from, too, and at texts: orbax's own errors keep no number.
+    It follows the chain of causes, and searches messages too: orbax's own errors keep no errno.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen and not isinstance(error, UserError):
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _DISK:
-            # Of another file, such as data, it is not for here; `write` names none.
+            # An error of another file, such as data, is not the workdir's; `write` names no file.
             names = [n for n in (error.filename, error.filename2) if isinstance(n, str)]
             if not names or any(_is_within(Path(n), workdir) for n in names):
                 return error.strerror
@@ -192,7 +197,7 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of a workdir whole, or leave the one that is there; the first process does."""
+    """Replace a file of a workdir as a whole, or not at all; only the first process writes."""
     if not processes.is_first():
         return
     new = path.with_name(path.name + ".tmp")
@@ -201,10 +206,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def log_event(workdir: str | Path, event: str, *, step: int, **values: Any) -> None:
-    """Append to `events.jsonl` what happened to a run: {"time", "event", "step", ...}.
+    """Append an event of the run to `events.jsonl`: {"time", "event", "step", ...}.
 
-    Nothing is ever taken out of it: what a run did again after it was killed is there twice. The
-    first process writes it.
+    Entries are never removed: if a killed run repeats steps, their events appear twice. Only the
+    first process writes.
     """
     if not processes.is_first():
         return

@@ -189,7 +189,7 @@ def rewrite(folder, **fields) -> None:
 def test_other_versions(workdir):
     folder = workdir / "checkpoints/4"
     rewrite(folder, schema=7)
-    with pytest.raises(UserError, match="is of schema 7, this version reads 1 to 4"):
+    with pytest.raises(UserError, match="has schema version 7, and this gptoss_jax reads 1 to 4"):
         records.newest_record(workdir)
     # What the first version wrote.
     rewrite(folder, schema=1, checksums=None, spikes=None)

@@ -203,7 +203,7 @@ def test_merging_into_another_base_ends_with_one_line(tmp_path: Path, capsys, mo
     wrong = {
         "has shape [3, 96], and the model's side is 64": [base, new, "--adapters", folder],
         "no adapter_config.json in it": [base, new, "--adapters", base],
-        "give the model they are of as SRC": [folder, new],
+        "give their base model as SRC": [folder, new],
     }
     for message, arguments in wrong.items():
         monkeypatch.setattr("sys.argv", ["convert", *arguments, "--to", "hf"])

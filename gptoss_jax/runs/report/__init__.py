@@ -12,15 +12,15 @@ FILE = "report.html"
 
 
 def write(workdirs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
-    """Write the page of one run, or of several beside each other, and return its path.
+    """Write the page of one run, or of several runs side by side, and return its path.
 
-    The page is one file that asks for no other. It goes into the workdir unless `out` is given;
-    several runs need it. The file is replaced as a whole.
+    The page is one file that loads no other. It goes into the workdir, or to `out`, which several
+    runs need. An old file is replaced as a whole.
 
     Raises:
-        UserError: no workdir, a folder without a run, or a page that can't be written.
+        UserError: no workdir is given, a folder holds no run, or the page can't be written.
     """
-    from gptoss_jax.runs.report import page, runs  # with matplotlib, which takes a second to import
+    from gptoss_jax.runs.report import page, runs  # imports matplotlib, which takes a second
 
     if not workdirs:
         raise UserError("no workdir was given: python -m gptoss_jax.report WORKDIR")
@@ -28,11 +28,11 @@ def write(workdirs: Sequence[str | Path], *, out: str | Path | None = None) -> P
         raise UserError(f"{len(workdirs)} workdirs go on one page: say where, with --out FILE")
     path = Path(workdirs[0]) / FILE if out is None else Path(out)
     text = page.render(runs.load(workdirs))
-    whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        whole.write_text(text, encoding="utf-8")
-        os.replace(whole, path)
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
     except OSError as error:
-        whole.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise UserError(f"{path} can't be written: {error.strerror}") from None
     return path

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, whose colours are the page's and whose values `page.js` shows."""
+"""Draw charts as inline SVG. `page.css` sets their colours, and `page.js` shows their values."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from gptoss_jax.runs.report.runs import Points
 
 MAX_POINTS = 600
-_SMOOTHED = 150  # points, from which on a curve has a mean
-MAX_COLUMNS = 120  # of a heatmap over time
-COLOURS = 8  # that the page has, as --c0 to --c7
+_SMOOTHED = 150  # a curve with at least this many points can have a running mean
+MAX_COLUMNS = 120  # the most columns of a heatmap over time
+COLOURS = 8  # the page defines --c0 to --c7
 
 _WIDTH, _HEIGHT = 380, 225
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 26
 _COLOURMAP = "viridis"
-_BYTE = 16  # a heatmap's values travel as bytes, in sixteenths
+_BYTE = 16  # a heatmap stores its values as bytes, in units of 1/16
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. `marked`: of a few points, each drawn; `noisy`: a long one has a running mean."""
+    """One curve. `marked`: draw its points as dots; `noisy`: add a running mean if it is long."""
 
     name: str
     points: Points
@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A scale from values to the pixels of an axis."""
+    """The scale of an axis, from values to pixels."""
 
     low: float
     high: float
@@ -82,17 +82,17 @@ def chart(
     log: bool | None = None,
     marks: list[float] | None = None,
 ) -> str:
-    """Draw curves over steps as a figure; an empty text if there is no point.
+    """Draw curves over steps as a figure; return "" if there is no point.
 
     Args:
-        title: Above the chart.
-        lines: Those without points are left out. More than `MAX_POINTS` are thinned out: of each
-            stretch of steps its least and its largest value stay.
+        title: The text above the chart.
+        lines: The curves; those without points are left out. A curve of more than `MAX_POINTS`
+            points is thinned out: the least and the largest value of each stretch of steps stay.
         note: A few words beside the title.
-        low: Where the axis of values begins, if the values do not go below; None: at the least.
-        high: Where it ends, likewise.
-        log: A logarithmic axis; None: where values above 0 span more than 1 to 30.
-        marks: Steps to be marked by a vertical line.
+        low: The lower end of the axis of values, unless a value is less; None: the least value.
+        high: The upper end, likewise.
+        log: A logarithmic axis; None: if all values are above 0 and span a factor of over 30.
+        marks: Steps that get a vertical line.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -134,7 +134,7 @@ def chart(
 
 
 def thin(points: Points) -> Points:
-    """Return at most `MAX_POINTS` points, the least and the largest of each stretch among them."""
+    """Return at most `MAX_POINTS` points: the least and the largest of each stretch."""
     if len(points) <= MAX_POINTS:
         return points
     kept: Points = []
@@ -147,7 +147,7 @@ def thin(points: Points) -> Points:
 
 
 def smooth(points: Points) -> Points:
-    """Return the running mean of a curve with many points, at some of its steps; else nothing."""
+    """Return the running mean of a curve of many points, at some of its steps; [] for a few."""
     if len(points) < _SMOOTHED:
         return []
     width = len(points) // 40
@@ -172,8 +172,8 @@ def heatmap(
 ) -> str:
     """Draw a matrix as a figure, row 0 on top; `top` is the value of the brightest colour.
 
-    `row` and `column` say what the rows (numbered from 0) and the columns (named) are; columns over
-    time have a `span` of steps.
+    `row` and `column` name the two axes. Rows are numbered from 0, and `columns` labels the
+    columns. If the columns are times, `span` is the range of steps.
     """
     rows, count = values.shape
     x = _Axis(0, count, False, _LEFT, _WIDTH - _RIGHT)
@@ -203,7 +203,7 @@ def heatmap(
 
 
 def colour_bar(top: float, text: str) -> str:
-    """Return the key of heatmaps: from 0 to `top`."""
+    """Return the colour key of heatmaps, from 0 to `top`."""
     stops = matplotlib.colormaps[_COLOURMAP](np.linspace(0, 1, 9))
     shown = ", ".join(matplotlib.colors.to_hex(c) for c in stops)  # pyright: ignore[reportAttributeAccessIssue]
     return (
@@ -215,10 +215,10 @@ def colour_bar(top: float, text: str) -> str:
 def over_time(
     records: list[tuple[float, Float[np.ndarray, " rows"]]],
 ) -> tuple[Float[np.ndarray, "rows columns"], list[float], tuple[float, float]]:
-    """Return columns of (step, values) records, averaged where there are more than fit.
+    """Return (columns, the columns' steps, first and last step) from (step, values) records.
 
-    And the columns' steps, and the span from the first to the last. Columns are evenly spaced in
-    steps, so that gaps and changes of rhythm stay in proportion.
+    Records that fall into one column are averaged. Columns are evenly spaced in steps, so a gap or
+    a change of the logging interval keeps its true width.
     """
     steps = np.array([s for s, _ in records])
     values = np.stack([v for _, v in records], axis=1)
@@ -234,7 +234,7 @@ def over_time(
 
 
 def _figure(title: str, note: str, legend: str, body: str, data: dict, kind: str = "lines") -> str:
-    # "</" would end the script, whatever it stands in.
+    # "</" would end the script element, even inside a string.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<figure class="{kind}"><figcaption><b>{escape(title)}</b> '
@@ -290,7 +290,10 @@ def _text(x: float, y: float, text: str, anchor: str, *, turned: bool = False) -
 
 
 def _range(low: float, high: float, *, pad: float, log: bool = False) -> tuple[float, float]:
-    """Widen a range by a share of it; one of no width by what makes it one."""
+    """Widen a range by `pad` times its width; an empty one to a width of 0.5 or 1.
+
+    With `log` this holds for the logarithms (base 10).
+    """
     if log:
         low, high = math.log10(low), math.log10(high)
     if high - low < 1e-12 * max(1.0, abs(high)):
@@ -301,7 +304,7 @@ def _range(low: float, high: float, *, pad: float, log: bool = False) -> tuple[f
 
 
 def _few(count: int) -> list[int]:
-    """Return some of the indices below a count, evenly spaced, for labels."""
+    """Return evenly spaced indices below `count`, for labels."""
     stride = next(s for s in (1, 2, 5, 10, 20, 50, 100, count) if count <= 9 * s)
     return list(range(0, count, stride))
 

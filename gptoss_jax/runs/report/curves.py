@@ -1,4 +1,4 @@
-"""Which curves a page has."""
+"""Choose the curves of a page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from gptoss_jax.runs.report.charts import COLOURS, Line, chart
 from gptoss_jax.runs.report.runs import Points, Run
 
-# Drawn elsewhere, or of no use as a curve.
+# Numbers that have a chart of their own, or are of no use as a curve.
 _KNOWN = {
     "loss", "held_out_loss", "held_out_perplexity", "exact_match", "learning_rate", "grad_norm",
     "tokens_per_second", "flops_per_second", "mfu", "tokens", "trained_tokens", "step_seconds",
@@ -42,7 +42,7 @@ def training(runs: list[Run]) -> str:
 
 
 def sources(runs: list[Run]) -> str:
-    """Return the charts of a mixture's sources: loss, and share of the tokens so far."""
+    """Return the charts of the sources of a data mixture: loss, and share of the tokens so far."""
     losses: list[Line] = []
     shares: list[Line] = []
     for run in runs:
@@ -102,7 +102,7 @@ def _lines(runs: list[Run], name: str, *, marked: bool = False) -> list[Line]:
 
 
 def _rewinds(runs: list[Run]) -> list[float]:
-    """Return the steps of a single run's spikes that it went back from; several have none."""
+    """Return the steps of the loss spikes after which a run rewound; [] for several runs."""
     if len(runs) > 1:
         return []
     found = []

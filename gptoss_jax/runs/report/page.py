@@ -20,14 +20,14 @@ from gptoss_jax.runs.report.charts import colour_bar, heatmap, over_time
 from gptoss_jax.runs.report.runs import Run
 
 _HERE = Path(__file__).parent
-_ANSWERS = 12  # of a question, shown at once
+_ANSWERS = 12  # shown for a question; earlier ones are folded away
 
-# Nothing is fetched, whatever a model or a name in the data may say.
+# The page fetches nothing, even if an answer of the model or a name in the data holds HTML.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def render(runs: list[Run]) -> str:
-    """Return the page of a run, or of several beside each other."""
+    """Return the HTML page of one run, or of several side by side."""
     title = runs[0].name if len(runs) == 1 else " and ".join(r.name for r in runs)
     sections = {
         "numbers": ("", "".join(_numbers(run, len(runs) > 1) for run in runs)),
@@ -101,7 +101,10 @@ def _numbers(run: Run, several: bool) -> str:
 
 
 def _seconds(run: Run) -> float:
-    """Return the time in steps: of the records that tell it, by the steps since the last one."""
+    """Return the seconds spent in training steps.
+
+    Each record with `step_seconds` counts for the steps since the last record with a loss.
+    """
     total, before = 0.0, 0.0
     for record in run.records:
         total += (record["step"] - before) * float(record.get("step_seconds") or 0)
@@ -113,11 +116,11 @@ def _parameters(run: Run) -> tuple[int, int] | None:
     from gptoss_jax.config import command_line
     from gptoss_jax.model import Transformer
 
-    if (run.workdir / model_source.FOLDER).is_dir():  # a model of the user's own
+    if (run.workdir / model_source.FOLDER).is_dir():  # the user's own model
         return None
     try:
         config = command_line.from_json(json.dumps(run.config))
-    except UserError:  # of another version
+    except UserError:  # another version of the package wrote the config
         return None
     return Transformer(config.model).num_parameters() if run.config else None
 
@@ -179,7 +182,7 @@ def _load(run: Run, several: bool) -> str:
 
 
 def _samples(run: Run, several: bool) -> str:
-    """Show what each question was answered with, equal answers in a row as one."""
+    """Show the answers to each question; equal answers in a row are one entry."""
     by_question: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for _, group in itertools.groupby(run.samples, key=lambda s: s["step"]):
         for i, sample in enumerate(group):
@@ -209,7 +212,7 @@ def _samples(run: Run, several: bool) -> str:
 
 
 def _events(run: Run, several: bool) -> str:
-    """List what happened: the run's events, and steps that were left out."""
+    """List the run's events, and the steps that were skipped because they were not finite."""
     found = [(e["step"], {k: v for k, v in e.items() if k != "step"}) for e in run.events]
     for r in run.records:
         if r.get("skipped_steps"):
@@ -236,7 +239,7 @@ def _events(run: Run, several: bool) -> str:
 
 
 def _config(runs: list[Run]) -> str:
-    """Show the config by section; marked is what is not the default, or differs between runs."""
+    """Show the config by section; mark values that are not the default, or differ between runs."""
     if not any(run.config for run in runs):
         return ""
     defaults = _flat(json.loads(json.dumps(dataclasses.asdict(Config()))))

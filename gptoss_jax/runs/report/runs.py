@@ -1,4 +1,4 @@
-"""Runs as their workdirs tell them: what a page is made from."""
+"""Read runs from their workdirs: the data of a report page."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Points = list[tuple[float, float]]  # (step, value)
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its records by rising step, and what could not be read."""
+    """One run: its records in rising order of steps, and the problems in reading them."""
 
     name: str
     workdir: Path
     records: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    config: dict[str, Any]  # {} where there is none
+    config: dict[str, Any]  # {} if it is missing
     problems: list[str]
 
     def points(self, name: str) -> Points:
-        """Return the finite values that the records have under a name, by step."""
+        """Return (step, value) for each record with a finite value under `name`."""
         found = [r for r in self.records if _is_number(r.get(name))]
         return [(float(r["step"]), float(r[name])) for r in found]
 
@@ -54,10 +54,10 @@ class Run:
 
 
 def load(workdirs: Sequence[str | Path]) -> list[Run]:
-    """Read the runs in workdirs; lines and files that can't be read are told in `problems`.
+    """Read the runs in workdirs; `problems` lists the lines and files that can't be read.
 
     Raises:
-        UserError: no such folder, or one in which there is no run.
+        UserError: a folder does not exist, or holds no run.
     """
     folders = [Path(w) for w in workdirs]
     return [_load(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
@@ -80,7 +80,7 @@ def _load(folder: Path, name: str) -> Run:
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Read records with a step, by rising step; of what is none of these the lines are told."""
+    """Read records with a step, in rising order; `problems` gets the numbers of other lines."""
     if not path.is_file():
         return []
     records, bad = [], []
@@ -121,7 +121,7 @@ def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Name folders by as few of their last parts as tell them apart."""
+    """Name folders by as few of their last parts as make the names different."""
     parts = [folder.absolute().parts for folder in folders]
     most = max(map(len, parts))
     for count in range(1, most + 1):
