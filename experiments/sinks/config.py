@@ -2,7 +2,7 @@
 
     python experiments/run.py sinks
 
-Hardware: any; about 5 minutes on two cores. Result: experiments/README.md.
+Hardware: any; about 6 minutes on two cores. Result: experiments/README.md.
 
 The data: pairs of a letter and a symbol. A letter says from how many pairs back the symbol is
 copied; where the record does not reach back that far the symbol is ~, and where the letter is x it

@@ -67,10 +67,11 @@ def loss_fn(
 ) -> LossSums:
     """Run the model on a batch and sum its loss over the trained tokens.
 
-    Only positions with weight > 0 are unembedded, in chunks, so that logits [tokens, V] never exist
-    and the cost follows the trained tokens, in steps of an eighth of the batch. The router losses
-    are averaged over layers; with coefficients of 0 they add nothing to the gradient. `model` has
-    the `forward` of `model.Transformer`. With `num_sources`, there are also sums for each source.
+    Logits [tokens, V] never exist: the unembedding runs over chunks. On one CPU it leaves out the
+    positions of weight 0, so that its cost follows the trained tokens, in steps of an eighth of the
+    batch; elsewhere it takes all positions. The router losses are averaged over layers; with
+    coefficients of 0 they add nothing to the gradient. `model` has the `forward` of
+    `model.Transformer`. With `num_sources`, there are also sums for each source.
     """
     batch, out = forward(model, params, batch)
     weights = jnp.asarray(batch.weights, jnp.float32)

@@ -208,7 +208,9 @@ def test_hosts_may_share_rows_and_have_some_more_than_others(texts):
 @pytest.mark.parametrize("pack_window", [1, 16, 41, 1_000])
 def test_an_epoch_holds_each_record_once(texts, pack_window):
     config = make_config(texts, pack_window=pack_window)
-    expected = sorted(tuple(encode(json.loads(line)["text"])) for line in texts.open())
+    expected = sorted(
+        tuple(encode(json.loads(line)["text"])) for line in texts.read_text().splitlines()
+    )
     windows = Windows(open_examples(config), seed=0)
     assert windows.per_round == -(-NUM_RECORDS // pack_window)
     orders = []
@@ -247,7 +249,7 @@ def test_the_seed_decides_the_order(texts):
 def test_chats_are_rendered_as_harmony_does(chats):
     config = make_config(chats, sequence_length=256, reasoning="low", train_on=("user",))
     expected = {}
-    for line in chats.open():
+    for line in chats.read_text().splitlines():
         tokens, weights = harmony.render(
             json.loads(line)["messages"],
             reasoning="low",
@@ -416,7 +418,9 @@ def test_held_out_batches_are_finite_and_the_same_whatever_the_seed(texts):
     config = make_config(texts, held_out=[texts])
     batches = data.eval_batches(config)
     found = [s for batch in batches for s in segments(batch)]
-    assert sorted(found) == sorted(tuple(encode(json.loads(line)["text"])) for line in texts.open())
+    assert sorted(found) == sorted(
+        tuple(encode(json.loads(line)["text"])) for line in texts.read_text().splitlines()
+    )
     rows = sum(int((b.segment_ids.max(axis=1) > 0).sum()) for b in batches)
     assert rows % 4 and len(batches) == -(-rows // 4)
     last = batches[-1]

@@ -39,7 +39,9 @@ from gptoss_jax.types import Batch, Params, TrainState
 ADVANTAGES, SAMPLED = "advantages", "sampled_logprobs"  # keys of `Batch.per_token`
 FRESH = "fresh"  # key of `Batch.shared`: 1 in the first step on a set of answers, else 0
 ANSWERS = "answers.jsonl"
-_STD_FLOOR = 1e-6  # rewards with a smaller standard deviation differ by rounding only
+# Rewards differ by rounding only if their standard deviation is at most this, times the largest
+# absolute reward where that is over 1.
+_STD_FLOOR = 1e-6
 
 
 def check(config: Config) -> None:
