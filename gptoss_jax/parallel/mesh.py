@@ -45,17 +45,17 @@ def resolve(config: MeshConfig, count: int) -> tuple[int, ...]:
     """Return the sizes of `AXES` on `count` devices, -1 resolved. Raises UserError as `make`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size != -1)
-    said = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
+    given = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
     if -1 in sizes.values():
         if count % known:
             raise UserError(
-                f"mesh: {said} on {count} devices: the sizes that are given make {known}, which "
+                f"mesh: {given} on {count} devices: the sizes that are given make {known}, which "
                 f"does not divide {count}"
             )
         sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
     elif known not in (1, count):
         raise UserError(
-            f"mesh: {said} is for {known} devices, and there are {count}: make one size -1, or "
+            f"mesh: {given} is for {known} devices, and there are {count}: make one size -1, or "
             "give sizes whose product is that"
         )
     return tuple(sizes.values())

@@ -40,9 +40,9 @@ def embed(
     def local(table: Array, tokens: Array) -> Array:
         if whole_rows:
             table = lax.all_gather(table, "context", axis=1, tiled=True)
-        asked = lax.all_gather(tokens, others)  # [X, B, T]
+        all_tokens = lax.all_gather(tokens, others)  # [X, B, T]
         rows = table.shape[0]
-        mine = asked - lax.axis_index("tensor") * rows
+        mine = all_tokens - lax.axis_index("tensor") * rows
         inside = (mine >= 0) & (mine < rows)
         found = jnp.where(inside[..., None], table[jnp.where(inside, mine, 0)], 0)
         found = lax.all_to_all(found, others, split_axis=0, concat_axis=3, tiled=True)

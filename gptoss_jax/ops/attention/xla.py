@@ -92,7 +92,7 @@ def cached_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
 ) -> Float[Array, "B T N H"]:
-    """Attend to keys in any order, as they lie in a cache; see `attention`."""
+    """Attend to keys in any order, as in a key/value cache; see `attention`."""
     return _in_blocks(q, k, v, sinks, window=window, segments=segments, positions=positions)
 
 
@@ -169,7 +169,7 @@ def _scaled(q: Array, K: int) -> Array:
     return _grouped(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), K)
 
 
-def _a_row(sinks: Array, K: int, T: int) -> Array:
+def _sink_column(sinks: Array, K: int, T: int) -> Array:
     """Return the sinks in the layout of the grouped queries: [1, K, G*T, 1], float32."""
     return jnp.repeat(sinks.astype(jnp.float32).reshape(K, -1), T, axis=1)[None, :, :, None]
 
@@ -180,11 +180,11 @@ def _attend_fwd(window: int | None, q: Array, k: Array, v: Array, sinks: Any, wh
     # The maximum stays above MASKED, so that a row that sees nothing has weights of zero.
     largest = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), MASKED / 10)
     if sinks is not None:
-        largest = jnp.maximum(largest, _a_row(sinks, K, T))
+        largest = jnp.maximum(largest, _sink_column(sinks, K, T))
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
-        total += jnp.exp(_a_row(sinks, K, T) - largest)
+        total += jnp.exp(_sink_column(sinks, K, T) - largest)
     total = jnp.maximum(total, 1e-30)
     out = _dot(weights.astype(v.dtype), v.transpose(0, 2, 1, 3)) / total
     out = _ungrouped(out, T).astype(q.dtype)
@@ -211,7 +211,7 @@ def _attend_bwd(window: int | None, saved: Any, d_out: Array) -> tuple[Any, ...]
     dv = _dot(do.transpose(0, 1, 3, 2), p.astype(do.dtype)).transpose(0, 3, 1, 2)
     d_sinks = None
     if sinks is not None:
-        share = jnp.exp(_a_row(sinks, K, T) - logsumexp) * delta
+        share = jnp.exp(_sink_column(sinks, K, T) - logsumexp) * delta
         d_sinks = -jnp.sum(share.reshape(B, N, T), axis=(0, 2)).astype(sinks.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
 

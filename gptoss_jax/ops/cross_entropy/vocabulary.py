@@ -93,7 +93,7 @@ def _weighted(nll: Array, weights: Array) -> tuple[Array, Array]:
 def _both(chunk: int, hidden: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
     # In `shard_map`, JAX here sums the gradient of an argument that is the same along a mesh axis.
     args = (hidden, weight, targets)
-    out: Any = _top_and_picked(chunk, *(_alike(a, *args) for a in args))
+    out: Any = _top_and_picked(chunk, *(_varying_like(a, *args) for a in args))
     return out
 
 
@@ -141,8 +141,8 @@ def _forward(
             others,
         )
 
-    zeros = _alike(jnp.zeros((rows, 1), jnp.float32), hidden, weight, targets)
-    others = _alike(jnp.zeros(hidden.shape, jnp.float32), zeros) if mean else None
+    zeros = _varying_like(jnp.zeros((rows, 1), jnp.float32), hidden, weight, targets)
+    others = _varying_like(jnp.zeros(hidden.shape, jnp.float32), zeros) if mean else None
     start = _Running(zeros - jnp.inf, zeros, zeros, others)
     last = _over_chunks(weight.shape[0], chunk, step, start)
     if last.others is not None:
@@ -172,7 +172,7 @@ def _gradients(
         return total, lax.dynamic_update_slice_in_dim(d_weight, part, start, 0)
 
     wide = (jnp.zeros(hidden.shape, jnp.float32) if d_hidden else None, jnp.zeros_like(weight))
-    start = jax.tree.map(lambda x: _alike(x, hidden, weight, targets), wide)
+    start = jax.tree.map(lambda x: _varying_like(x, hidden, weight, targets), wide)
     total, d_weight = _over_chunks(weight.shape[0], chunk, step, start)
     return None if total is None else total.astype(hidden.dtype), d_weight
 
@@ -209,7 +209,7 @@ def _compute_dtype(dtype: Any) -> Any:
     return jnp.float32 if chips.current().platform == "cpu" else dtype
 
 
-def _alike(x: Array, *like: Array) -> Array:
+def _varying_like(x: Array, *like: Array) -> Array:
     """Mark `x` as varying along the mesh axes along which any of `like` varies."""
     axes = frozenset[str]().union(*(_axes(a) for a in like)) - _axes(x)
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

@@ -146,7 +146,7 @@ def _experts(
             matrices = {key: w for key, w in weights.items() if key.endswith("weight")}
             return grouped.refuse(x, ids, **matrices)
         if weights["adapters"] is not None:
-            return "it knows no adapters"
+            return "it does not support adapters"
         return _kernel(name).refuse(x, ids, shares, **_without_adapters(weights))
 
     name = choose("experts", named, order=ORDER, refuse=refuse)
