@@ -54,12 +54,12 @@ def refuse(
     if kind not in CHIPS:
         return f"cuDNN's packed attention needs one of {', '.join(CHIPS)}, and this is a {kind}"
     if chips.current().interpret:
-        return "cuDNN is no kernel that could be interpreted"
+        return "cuDNN can't be interpreted"
     dtypes = {q.dtype, k.dtype, v.dtype}
     if len(dtypes) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 or float16, not {', '.join(sorted(map(str, dtypes)))}"
     if q.shape[3] % 8 or q.shape[3] > 256:
-        return f"head_dim {q.shape[3]} is no multiple of 8 up to 256"
+        return f"head_dim {q.shape[3]} has to be a multiple of 8 up to 256"
     if q.size >= 1 << 31:
         return f"q has {q.size} elements, and cuDNN's offsets are 32 bits wide"
     if q.shape[2] != k.shape[2] and jax.__version_info__ < GROUPED_QUERIES:

@@ -63,9 +63,9 @@ def refuse(
     if T * _padded(N // K) > ROWS:
         return f"a kv head has {T} * {_padded(N // K)} rows of queries, and {ROWS} fit"
     if H % 16 or H > 128:
-        return f"head_dim {H} is no multiple of 16 up to 128"
+        return f"head_dim {H} has to be a multiple of 16 up to 128"
     if S % GRANULE or BLOCKS[chips.current().kind].keys > S:
-        return f"a cache of {S} slots is no multiple of {GRANULE}, or less than a block"
+        return f"a cache of {S} slots is not a multiple of {GRANULE}, or is less than a block"
     return None
 
 
@@ -200,15 +200,15 @@ def _scratch(blocks: Blocks, T: int, H: int) -> dict[str, Any]:
         "segments_smem": plgpu.SMEM((stages, keys), jnp.int32),
         "out_smem": matrix(ROWS, H, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
-        "kv_arrived": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-        "q_arrived": plgpu.Barrier(num_arrivals=T),
+        "arrived": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        "begun": plgpu.Barrier(num_arrivals=T),
     }
 
 
 def _body(
     q_ref, k_ref, v_ref, q_positions, q_segments, k_positions, k_segments, *rest,
     q_smem, k_smem, v_smem, p_smem, positions_smem, segments_smem, out_smem, lse_smem,
-    kv_arrived, q_arrived, blocks, splits, window, scale, R,
+    arrived, begun, blocks, splits, window, scale, R,
 ) -> None:  # fmt: skip
     """Attend from the queries of one kv head to the blocks first + split + i * splits of keys."""
     from jax.experimental import pallas as pl
@@ -233,14 +233,14 @@ def _body(
             (k_positions.at[batch, where], positions_smem),
             (k_segments.at[batch, where], segments_smem),
         ):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], kv_arrived.at[slot])
+            plgpu.copy_gmem_to_smem(source, target.at[slot], arrived.at[slot])
 
     for t in range(T):
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, t, head], q_smem.at[pl.ds(t * R, R)], q_arrived)
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, t, head], q_smem.at[pl.ds(t * R, R)], begun)
     for step in range(stages):
         pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
     query_places = [(q_positions[batch, t], q_segments[batch, t]) for t in range(T)]
-    plgpu.barrier_wait(q_arrived)
+    plgpu.barrier_wait(begun)
 
     def over_columns(x, shape=tile):
         return jax.lax.broadcast_in_dim(x, shape, [0])
@@ -262,7 +262,7 @@ def _body(
     def attend(step, carry):
         out, largest, total = carry
         slot = jax.lax.rem(step, stages)
-        plgpu.barrier_wait(kv_arrived.at[slot])
+        plgpu.barrier_wait(arrived.at[slot])
 
         def products(acc):
             plgpu.wgmma(acc, q_smem, k_smem.at[slot].T)

@@ -85,7 +85,7 @@ def refuse(
         if not isinstance(stack, Relaid) or stack.layout != "hopper":
             return f'it takes weights packed in the layout "hopper", and {name} is not'
     if x.dtype != jnp.bfloat16:
-        return f"it is exact to bfloat16 only, and x is {x.dtype}"
+        return f"x has to be bfloat16, and it is {x.dtype}"
     if x.shape[1] < TILE:
         return f"it takes {TILE} rows of a matrix at a time, and down_weight has {x.shape[1]}"
     if x.shape[0] > MAX_ROWS:

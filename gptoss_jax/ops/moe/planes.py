@@ -42,9 +42,11 @@ def refuse(
     for weight in (gate_up_weight, down_weight):
         stack = weight.stack if isinstance(weight, LayerOf) else weight
         if isinstance(stack, MXFP4):
-            return 'its packed weights are in the layout "planes": see ops.mxfp4.layouts.relayout'
+            return 'packed weights have to be in layout "planes": see ops.mxfp4.layouts.relayout'
         if isinstance(stack, Relaid) and stack.layout != "planes":
-            return f'its packed weights are in the layout "planes", and these in "{stack.layout}"'
+            return (
+                f'packed weights have to be in layout "planes", and these are in "{stack.layout}"'
+            )
     return None
 
 

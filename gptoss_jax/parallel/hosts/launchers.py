@@ -36,11 +36,11 @@ def find(config: DistributedConfig, environ: Mapping[str, str]) -> str | None:
     number, i = given["num_processes"], given["process_id"]
     if not 0 <= i < number:
         raise UserError(
-            f"--distributed.process-id is {i}: of {number} processes it is one of 0 to {number - 1}"
+            f"--distributed.process-id is {i}: for {number} processes give one of 0 to {number - 1}"
         )
     host, _, port = given["coordinator"].rpartition(":")
     if not (host and port.isdigit() and 0 < int(port) < 65_536):
-        raise UserError(f"--distributed.coordinator {given['coordinator']}: it is HOST:PORT")
+        raise UserError(f"--distributed.coordinator {given['coordinator']}: give it as HOST:PORT")
     return "flags"
 
 

@@ -166,7 +166,7 @@ def unwinding(_kind: Any, error: BaseException | None, _trace: Any) -> None:
 
 def _give_up(config: DistributedConfig) -> None:
     where, number = config.coordinator or "the coordinator", config.num_processes
-    text = f"not all {number or ''} processes came in {config.wait_seconds} s".replace("  ", " ")
+    text = f"not all {number or ''} processes joined in {config.wait_seconds} s".replace("  ", " ")
     if config.coordinator and config.process_id:
         host, _, port = config.coordinator.rpartition(":")
         try:
