@@ -1,4 +1,4 @@
-"""Which chip a program is traced for, so that ops can choose: the one here, or one assumed."""
+"""The chip that a program is traced for, by which ops choose: the chip here, or an assumed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptoss_jax.chips.facts import FACTS, TARGETS, TPUS, name_of
 Platform = Literal["cpu", "gpu", "tpu"]
 
 HOPPER = ("h100", "h200")
-MOSAIC_GPU = (0, 11, 2)  # of jax: before it the names of the backend were others
+MOSAIC_GPU = (0, 11, 2)  # least version of jax: earlier ones have other names in the backend
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Chip:
 
     platform: Platform
     kind: str
-    interpret: bool = False  # Pallas kernels run in the interpreter on this machine's CPU
+    interpret: bool = False  # whether Pallas kernels run in the interpreter, on this machine's CPU
 
 
 _assumed: ContextVar[Chip | None] = ContextVar("chip", default=None)
 
 
 def current() -> Chip:
-    """Return the chip that is assumed, or else that of JAX's default backend."""
+    """Return the assumed chip, or else the chip of JAX's default backend."""
     return _assumed.get() or _of(jax.devices()[0])
 
 
 def named(kind: str, *, interpret: bool = False) -> Chip:
-    """Return the chip of a name ("cpu", "v5e", "h200" and the like). Raises ValueError."""
+    """Return the chip with a name such as "cpu", "v5e" or "h200". Raises ValueError."""
     if kind == "cpu":
         return Chip("cpu", "cpu", interpret)
     if kind not in TARGETS:
@@ -46,9 +46,9 @@ def named(kind: str, *, interpret: bool = False) -> Chip:
 
 @contextlib.contextmanager
 def assume(kind: str, *, interpret: bool = False) -> Iterator[Chip]:
-    """Trace as if for chip `kind`: to compile for what is not here, or to interpret its kernels.
+    """Trace as if for chip `kind`: to compile for an absent chip, or to interpret its kernels.
 
-    What was traced before is forgotten, and on leaving too: the choice is no part of jit's key.
+    JAX's caches are cleared on entry and on exit, because the chip is not part of jit's cache key.
     """
     chip = named(kind, interpret=interpret)
     jax.clear_caches()
@@ -61,9 +61,10 @@ def assume(kind: str, *, interpret: bool = False) -> Iterator[Chip]:
 
 
 def peak_flops(peak_tflops: float = 0.0, *, devices: int = 1) -> float | None:
-    """Return the peak of so many of the devices here in FLOP/s; None if it is not known (a CPU's).
+    """Return the peak FLOP/s of `devices` devices like the first one here; None if not known.
 
-    `peak_tflops`, of one device, goes before the table.
+    The peak of a CPU is not known. `peak_tflops` (per device, in TFLOP/s) overrides the table; 0
+    means not given.
     """
     row = FACTS.get(name_of(jax.devices()[0].device_kind) or "")
     peak = peak_tflops * 1e12 or (row.flops if row else 0.0)
@@ -71,9 +72,9 @@ def peak_flops(peak_tflops: float = 0.0, *, devices: int = 1) -> float | None:
 
 
 def tpu_interpreter() -> Any:
-    """Return `interpret=` of a TPU `pallas_call`: False, or an interpreter that finds races.
+    """Return `interpret=` for a TPU `pallas_call`: False, or an interpreter that finds races.
 
-    Memory that nothing was written to reads as NaN in it.
+    In the interpreter, uninitialised memory reads as NaN.
     """
     if not current().interpret:
         return False
@@ -85,23 +86,23 @@ def tpu_interpreter() -> Any:
 
 
 def gpu_interpreter() -> Any:
-    """Return `interpret=` of a Mosaic GPU kernel: False, or an interpreter that finds races."""
+    """Return `interpret=` for a Mosaic GPU kernel: False, or an interpreter that finds races."""
     if not current().interpret:
         return False
     from jax.experimental.pallas import mosaic_gpu
 
-    plgpu: Any = mosaic_gpu  # of a later jax than the types here may be of
+    plgpu: Any = mosaic_gpu  # Any, because the type checker may see an earlier jax
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
 def refuse_tpu_kernel() -> str | None:
-    """Say why no TPU kernel can run here, or None."""
+    """Return why no TPU kernel can run here, or None."""
     chip = current()
     return None if chip.platform == "tpu" else f"it is a TPU kernel, and this is a {chip.kind}"
 
 
 def refuse_hopper_kernel() -> str | None:
-    """Say why no Hopper kernel of Mosaic GPU can run here, or None."""
+    """Return why no Hopper kernel of Mosaic GPU can run here, or None."""
     chip = current()
     if chip.kind not in HOPPER:
         return f"it is a kernel for Hopper (H100, H200), and this is a {chip.kind}"

@@ -1,4 +1,4 @@
-"""The table of chips: what the data sheets say of a device, and what JAX calls it."""
+"""The table of chips: data-sheet figures of each device, and JAX's name for it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 GiB = 2**30
 
-# GiB of a GPU that no program of XLA gets: CUDA's context, its libraries' handles and workspaces.
-# XLA_PYTHON_CLIENT_MEM_FRACTION has to be raised from its 0.75 for the rest to be there.
+# GiB of a GPU that no XLA program can use: CUDA's context, and its libraries' handles and
+# workspaces. To use all the rest, raise XLA_PYTHON_CLIENT_MEM_FRACTION from its default of 0.75.
 GPU_RESERVE = 0.4
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The rates of one device of JAX, a second. One tpu7x chip is two devices, each half of it."""
+    """Rates per second of one JAX device. One tpu7x chip is two devices, each half of the chip."""
 
     flops: float  # dense bfloat16 (float16 where there is none)
     bandwidth: float  # bytes between memory and chip
@@ -22,28 +22,28 @@ class Facts:
 
 @dataclass(frozen=True)
 class Target(Facts):
-    """A device that programs can be compiled for where there is none: see `chips.topologies`."""
+    """A device that programs can be compiled for without having one: see `chips.topologies`."""
 
-    nominal: str  # memory as it is sold
-    memory: int  # bytes that a program can take
-    links: float  # bytes out of a device to those beside it, over all its links, in one direction
-    network: float  # the same to devices of another host or slice
+    nominal: str  # memory as advertised
+    memory: int  # bytes that a program can use
+    links: float  # bytes from a device to its neighbours, over all its links, in one direction
+    network: float  # bytes to devices of another host or slice, in one direction
 
 
 def _on_gpu(reported: float) -> int:
-    """Return what is left of the memory that the driver reports, in GiB."""
+    """Return the usable bytes of a GPU whose driver reports `reported` GiB."""
     return int((reported - GPU_RESERVE) * GiB)
 
 
-# TPU memory is the limit that libtpu's compiler refuses beyond ("exceeds available HBM (15.75G)"):
-# the system's own part is out of it already. Rates of TPUs: cloud.google.com/tpu/docs, the pages
-# v4, v5e, v5p, v6e and tpu7x; links are half of the "bidirectional" figure, the network of a chip
-# is its share of its host's. Those pages count by chip; JAX shows the two chiplets of a tpu7x chip
-# as two devices ("dual-chiplet architecture" there), so all its rates are halved. GPU memory is
-# what CUDA reports as total (deviceQuery; torch's "total capacity"), less GPU_RESERVE. Rates of
-# GPUs: NVIDIA's data sheets, without sparsity; links are one direction of NVLink, or of PCIe (T4:
-# 3.0, L4: 4.0, 16 lanes); the network is one 400 Gbit/s port a GPU as in DGX H100, H200 and B200,
-# and 100 Gbit/s a GPU for the small ones.
+# TPU memory is the limit of libtpu's compiler ("exceeds available HBM (15.75G)"), which already
+# excludes the system's part. TPU rates are from cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e
+# and tpu7x. Links are half of the "bidirectional" figure; the network of a chip is its share of its
+# host's network. Those pages count per chip. JAX shows the two chiplets of a tpu7x chip as two
+# devices ("dual-chiplet architecture" on that page), so all its rates are halved.
+# GPU memory is the total that CUDA reports (deviceQuery; torch's "total capacity"), less
+# GPU_RESERVE. GPU rates are from NVIDIA's data sheets, without sparsity. Links are one direction of
+# NVLink, or of PCIe (T4: 3.0, L4: 4.0, 16 lanes). The network is one 400 Gbit/s port per GPU, as in
+# DGX H100, H200 and B200, and 100 Gbit/s per GPU for T4 and L4.
 FACTS = {
     "v5e": Target(
         197e12, 819e9, "Cloud TPU v5e page", "16 GB", int(15.75 * GiB), 200e9, 6.25e9
@@ -62,7 +62,7 @@ FACTS = {
     "h100": Target(989e12, 3350e9, "H100 SXM data sheet", "80 GB", _on_gpu(79.11), 450e9, 50e9),
     "h200": Target(989e12, 4800e9, "H200 SXM data sheet", "141 GB", _on_gpu(139.8), 450e9, 50e9),
     "b200": Target(2250e12, 8000e9, "HGX B200 data sheet", "180 GB", _on_gpu(178.34), 900e9, 50e9),
-    # Chips that runs can be on, and that nothing here describes to a compiler. After a hyphen: the
+    # Chips that a run can use, but that have no description for a compiler here. A hyphen marks the
     # same chip in another form, with the same programs and other rates.
     "v4": Facts(275e12, 1228e9, "Cloud TPU v4 page"),
     "h100-pcie": Facts(756e12, 2000e9, "H100 PCIe data sheet"),
@@ -75,7 +75,7 @@ TARGETS = {name: row for name, row in FACTS.items() if isinstance(row, Target)}
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = tuple(name for name in TARGETS if name not in TPUS)
 
-# What is in a device's `device_kind`, and the row above that it is: the first that fits.
+# Substrings of a device's `device_kind`, and the row above that they mean; the first match counts.
 _SHOWN = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -98,5 +98,5 @@ _SHOWN = {
 
 
 def name_of(device_kind: str) -> str | None:
-    """Return the name in `FACTS` of what JAX calls a device; None if it is not there."""
+    """Return the name in `FACTS` of a device with this `device_kind`; None if it is not there."""
     return next((name for shown, name in _SHOWN.items() if shown in device_kind), None)

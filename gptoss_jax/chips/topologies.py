@@ -1,7 +1,8 @@
-"""Devices that are not here, as the compilers describe them.
+"""Descriptions of devices that this machine does not have, to compile programs for them.
 
-TPUs need libtpu (`pip install "jax[tpu]"`), NVIDIA GPUs JAX's CUDA plug-in: `.[aot]` has both.
-No program runs on such devices; `.lower(...).compile().memory_analysis()` is the compiler's own.
+TPUs need libtpu (`pip install "jax[tpu]"`), and NVIDIA GPUs need JAX's CUDA plug-in; `.[aot]` has
+both. No program can run on such devices, but `.lower(...).compile().memory_analysis()` gives the
+real compiler's figures.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from gptoss_jax.errors import UserError
 
 GPUS_A_HOST = 8
 
-# Without them libtpu looks for a metadata server, two processes at once abort over its lock file,
-# and JAX's CUDA plug-in looks for a driver.
+# Without these variables, libtpu looks for a metadata server, two processes at once abort because
+# of its lock file, and JAX's CUDA plug-in looks for a driver.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -36,7 +37,10 @@ ENVIRONMENT = {
 
 
 def split(target: str) -> tuple[str, str]:
-    """Split "v5p:4x4x4" into chip and shape. Raises UserError for a chip that is not known."""
+    """Split a target such as "v5p:4x4x4" into chip and shape.
+
+    Raises UserError if the chip is not known or the shape is malformed.
+    """
     kind, _, shape = target.partition(":")
     if kind not in TARGETS:
         raise UserError(f"target {target!r}: the chips are {', '.join(TARGETS)}")
@@ -49,10 +53,13 @@ def split(target: str) -> tuple[str, str]:
 
 
 def devices(target: str) -> list[Any]:
-    """Return the devices of `target`: "v5e:4x8", "v5p:2x2x1", "h200:8"; the chip alone is one.
+    """Return the devices of `target`, such as "v5e:4x8", "v5p:2x2x1" or "h200:8".
 
-    A tpu7x chip shows as two devices. Raises UserError for an unknown chip, a shape that the
-    compiler refuses, or a compiler that is not installed.
+    A chip's name without a shape means one device. A tpu7x chip shows as two devices.
+
+    Raises:
+        UserError: The chip is not known, the compiler refuses the shape, or the compiler is not
+            installed.
     """
     kind, shape = split(target)
     for name, value in ENVIRONMENT.items():
@@ -62,7 +69,7 @@ def devices(target: str) -> list[Any]:
         return _gpus(kind, shape) if kind in GPUS else _tpus(kind, shape)
     except UserError:
         raise
-    except Exception as error:  # the plug-ins raise what they like
+    except Exception as error:  # the plug-ins raise any type of exception
         raise UserError(f"target {target!r}: {str(error).splitlines()[0]}") from error
 
 
@@ -86,7 +93,7 @@ def _tpus(kind: str, shape: str) -> list[Any]:
     one_chip = "1x1" if kind in ("v5e", "v6e") else "1x1x1"
     shape = shape or one_chip
     sizes = [int(size) for size in shape.split("x")]
-    if len(sizes) != len(one_chip.split("x")):  # which ends the compiler's process
+    if len(sizes) != len(one_chip.split("x")):  # the compiler would end the whole process
         like = "v5e:4x8" if one_chip == "1x1" else "v5p:4x4x4"
         raise UserError(f"target '{kind}:{shape}': {kind} has a topology like that of {like}")
     one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}

@@ -1,5 +1,5 @@
-"""The maths, as functions of arrays: no Flax, no configuration.
+"""The mathematics as functions of arrays, without Flax and without configuration.
 
-Each op has a `reference.py` that is plainly right, an XLA form, and kernels. Imports: types,
-errors, chips. The model, `parallel` and `objectives` take these.
+Each op has a simple `reference.py` to compare with, an XLA implementation, and kernels. This
+package imports only types, errors and chips. The model, `parallel` and `objectives` use it.
 """

@@ -1,4 +1,4 @@
-"""How every op chooses among its implementations."""
+"""Choice of an op's implementation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def choose(
     order: Mapping[str, Sequence[str]],
     refuse: Callable[[str], str | None],
 ) -> str:
-    """Return the name of the implementation that runs.
+    """Return the name of the implementation to run.
 
-    A name that is given runs, or ValueError says why it can't. None takes the first name of
-    `order[platform]` that `refuse` gives no reason against, and logs it, once a process for each
-    (op, chip, choice); or "xla", if kernels are off. `order` holds every name there is: those never
-    taken unasked under "named".
+    If `implementation` is a name, that one runs, or a ValueError says why it can't. If it is None,
+    the first name of `order[platform]` that `refuse` gives no reason against runs; if kernels are
+    off, "xla" runs. The choice is logged once per process for each (op, chip, choice). `order`
+    holds all names; "named" lists those that run only if the caller names them.
     """
     known = list(dict.fromkeys(name for names in order.values() for name in names))
     if implementation is not None:
@@ -50,7 +50,7 @@ def choose(
 
 
 def kernels_are_off() -> bool:
-    """Say whether GPTOSS_JAX_KERNELS=off is in the environment: whoever distrusts a kernel."""
+    """Return whether GPTOSS_JAX_KERNELS=off is set, for users who distrust a kernel."""
     return os.environ.get("GPTOSS_JAX_KERNELS") == "off"
 
 

@@ -1,7 +1,8 @@
-"""Divergence of one unembedding's distributions from another's, without logits of all rows.
+"""KL divergence between the distributions of two unembeddings, without the logits of all rows.
 
-A chunk of rows is taken at a time: the logits of both sides are formed, and with them the gradient
-by the first side, which is all that is kept. The second side is given and has none.
+The op takes one chunk of rows at a time. It forms the logits of both sides and from them the
+gradient of the first side; it keeps only that gradient. The second side, named `given`, is fixed
+and has no gradient.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-LOGITS_BYTES = 64 << 20  # of one side's logits of a chunk, float32
-_LEAST, _CHUNKS = 128, 8  # rows a chunk at least where bytes allow, and chunks where rows do
+LOGITS_BYTES = 64 << 20  # limit for the float32 logits of one side in one chunk
+# There are `_CHUNKS` chunks, or fewer of `_LEAST` rows; LOGITS_BYTES may make chunks smaller.
+_LEAST, _CHUNKS = 128, 8
 
 
 class Mix(NamedTuple):
-    """What is summed: kl * T^2 * KL + nll * negative log-likelihood, T dividing the KL's logits."""
+    """The loss of a row: kl * T^2 * KL + nll * negative log-likelihood; T is `temperature`."""
 
     temperature: float
     kl: float
     nll: float
 
 
-_Given = tuple[Array, Array, Array, Array]  # the second side's rows and table, targets, weights
+_Given = tuple[Array, Array, Array, Array]  # given_hidden, given_table, targets, weights
 
 
 def divergence(
@@ -40,11 +42,13 @@ def divergence(
     *,
     mix: Mix,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Sum weights * what `mix` says over the rows; and weights * T^2 * KL and weights * nll.
+    """Return three sums over rows: weights * mixed loss, weights * T^2 * KL, and weights * nll.
 
-    KL is that of softmax(given logits / T) from softmax(logits / T), in nats; logits are products
-    of hidden states and table, float32. Only the first result has a gradient, in `hidden` and
-    `table`, whose sum over rows is float32. Rows after the last with a weight cost nothing.
+    The mixed loss is that of `Mix`. KL is sum(p * log(p / q)) in nats, with
+    p = softmax(given logits / T) and q = softmax(logits / T). Logits are products of hidden states
+    and table, in float32. Only the first sum has a gradient, in `hidden` and `table`; the gradient
+    of `table` is summed over rows in float32. Rows after the last nonzero weight cost nothing,
+    except those in its chunk.
     """
     given = given_hidden, given_table, targets, weights.astype(jnp.float32)
     sums: Any = _total(mix, hidden, table, given)
@@ -60,10 +64,10 @@ def chunk_sums(
     mix: Mix,
     axis: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Return the results of `divergence` at once, as (total, (kl, nll)), for autodiff.
+    """Return the results of `divergence` for one chunk, as (total, (kl, nll)), for autodiff.
 
-    In a `shard_map` whose mesh axes `axis` split both tables' rows, device i has the i-th part of
-    them and all else alike; results are the same on all of them.
+    In a `shard_map` whose mesh axes `axis` split the rows of both tables, device i has the i-th
+    part of each table. All other arguments and the results are the same on all devices.
     """
     given_hidden, given_table, targets, weights = given
 
@@ -90,7 +94,7 @@ def chunk_sums(
 
 
 def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Return how many rows to take at a time, of so many, with logits of so many each."""
+    """Return the rows per chunk, for `rows` rows with `vocabulary` logits each."""
     fit = max(1, LOGITS_BYTES // (4 * vocabulary))
     return min(rows, fit, max(_LEAST, -(-rows // _CHUNKS)))
 
@@ -108,11 +112,11 @@ def _total(mix: Mix, hidden: Array, table: Array, given: _Given) -> tuple[Array,
 def _over_chunks(
     mix: Mix, hidden: Array, table: Array, given: _Given, *, grads: tuple[bool, bool]
 ) -> tuple[tuple[Array, Array, Array], Array | None, Array | None]:
-    """Return the sums, and the gradients in hidden and table that are wanted."""
+    """Return the sums, and the gradients in `hidden` and `table` where `grads` asks for them."""
     M = hidden.shape[0]
     rows = chunk_rows(M, table.shape[0])
     given_hidden, given_table, *rest = given
-    # Chunks have one size: the last may reach over the end, into rows of weight 0.
+    # All chunks have the same size; the last is padded with rows of weight 0.
     spare = -M % rows
     parts = [
         jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, given_hidden, *rest)

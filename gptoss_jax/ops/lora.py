@@ -1,4 +1,4 @@
-"""A low-rank product beside a weight: (x A) B, in a form for any number of axes."""
+"""LoRA adapters: low-rank products (x A) B beside a weight, for any number of axes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from gptoss_jax.types import MXFP4, Relaid
 
 
 class LowRank(NamedTuple):
-    """What is added to a weight: `a` from its inputs to the rank r, `b` from there to its outputs.
+    """An adapter: `a` maps a weight's inputs to the rank r, and `b` maps the rank to its outputs.
 
-    For each of E experts, or without that axis.
+    The axis of E experts is optional.
     """
 
     a: Float[Array, "*E *C r"]
     b: Float[Array, "*E r *N"]
 
     def times(self, scale: float) -> LowRank:
-        """Return the adapter with its product multiplied, in B."""
+        """Return the adapter with `b`, and so its product, multiplied by `scale`."""
         return self._replace(b=self.b * scale)
 
 
 def product(
     x: Float[Array, "*lead C"], adapter: LowRank, dtype: DTypeLike | None = None
 ) -> Float[Array, "*lead *N"]:
-    """Return (x A) B, in `dtype`, by default that of `x`.
+    """Return (x A) B in `dtype`, by default the dtype of `x`.
 
-    Operands are in the dtype of `x`, sums in float32. Where A has several axes of inputs (heads and
-    their dimensions), `x` has them as one.
+    Operands are in the dtype of `x`, sums in float32. If A has several input axes (heads and head
+    dimensions), `x` has them merged into one.
     """
     rank, outputs = adapter.a.shape[-1], adapter.b.shape[1:]
     a = adapter.a.reshape(-1, rank).astype(x.dtype)
@@ -44,7 +44,7 @@ def product(
 
 
 def rows_of(ids: Int[Array, "*lead"], adapter: LowRank, dtype: DTypeLike) -> Array:
-    """Return rows `ids` of the product A B: what is added to the rows of a table."""
+    """Return rows `ids` of the product A B, to add to the same rows of a table."""
     low = adapter.a[ids].astype(dtype)
     out = jnp.einsum(
         "...r,rN->...N", low, adapter.b.astype(dtype), preferred_element_type=jnp.float32
@@ -55,7 +55,7 @@ def rows_of(ids: Int[Array, "*lead"], adapter: LowRank, dtype: DTypeLike) -> Arr
 def update(
     adapter: LowRank, *, experts: bool = False, lookup: bool = False
 ) -> Float[Array, "*E *N *C"]:
-    """Return A B in full, float32, its axes as the weight's: [*N, *C]; with `lookup` [*C, *N]."""
+    """Return A B in float32, with the weight's axes: [*N, *C], or [*C, *N] with `lookup`."""
     a, b = (x.astype(jnp.float32) for x in adapter)
     lead = a.shape[:1] if experts else ()
     inputs, outputs = a.shape[len(lead) : -1], b.shape[len(lead) + 1 :]
@@ -71,11 +71,12 @@ def update(
 def fold(
     weight: Array | MXFP4 | Relaid, adapter: LowRank, *, experts: bool = False, lookup: bool = False
 ) -> Float[Array, "*E *N *C"]:
-    """Return W + A B of a layer, where B holds the scale. Nothing else forms this sum.
+    """Return W + A B of a layer, where B already holds the scale.
 
-    So merging, training with `qat` and packing agree to the bit. The sum is in float32; that is
-    kept for a packed W, and else rounded to the dtype of W. An export takes `update` by itself, to
-    measure it, and adds it in float32 as well.
+    Merging, training with `qat` and packing all call this function, so they agree to the bit. The
+    sum is formed in float32. For a packed W it stays float32; otherwise it is rounded to the dtype
+    of W. An export instead calls `update`, because it measures the update, and adds it in float32
+    too.
     """
     added = update(adapter, experts=experts, lookup=lookup)
     if isinstance(weight, MXFP4 | Relaid):
@@ -86,10 +87,10 @@ def fold(
 def widen(
     hidden: Float[Array, "*lead D"], table: Float[Array, "V D"], adapter: LowRank
 ) -> tuple[Float[Array, "*lead D+r"], Float[Array, "V D+r"]]:
-    """Return hidden states and a table whose product has the adapter's in it.
+    """Return wider hidden states and a wider table, whose product includes the adapter's.
 
-    So an op that never forms the logits needs to know of no adapter; the table is copied. Both are
-    in the dtype of `hidden`.
+    With these, an op that never forms the logits needs no support for adapters. The table is
+    copied. Both results are in the dtype of `hidden`.
     """
     dtype = hidden.dtype
     low = jnp.einsum(

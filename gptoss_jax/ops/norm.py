@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], *, eps: float
 ) -> Float[Array, "... D"]:
-    """Divide by the root mean square over the last axis, times `scale`.
+    """Divide `x` by its root mean square over the last axis, and multiply by `scale`.
 
     Statistics and the product with the scale are float32; the result has the dtype of `x`.
     Source: gpt_oss/torch/model.py, RMSNorm.

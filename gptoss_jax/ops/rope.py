@@ -20,10 +20,11 @@ def inverse_frequencies(
 ) -> tuple[np.ndarray, float]:
     """Return the rotation per position [H/2] in radians, and the factor on cos and sin.
 
-    YaRN by parts (Peng et al. 2023, arXiv:2309.00071, section 3.2), without rounding the ramp's
-    ends: pairs that turn more than `beta_fast` times in the initial context keep their frequency,
-    those that turn less than `beta_slow` times are slowed by `factor`. A factor of 1 is plain RoPE.
-    All of it float32 in the reference's order: at position 4,200 a last bit is 2e-4 radians.
+    This is YaRN's "NTK-by-parts" (Peng et al. 2023, arXiv:2309.00071, section 3.2), without
+    rounding the ends of the ramp. Pairs that turn more than `beta_fast` times in the initial
+    context keep their frequency; pairs that turn less than `beta_slow` times are slowed by
+    `factor`. A factor of 1 is plain RoPE. The arithmetic is float32 in the order of the reference,
+    because at position 4,200 the last bit is 2e-4 radians.
     Source: gpt_oss/torch/model.py, RotaryEmbedding.
     """
     half = head_dim // 2
@@ -37,7 +38,7 @@ def inverse_frequencies(
         return half * math.log(initial_context / (times * 2 * math.pi)) / math.log(theta)
 
     low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
-    # In a short context both ends can meet (or leave the range); the ramp is then a step.
+    # In a short context the two ends can meet or leave the range; the ramp is then a step.
     pairs = np.arange(half, dtype=np.float32)
     ramp = np.clip((pairs - np.float32(low)) / np.float32(max(high - low, 1e-3)), 0.0, 1.0)
     keep = one - ramp.astype(np.float32)

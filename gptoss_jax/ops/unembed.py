@@ -1,4 +1,4 @@
-"""Logits of a few rows."""
+"""Unembedding: the logits of a few rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PARTS = 64
 
 
 def unembed(hidden: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[Array, "... V"]:
-    """Return hidden @ weight.T in float32, from the dtype of `hidden`.
+    """Return hidden @ weight.T in float32, from operands in the dtype of `hidden`.
 
-    In float16 on a GPU by parts of the vocabulary: for a product of float16 with a float32 result
-    XLA widens the whole table first, by 2.2 GB.
+    For float16 on a GPU, the product is formed for one of `PARTS` parts of the vocabulary at a
+    time. Otherwise XLA would first widen the whole table to float32, which takes 2.2 GB.
     """
     V, D = weight.shape
 

@@ -1,4 +1,5 @@
-"""A run over many devices: the mesh, what is split how, and ops that exchange between devices.
+"""A run over many devices: the mesh, how arrays are sharded, and ops that communicate.
 
-Imports: ops, parameters, config and what comes before. The model, loading and training take these.
+This package imports ops, parameters, config and what they import. The model, loading and training
+use it.
 """

@@ -1,8 +1,9 @@
-"""Attention of rows to a part of their keys, forward and backward, in the memory of a block.
+"""Attention of rows to a part of their keys, forward and backward, block by block.
 
-The parts are what a ring passes round, so the softmax may be over more keys than are here: the
-forward pass gives its logsumexp, for parts to be merged by; the backward pass takes the whole's.
-Which key is seen says `ops.attention`; a block in which none is seen is skipped when it is met.
+Ring attention passes such parts round, so the softmax may be over more keys than one part. The
+forward pass returns its logsumexp, by which parts are merged. The backward pass takes the logsumexp
+of the whole softmax. `ops.attention` defines which keys a query sees; a block in which no key is
+seen is skipped at run time.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops.attention.reference import MASKED, visible
 
-# Logits of a block, in float32 elements (128 MiB), keys of a block, and queries at most.
+# Limits of a block: its logits in float32 elements (128 MiB), its keys, and its queries.
 MAX_LOGITS = 1 << 25
 KEYS = 1024
 QUERIES = 512
 
 
 class Places(NamedTuple):
-    """Where tokens stand: what decides who sees whom."""
+    """Segments and positions of tokens, which decide which keys a query sees."""
 
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
 
 
 class Rows(NamedTuple):
-    """What a block of queries brings to the backward pass, grouped by kv head."""
+    """The inputs of the backward pass for a block of queries, grouped by kv head."""
 
     q: Float[Array, "B K G*T H"]  # scaled
     d_out: Float[Array, "B K G*T H"]
@@ -47,9 +48,10 @@ def forward(
     keys: Places,
     own: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attend without sinks; return output and logsumexp, float32: 0 and -inf where none is seen.
+    """Attend without sinks; return output and logsumexp in float32.
 
-    `own`, whether queries and keys are the same tokens, is for kernels that read no positions.
+    A query that sees no key gives 0 and -inf. `own` says whether queries and keys are the same
+    tokens; it is for kernels that read no positions.
     """
     del own
     T, K = q.shape[1], k.shape[2]
@@ -60,7 +62,7 @@ def forward(
         q, where = block
         start = (
             jnp.zeros(q.shape, jnp.float32),
-            # Above MASKED, so that a row which sees nothing has weights of zero.
+            # Start above MASKED, so that a row that sees nothing has weights of zero.
             jnp.full((*q.shape[:3], 1), MASKED / 10, jnp.float32),
             jnp.zeros((*q.shape[:3], 1), jnp.float32),
         )
@@ -80,7 +82,7 @@ def forward(
             return jax.lax.cond(jnp.any(seen), attend, lambda carry: carry, carry), None
 
         (out, largest, total), _ = jax.lax.scan(step, start, k_blocks)
-        # Not `total > 0`: a NaN is no row that sees nothing.
+        # Not `total > 0`: a NaN must not become -inf.
         lse = jnp.where(total == 0, -jnp.inf, largest + jnp.log(jnp.maximum(total, 1e-30)))
         return out / jnp.maximum(total, 1e-30), lse
 
@@ -101,7 +103,7 @@ def backward(
     keys: Places,
     own: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Return what these queries and keys add to dq, dk and dv, float32.
+    """Return what these queries and keys add to dq, dk and dv, in float32.
 
     `out` and `lse` are those of the whole softmax, sinks included. With p the softmax, dlogits =
     p * (d_out v^T - rowsum(d_out * out)).
@@ -150,7 +152,7 @@ def _block_gradients(row: Rows, k: Array, v: Array, seen: Array) -> tuple[Array,
 
 
 def sizes(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[int, int]:
-    """Return how many queries and keys a block has: as even as may be, within the limits."""
+    """Return the numbers of queries and keys per block: as even as possible within the limits."""
     B, T, N, _ = q.shape
     s = _even(k.shape[1], KEYS)
     return _even(T, max(1, min(QUERIES, MAX_LOGITS // (B * N * s)))), s
@@ -184,12 +186,12 @@ def _scaled(q: Array) -> Array:
 
 
 def _by_head(x: Float[Array, "P B S K H"]) -> Float[Array, "P B K S H"]:
-    """Put a head's keys together, or undo it."""
+    """Make the keys of each head contiguous, or undo it."""
     return x.swapaxes(2, 3)
 
 
 def _grouped(x: Float[Array, "P B T N H"], K: int) -> Float[Array, "P B K G*T H"]:
-    """Put the queries of one kv head below each other."""
+    """Stack the queries of each kv head along one axis."""
     P, B, T, N, H = x.shape
     return x.reshape(P, B, T, K, N // K, H).transpose(0, 1, 3, 4, 2, 5).reshape(P, B, K, -1, H)
 
@@ -209,7 +211,7 @@ def _seen(queries: Places, keys: Places, window: int | None) -> Array:
 
 
 def _masked(logits: Float[Array, "B K G*T S"], seen: Array) -> Float[Array, "B K G*T S"]:
-    """Add MASKED where nothing is seen; a select would have XLA lay out both branches."""
+    """Add MASKED where a key is not seen; with a select, XLA would store both branches in full."""
     B, K, GT, S = logits.shape
     T = seen.shape[1]
     mask = jnp.where(seen, 0.0, MASKED)[:, None, None]

@@ -1,4 +1,4 @@
-"""Writing into a cache that is spread over the mesh."""
+"""Write into a key/value cache that is sharded over the mesh."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptoss_jax.parallel.sharding import cache_spec
 def write(
     cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B S K H"]:
-    """Return the cache with `new` in it, as `ops.attention.cache.write`, which each device runs."""
+    """Return the cache with `new` written to it; each device runs `ops.attention.cache.write`."""
     mesh = current()
     if mesh is None:
         return op.write(cache, new, slots)

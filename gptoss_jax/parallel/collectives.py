@@ -11,11 +11,11 @@ from jax import lax
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def sum_once(x: Any, axis: str | tuple[str, ...]) -> Any:
-    """Sum over mesh axes, for a result that leaves the `shard_map` the same on all of them.
+    """Sum over mesh axes, for a result that leaves the `shard_map` and is the same on all devices.
 
-    As `lax.psum`, but the backward pass does not sum again what is there on each device: the
-    cotangent of such a result comes in as an n-th on each of n devices, which makes n times that,
-    and no exchange. Not for results that devices go on to use differently.
+    It differs from `lax.psum` in the backward pass. The cotangent of such a result comes in as one
+    n-th of it on each of n devices. So it is multiplied by n, and the devices do not communicate.
+    Do not use it for results that devices then use in different ways.
     """
     return lax.psum(x, axis)
 

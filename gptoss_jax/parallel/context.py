@@ -1,9 +1,10 @@
-"""Attention over the mesh: rows over their axes, heads over `tensor`, tokens over `context`.
+"""Attention over the mesh: rows split over their axes, heads over `tensor`, tokens over `context`.
 
-With `context` of C shards a row stands in the balanced order: cut into 2C chunks, shard i holds
-chunks i and 2C-1-i one after the other, so that causal attention costs every shard the same. A
-banded layer fetches the few keys before each chunk (its halo) from the shard that has them, and
-attends to them as on one device. In a full layer all keys go round the shards: see `ring`.
+If `context` has C > 1 shards, the tokens of a row are in the balanced order: the row is cut into 2C
+chunks, and shard i holds chunks i and 2C-1-i, one after the other. So causal attention costs every
+shard the same. In a banded layer each chunk fetches the few keys before it (its halo) from the
+shard that has them, and attends to them as on one device. In a full layer all keys go round the
+shards: see `ring`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gptoss_jax.ops import attention as op
 from gptoss_jax.parallel import heads, mesh, ring
 
 AXIS = "context"
-# A halo is a multiple of it where its chunk has as many keys: kernels' blocks are multiples of it.
+# Kernels' blocks are multiples of this, so halos are too, unless their chunk is shorter.
 LANES = 128
 
 
@@ -36,16 +37,17 @@ def attention(
     positions: Int[Array, "B T"],
     over_context: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """Self-attention of global arrays under the mesh that is set; `ops.attention` says what it is.
+    """Compute self-attention of global arrays under the current mesh; see `ops.attention`.
 
-    Rows are spread over `mesh.ROWS`, heads over `tensor` (kv heads too, if there are enough),
-    tokens over `context`, in the balanced order if it has several shards: give all four arrays and
-    the ids so (`balance`); the output comes so. Otherwise segments are contiguous and positions
-    rise by one in them, as the op wants it. `over_context=False` leaves tokens whole and in
-    order on every shard of `context`, for a prefill. Without a mesh it is the op.
+    Rows are split over `mesh.ROWS`, heads over `tensor` (kv heads too, if there are enough), and
+    tokens over `context`. If `context` has several shards, q, k, v, segment ids and positions must
+    be in the balanced order (`balance`), and the output is too. Before balancing, segments must be
+    contiguous and positions must rise by one in them, as the op requires. `over_context=False`
+    keeps tokens whole and in order on every shard of `context`, for a prefill. Without a mesh this
+    is the op itself.
 
     Raises:
-        ValueError: rows, tokens or heads that the mesh does not divide.
+        ValueError: The mesh does not divide the rows, tokens or heads.
     """
     where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
     if mesh.current() is None:
@@ -79,10 +81,10 @@ def cached_attention(
     kv_segment_ids: Int[Array, "B S"],
     kv_positions: Int[Array, "B S"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of new tokens to a cache, under the mesh that is set.
+    """Attend from new tokens to a key/value cache, under the current mesh.
 
-    Rows and heads are spread as in `attention`; tokens and cache are the same on all shards of
-    `context`. Without a mesh it is the op. Raises ValueError as `attention` does.
+    Rows and heads are split as in `attention`. Tokens and cache are the same on all shards of
+    `context`. Without a mesh this is the op itself. Raises ValueError as `attention` does.
     """
     ids = (segment_ids, positions, kv_segment_ids, kv_positions)
     K, tensor = k.shape[2], mesh.size(heads.AXIS)
@@ -102,8 +104,8 @@ def cached_attention(
 def balance(x: Any, *, shards: int, axis: int = 1) -> Array:
     """Put a row's tokens into the balanced order: chunks 0, 2C-1, 1, 2C-2, ... of 2C.
 
-    C is `shards`; with one it is the order there was. Raises ValueError if the axis is no multiple
-    of 2C long.
+    C is `shards`; with one shard the order does not change. Raises ValueError if the length of the
+    axis is not a multiple of 2C.
     """
     return _ordered(x, _balanced(shards), axis)
 
@@ -130,7 +132,7 @@ def _ordered(x: Any, order: np.ndarray, axis: int) -> Array:
 
 
 def _island(run: Any, q: Any, k: Any, v: Any, sinks: Any, ids: tuple, *, tokens: str | None) -> Any:
-    """Call `run` on each device's part of the arrays; `tokens` is the axis they are spread over."""
+    """Call `run` on each device's part of the arrays; the mesh axis `tokens` splits the tokens."""
     N, K = q.shape[2], k.shape[2]
     rows, tensor = mesh.size(*mesh.ROWS), mesh.size(heads.AXIS)
     if q.shape[0] % rows:
@@ -139,13 +141,13 @@ def _island(run: Any, q: Any, k: Any, v: Any, sinks: Any, ids: tuple, *, tokens:
     queries = P(mesh.ROWS, tokens, heads.AXIS, None)
     keys = P(mesh.ROWS, tokens, heads.kv_axis(K, tensor), None)
     specs = (queries, keys, keys, P(heads.AXIS), *(P(mesh.ROWS, tokens) for _ in ids))
-    # Kernels with gradients of their own know nothing of what varies over which axis.
+    # check_vma is off: custom gradients of kernels don't track which axes a value varies over.
     over = jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)
     return over(q, k, v, sinks, *ids)
 
 
 def _split(shards: int, q: Any, k: Any, v: Any, *, window: int | None, **where: Any) -> Any:
-    """Attend over a shard's tokens: by halos, or by the ring if chunks are shorter than those."""
+    """Attend over a shard's tokens: by halos, or by the ring if a halo is longer than a chunk."""
     if window is None or window - 1 > q.shape[1] // 2:
         return ring.attend(q, k, v, where.pop("sinks"), window=window, **where)
     return _banded(shards, q, k, v, window=window, **where)
@@ -162,11 +164,11 @@ def _banded(
     segment_ids: Any,
     positions: Any,
 ) -> Any:
-    """Attend over both chunks as rows of their own, each behind its halo.
+    """Attend over both chunks as separate rows, each preceded by its halo.
 
-    A halo and its chunk are neighbours in the row, so kernels for self-attention serve them; the
-    halo stands there as queries too, whose outputs are dropped. Before a row's beginning it has
-    segment 0.
+    A halo and its chunk are neighbours in the row, so kernels for self-attention can process them.
+    The halo's tokens are queries too, whose outputs are dropped. A halo before the beginning of the
+    row has segment 0.
     """
     B, T, N, H = q.shape
     L = T // 2
@@ -193,10 +195,10 @@ def _banded(
 
 
 def _halos(shards: int, early: Array, late: Array) -> tuple[Array, Array]:
-    """Return what precedes both of a shard's chunks, from the ends of all; zeros before the row.
+    """Return the halos of a shard's two chunks, from the ends of all chunks; zeros before the row.
 
-    Chunk i follows chunk i-1, of the shard before; chunk 2C-1-i follows chunk 2C-2-i, of the shard
-    behind, or on the last shard the early chunk there.
+    Chunk i follows chunk i-1, of the previous shard. Chunk 2C-1-i follows chunk 2C-2-i, of the next
+    shard; on the last shard it follows the shard's own early chunk.
     """
     before = jax.lax.ppermute(early, AXIS, [(i, i + 1) for i in range(shards - 1)])
     behind = jax.lax.ppermute(late, AXIS, [(i + 1, i) for i in range(shards - 1)])

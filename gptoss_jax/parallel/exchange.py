@@ -1,13 +1,13 @@
-"""Rows sent to the shards that hold their experts, and what those make of them sent back.
+"""Exchange of rows: send them to the shards that hold their experts, and send the results back.
 
-For use inside `shard_map(..., check_vma=False)`, along one axis of X shards of which shard s holds
-the experts [s * E_local, (s + 1) * E_local). A row goes once to each shard that has any of its
-experts, so at most min(A, X) times; rows for one shard lie together, and so do rows received from
-one, in the order of shards and without gaps. The buffers are as large as the worst routing needs,
-and what lies in them past the last row may be anything: nothing reads it.
+For use inside `shard_map(..., check_vma=False)`, along one axis of X shards. Shard s holds the
+experts [s * E_local, (s + 1) * E_local). A row goes once to each shard that has any of its experts,
+so at most min(A, X) times. Rows for one shard are contiguous, and so are rows received from one
+shard; they are in the order of shards and without gaps. The buffers are as large as the worst
+routing needs. Nothing reads a buffer past its last row, so the rest may hold anything.
 
-Backends with `jax.lax.ragged_all_to_all` send just these rows. The others pad what goes to each
-shard to the most there can be, and put what comes into the same order.
+Backends with `jax.lax.ragged_all_to_all` send only these rows. The others pad the rows for each
+shard to the greatest possible number, and put the received rows into the same order.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 Exchange = Literal["all_gather", "all_to_all"]
 
-# What is in a buffer where no row is: tests put NaN here, and nothing changes.
+# The value of buffer entries without a row. Tests set it to NaN to show that nothing reads it.
 EMPTY = 0.0
 
 
 class Route(NamedTuple):
-    """Which rows this shard sends, ordered by where they go: P = M * min(A, X) places."""
+    """The rows that this shard sends, ordered by destination, in P = M * min(A, X) places."""
 
-    rows: Int[Array, " P"]  # the row at each place; past the last place in use any row
-    slots: Int[Array, "M A"]  # the place of a pair's row, for pairs that are the first to need it
-    first: Bool[Array, "M A"]
+    rows: Int[Array, " P"]  # the row at each place; any row past the last place in use
+    slots: Int[Array, "M A"]  # the place of a pair's row, if `first`
+    first: Bool[Array, "M A"]  # whether the pair is the first of its row that needs that shard
     counts: Int[Array, "X X"]  # rows from shard i to shard j, the same on all shards
 
 
 class Way(NamedTuple):
-    """How rows are sent, all of it static."""
+    """How rows are sent; all fields are static."""
 
     axis: str
     size: int  # rows of the buffer that receives
@@ -45,9 +45,10 @@ class Way(NamedTuple):
 
 
 def destinations(ids: Int[Array, "M A"], *, num_experts: int, shards: int) -> Int[Array, "M A"]:
-    """Return the shard of each pair's expert, and `shards` where its row goes nowhere for it.
+    """Return the shard that each pair sends its row to, or `shards` if it sends nothing.
 
-    That is a dropped pair, of id E, and one whose shard an earlier pair of its row has already.
+    A pair sends nothing if it was dropped (id E), or if an earlier pair of the row has the same
+    shard.
     """
     shard = ids.astype(jnp.int32) // (num_experts // shards)
     again = jnp.any(jnp.tril(shard[:, :, None] == shard[:, None, :], -1), axis=2)
@@ -55,7 +56,7 @@ def destinations(ids: Int[Array, "M A"], *, num_experts: int, shards: int) -> In
 
 
 def route(ids: Int[Array, "M A"], *, num_experts: int, axis: str) -> Route:
-    """Plan where this shard's rows go; ids of rows that are masked have to be E."""
+    """Plan where this shard's rows go; masked rows must have ids of E."""
     shards = lax.axis_size(axis)
     active = ids.shape[1]
     where = destinations(ids, num_experts=num_experts, shards=shards)
@@ -70,7 +71,7 @@ def route(ids: Int[Array, "M A"], *, num_experts: int, axis: str) -> Route:
 
 @jax.custom_vjp
 def spread(x: Float[Array, "M D"], route: Route) -> Float[Array, "P D"]:
-    """Copy rows to the places that they are sent from; gradients are added in float32."""
+    """Copy rows to the places from which they are sent; gradients are added in float32."""
     return x[route.rows]
 
 
@@ -87,12 +88,12 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 
 @jax.custom_vjp
 def combine(places: Float[Array, "P D"], route: Route) -> Float[Array, "M D"]:
-    """Sum in float32 what came back for each row; a row that went nowhere gives zeros."""
+    """Sum the results that came back for each row, in float32; zeros for a row not sent."""
     return _add_up(places, route)
 
 
 def _combine_fwd(places: Array, route: Route) -> tuple[Array, Any]:
-    # A dtype travels as an empty array: residuals are arrays.
+    # Residuals have to be arrays, so an empty array carries the dtype.
     return _add_up(places, route), (places[:0], route)
 
 
@@ -116,11 +117,11 @@ def _add_up(places: Array, route: Route) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def send(rows: Float[Array, "P D"], counts: Int[Array, "X X"], way: Way) -> Float[Array, "R D"]:
-    """Send each shard the rows that are its, and return those received.
+    """Send each shard its rows, and return the rows received.
 
-    `rows` has `counts[me, 0]` rows for shard 0, then those for shard 1, and so on; the result
-    likewise `counts[0, me]` rows of shard 0, and so on. With `counts` transposed it is the way
-    back, which is the gradient too.
+    `rows` has `counts[me, 0]` rows for shard 0, then those for shard 1, and so on. The result has
+    `counts[0, me]` rows from shard 0, and so on. With `counts` transposed it sends rows back, which
+    is also the gradient.
     """
     return _send(rows, counts, way)
 
@@ -177,9 +178,9 @@ gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def scatter(x: Float[Array, "R D"], axis: str) -> Float[Array, "M D"]:
-    """Sum rows over shards in float32, and keep this shard's.
+    """Sum rows over shards in float32, and keep this shard's part.
 
-    Where both ends are bfloat16, XLA for TPUs sends bfloat16, and adds in float32 on the way.
+    If input and output are bfloat16, XLA for TPUs sends bfloat16 and adds in float32 on the way.
     """
     return lax.psum_scatter(x.astype(jnp.float32), axis, scatter_dimension=0, tiled=True)
 
@@ -194,8 +195,8 @@ def rows_moved(
 ) -> Int[Array, "X X"]:
     """Count the rows that go from shard i to shard j in one direction of one exchange.
 
-    Rows are spread over the shards in order. Those that stay on their shard are not counted, nor
-    the padding that a backend without a ragged exchange sends besides.
+    Rows are split over the shards in order. Rows that stay on their shard do not count, nor does
+    the padding that a backend without a ragged exchange sends.
     """
     others = ~jnp.eye(shards, dtype=bool)
     rows = ids.shape[0] // shards
@@ -209,5 +210,5 @@ def rows_moved(
 
 
 def receive_rows(rows_local: int, shards: int) -> int:
-    """Return the rows of the buffer that receives, for the worst routing: all rows of all."""
+    """Return the rows of the receive buffer for the worst routing: all rows of all shards."""
     return rows_local * shards

@@ -1,9 +1,10 @@
-"""The experts spread over the mesh: expert parallelism, with tensor parallelism and FSDP.
+"""Experts over the mesh: expert parallelism, with tensor parallelism and FSDP.
 
-Each shard of the axis `expert` holds E / X whole experts, and rows travel to them: the weights
-never do. Along `tensor` an expert's hidden dimension is split, and the parts of its output are
-summed. Over `fsdp` and `context` matrices are only stored split: they are gathered where they are
-used, packed ones as they are, and their gradients summed and scattered again.
+Each of the X shards of the axis `expert` holds E / X whole experts. Rows are sent to the experts;
+weights are not sent along this axis. Along `tensor` an expert's hidden dimension is split, and the
+partial outputs are summed. Over `fsdp` and `context` matrices are split only for storage: they are
+gathered where they are used, packed ones in packed form, and their gradients are summed and
+scattered again.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from gptoss_jax.parameters import table
 from gptoss_jax.parameters.table import EXPERT
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
 
-# The axis of a layer's matrix that is stored split over EXPERT: F, and D.
+# The axis of a layer's matrix that is split over EXPERT for storage: F, and D.
 STORED = {
     row.name: axis
     for row in (table.row(f"layers/experts/{name}_weight") for name in ("gate_up", "down"))
     for axis, split in enumerate(row.mesh_axes)
     if isinstance(split, tuple) and split[-len(EXPERT) :] == EXPERT
 }
-# For a policy of `jax.checkpoint`: what it is called that was gathered and need not be kept.
+# The name of gathered weights, for a `jax.checkpoint` policy that need not keep them.
 GATHERED = "gathered_experts"
 
 
@@ -66,25 +67,31 @@ def experts(
     ragged: bool | None = None,
     quantised: bool = False,
 ) -> Float[Array, "B T D"]:
-    """Return `ops.moe.experts` of global arrays that are spread over the current mesh.
+    """Return `ops.moe.experts` of global arrays that are sharded over the current mesh.
 
-    `weights` are that op's four, in any form it takes, spread as their rows say; a layer
-    of a stack with the axis of layers in front, not split. `Relaid` ones can be split by expert
-    only. The op's `adapters` may be among them. `row_axes` are the mesh axes of B and T, `ROWS` and
-    "context" by default; along axes that they leave out, rows are the same everywhere.
+    `weights` are the four weights of that op, in any form that it takes, and may include its
+    `adapters`. They are sharded as their rows in the table of parameters say. A stack of layers has
+    the axis of layers in front, not split. `Relaid` weights can only be split by expert. `row_axes`
+    are the mesh axes of B and T, by default `ROWS` and "context"; along the other axes rows are the
+    same on all devices.
 
-    `exchange` is how rows reach their experts: "all_gather" brings all rows of the axis to each of
-    its shards and sums what these make of them in float32; "all_to_all" sends a row once to each
-    shard that has any of its experts, and sums what comes back in float32. Both are exact for any
-    routing, and in both a shard has to have room for all rows of the axis: `chunk` of these are
-    taken at a time. `ragged` says whether only real rows are sent, which a CPU can't do: None asks
-    for it where the backend can. `quantised` computes with `ops.moe.quantised` of the weights.
+    `exchange` says how rows reach their experts:
+    - "all_gather" brings all rows of the axis to each of its shards, and sums their results in
+      float32.
+    - "all_to_all" sends a row once to each shard that has any of its experts, and sums the results
+      that come back in float32.
+
+    Both are exact for any routing. In both, a shard needs memory for all rows of the axis, and
+    takes `chunk` of these at a time. `ragged` says whether only real rows are sent, without
+    padding, which a CPU can't do; None means where the backend can. `quantised` computes with
+    `ops.moe.quantised` of the weights.
 
     Without a mesh this is the op itself.
 
     Raises:
-        UserError: sizes that the mesh does not divide.
-        ValueError: `Relaid` weights split over anything but `expert`; an unknown exchange.
+        UserError: The mesh does not divide a size.
+        ValueError: `Relaid` weights are split over an axis other than `expert`, or the exchange is
+            not known.
     """
     if exchange not in ("all_gather", "all_to_all"):
         raise ValueError(f"exchange={exchange!r}: use 'all_gather' or 'all_to_all'")
@@ -122,7 +129,7 @@ def _on_one_device(
     ragged: bool,
     quantised: bool,
 ) -> Float[Array, "B T D"]:
-    """Do what one device has to: inside `shard_map`, on its rows and its part of the weights."""
+    """Run one device's part inside `shard_map`, on its rows and its part of the weights."""
     shape, shards = x.shape, lax.axis_size("expert")
     num_experts = weights["gate_up_bias"].shape[0] * shards
     x, ids, shares = (a.reshape(-1, a.shape[-1]) for a in (x, ids, shares))
@@ -150,7 +157,7 @@ def _run(
     limit: float,
     chunk: int | None = None,
 ) -> Float[Array, "M D"]:
-    """Run this shard's experts on rows of which only some pairs, or none, are its own."""
+    """Run this shard's experts on rows; pairs of other shards' experts are skipped."""
     num_local = weights["gate_up_bias"].shape[0]
     mine = ids - lax.axis_index("expert") * num_local
     mine = jnp.where((mine >= 0) & (mine < num_local), mine, num_local)
@@ -196,7 +203,7 @@ def _held(weight: Any) -> Any:
 
 
 def _specs(weights: dict[str, Any]) -> dict[str, Any]:
-    """Return how the weights are spread, and adapters, which are small, with them."""
+    """Return the shardings of the weights, and of the adapters among them, which are small."""
     specs = {name: _spec(name, w) for name, w in weights.items() if name != "adapters"}
     if weights.get("adapters") is None:
         return specs
@@ -208,7 +215,7 @@ def _specs(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spec(name: str, weight: Any) -> Any:
-    """Return how a weight is spread; for packed ones the spec of their arrays' first axes."""
+    """Return a weight's sharding; for a packed weight, that of its arrays' first axes."""
     axes = table.row(f"layers/experts/{name}").mesh_axes
     if isinstance(_held(weight), Relaid):
         axes = axes[:1]
@@ -219,10 +226,10 @@ def _spec(name: str, weight: Any) -> Any:
 
 
 def _local_weights(weights: dict[str, Any], quantised_to: Any = None) -> dict[str, Any]:
-    """Gather what is only stored split, and leave one shard of `tensor` to add the last bias.
+    """Gather weights that are split for storage; only one shard of `tensor` keeps the last bias.
 
-    With a dtype in `quantised_to` give what `ops.moe.quantised` makes of the weights: here, where a
-    device's blocks are whole, each before it is gathered unless an adapter has to be folded in.
+    If `quantised_to` is a dtype, the weights go through `ops.moe.quantised`. This is done here,
+    where a device has whole blocks: before gathering, unless an adapter has to be folded in.
     """
     weights = dict(weights)
     adapted = weights.get("adapters") is not None
@@ -245,7 +252,7 @@ def _local_weights(weights: dict[str, Any], quantised_to: Any = None) -> dict[st
 
 
 def _gather_rows(x: Array, ids: Array, shares: Array) -> tuple[Array, Array, Array]:
-    """Bring the rows of all shards, and what goes with them, to each."""
+    """Gather the rows of all shards, with their ids and shares, on each shard."""
     rows: Any = gather(x, "expert")
     tags: Any = gather(_tags(ids, shares), "expert")
     return rows, *_untag(tags)
@@ -262,7 +269,7 @@ def _by_all_to_all(
     chunk: int | None,
     ragged: bool,
 ) -> Float[Array, "M D"]:
-    """Return in float32 what `run(x, ids, shares, weights)` makes of rows on other shards."""
+    """Run `run(x, ids, shares, weights)` on other shards, and sum the results in float32."""
     plan = route(ids, num_experts=num_experts, axis="expert")
     size = receive_rows(x.shape[0], lax.axis_size("expert"))
     chunk = min(chunk or size, size)
@@ -289,10 +296,10 @@ def _in_chunks(
     count: Int[Array, ""],
     weights: dict[str, Any],
 ) -> Float[Array, "R D"]:
-    """Run on the first `count` rows, `chunk` at a time: what it costs follows the rows there are.
+    """Run on the first `count` rows, `chunk` at a time, so the cost follows the real rows.
 
-    Their number is a multiple of `chunk`; those past `count` in no chunk give zeros. Nothing but
-    the arguments is kept for the backward pass, and gradients of weights add up in their dtype.
+    The size of the buffer of rows is a multiple of `chunk`. Rows in no chunk give zeros. The
+    backward pass keeps only the arguments, and gradients of weights add up in the weights' dtype.
     """
 
     def step(i: Array, out: Array) -> Array:
@@ -344,7 +351,7 @@ def _put(array: Array, at: Array, part: Array) -> Array:
 
 
 def _tags(ids: Int[Array, "M A"], shares: Float[Array, "M A"]) -> Float[Array, "M 2*A"]:
-    """Put what goes with a row into one array; float32 holds every integer up to 2**24."""
+    """Put ids and shares into one array; float32 holds every integer up to 2**24."""
     return jnp.concatenate([ids.astype(jnp.float32), shares.astype(jnp.float32)], axis=1)
 
 

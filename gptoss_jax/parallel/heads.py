@@ -1,4 +1,4 @@
-"""Attention heads over the `tensor` axis: which kv heads a shard's query heads belong to."""
+"""Attention heads over the `tensor` axis: which kv heads belong to a shard's query heads."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def check(N: int, K: int, shards: int) -> None:
 
 
 def kv_axis(K: int, shards: int) -> str | None:
-    """Return the axis that kv heads are spread over: none if there are more shards than heads."""
+    """Return the axis that splits the kv heads: None if there are more shards than heads."""
     return AXIS if K % shards == 0 else None
 
 
 def own(x: Float[Array, "B S K H"], K: int, shards: int) -> Any:
-    """Return a shard's kv heads, inside a `shard_map`, of K in all and what `kv_axis` left it.
+    """Return a shard's kv heads inside a `shard_map`; `x` is split as `kv_axis` says, of K heads.
 
-    With more shards than kv heads all are here, and the shard's query heads belong to one of them.
+    With more shards than kv heads, `x` has all of them, and the shard's query heads belong to one.
     """
     if kv_axis(K, shards):
         return x

@@ -1,4 +1,4 @@
-"""The one mesh: five axes, of size 1 by default, over all devices of a run."""
+"""The device mesh of a run: five axes, each of size 1 by default, over all devices."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jax.experimental import mesh_utils
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.errors import UserError
 
-# Outermost first: what talks most often is innermost, where devices are nearest to each other.
+# Outermost first: axes that communicate most are innermost, where devices are nearest.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-# What the rows of a batch are spread over. The tokens of a row are spread over "context".
+# The axes that shard the rows of a batch. The tokens of a row are sharded over "context".
 ROWS = ("data", "fsdp", "expert")
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Make the mesh over `devices`, by default all of the run.
+    """Make the mesh over `devices`, by default all devices of the run.
 
-    One size may be -1: what the others leave. All sizes 1, the default, take the first device
-    alone. Neighbours on the mesh are neighbours on a TPU's torus (`mesh_utils`); several slices, or
-    hosts of GPUs, are told apart along the outermost axes.
+    One size may be -1: it gets the devices that the other sizes leave. If all sizes are 1, the
+    default, the mesh has only the first device. Neighbours on the mesh are neighbours on a TPU's
+    torus (`mesh_utils`). The outermost axes go across slices, or across hosts of GPUs.
 
     Raises:
-        UserError: sizes whose product is not the number of devices.
+        UserError: The product of the sizes is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve(config, len(devices))
@@ -42,20 +42,20 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.shardi
 
 
 def resolve(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Return the sizes of `AXES` on `count` devices, -1 filled in. Raises UserError as `make`."""
+    """Return the sizes of `AXES` on `count` devices, -1 resolved. Raises UserError as `make`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size != -1)
-    said = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
+    given = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
     if -1 in sizes.values():
         if count % known:
             raise UserError(
-                f"mesh: {said} on {count} devices: the sizes that are given make {known}, which "
+                f"mesh: {given} on {count} devices: the sizes that are given make {known}, which "
                 f"does not divide {count}"
             )
         sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
     elif known not in (1, count):
         raise UserError(
-            f"mesh: {said} is for {known} devices, and there are {count}: make one size -1, or "
+            f"mesh: {given} is for {known} devices, and there are {count}: make one size -1, or "
             "give sizes whose product is that"
         )
     return tuple(sizes.values())
@@ -67,12 +67,12 @@ def _arrange(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     outer, left = [], slices
-    for size in shape:  # the outermost axes go from slice to slice
+    for size in shape:  # the outermost axes go across slices
         outer.append(math.gcd(size, left))
         left //= outer[-1]
     if left > 1:
         raise UserError(
-            f"mesh: {slices} slices can't be told apart along axes of sizes "
+            f"mesh: {slices} slices can't be spread over axes of sizes "
             f"{', '.join(map(str, shape))}: make data or fsdp a multiple of {slices}"
         )
     inner = [size // across for size, across in zip(shape, outer, strict=True)]
@@ -86,7 +86,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Trace as on one device, whatever mesh is set: for shapes, and for making parameters."""
+    """Ignore the current mesh and trace as on one device: for shapes, and to make parameters."""
     token = _alone.set(True)
     try:
         yield
@@ -95,9 +95,9 @@ def alone() -> Iterator[None]:
 
 
 def current() -> Any:
-    """Return the mesh that is set (`jax.set_mesh`), if it has several devices; else None.
+    """Return the current mesh (`jax.set_mesh`) if it has several devices; else None.
 
-    None inside a `shard_map` too: there arrays are local, and there is nothing to spread.
+    It is None inside a `shard_map` too: arrays are local there, and there is nothing to shard.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or tuple(mesh.axis_names) != AXES or _alone.get():
@@ -114,7 +114,7 @@ def size(*axes: str) -> int:
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
-    """Say in a line what the mesh is: "fsdp 4 x expert 2 on 8 devices, 2 hosts"."""
+    """Describe the mesh in one line, as in "fsdp 4 x expert 2 on 8 devices, 2 hosts"."""
     there = jax.device_count()
     if mesh.size == 1:
         return "one device" if there == 1 else f"device 1 of {there}: --mesh.fsdp -1 uses all"

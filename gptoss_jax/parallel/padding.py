@@ -1,7 +1,7 @@
-"""The zero columns that experts have on a mesh whose `tensor` axis does not divide their blocks.
+"""Zero columns that pad experts, on a mesh whose `tensor` axis does not divide their blocks.
 
-`ModelConfig.expert_padding` says how many: see `sharding.padded`. They are made where parameters
-are read or begin, and left out where they are written.
+`ModelConfig.expert_padding` is their number: see `sharding.padded`. They are added where parameters
+are read or initialised, and removed where parameters are written.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from gptoss_jax.types import MXFP4_BLOCK
 
 
 def resize(tree: Any, *, by: int) -> Any:
-    """Add `by` zero columns to experts' hidden dimension, or take as many away if negative.
+    """Add `by` zero columns to the experts' hidden dimension; a negative `by` removes columns.
 
-    The tree is of parameters, stacked [L, ...] or as tuples of L, or a state with such trees in it:
-    what has no hidden dimension stays. Works on arrays and on `jax.ShapeDtypeStruct`s.
+    `tree` holds parameters, stacked [L, ...] or as tuples of L, or is a state that contains such
+    trees. Arrays without the hidden dimension do not change. Works on arrays and on
+    `jax.ShapeDtypeStruct`s.
 
     Raises:
-        ValueError: a path that the table of parameters does not know.
+        ValueError: The table of parameters does not know a path.
     """
     if not by:
         return tree
@@ -33,7 +34,7 @@ def resize(tree: Any, *, by: int) -> Any:
         if place is None or "F" not in place.letters:
             return x
         rest = place.rest.split("/")
-        axis = place.letters.index("F") - rest[0].isdigit()  # of a tuple of layers
+        axis = place.letters.index("F") - rest[0].isdigit()  # a tuple of layers has no layer axis
         if x.ndim <= axis:
             return x
         in_blocks = place.letters.endswith("F") and rest[-1] in ("blocks", "scales")

@@ -1,10 +1,11 @@
-"""Ring attention: every key of rows that are spread over the `context` axis, passed round it.
+"""Ring attention: the keys of rows that are sharded over `context` are passed round the shards.
 
-The tokens of a row stand in the balanced order (see `context.balance`): a shard has an early chunk
-and a late one, `lo` and `hi`. Its own keys it meets first. Then, of the four pairs of chunks that
-it and a shard's keys make, always two lie on the causal side and two outside: `hi` sees the other's
-`lo` whatever the shard; and one of both shards' `lo` (keys from an earlier shard) or both `hi`
-(from a later one). So all shards do the same work at every step, half of what there is.
+The tokens of a row are in the balanced order (see `context.balance`): a shard has an early chunk
+`lo` and a late chunk `hi`. First a shard attends to its own keys. Then the keys of the other shards
+arrive one by one. Its two chunks of queries and two chunks of such keys make four pairs, of which
+causal attention always needs exactly two. The queries `hi` always see the other shard's `lo`. In
+addition `lo` sees `lo` if the keys come from an earlier shard, or `hi` sees `hi` if they come from
+a later one. So at every step all shards do the same work, half of the four pairs.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from gptoss_jax.ops.dispatch import choose
 from gptoss_jax.parallel import blocks
 from gptoss_jax.parallel.blocks import Places
 
-# What attends to parts of the keys.
+# Implementations of attention to a part of the keys.
 ORDER = {"tpu": ("pallas_tpu", "xla"), "gpu": ("xla",), "cpu": ("xla",)}
 AXIS = "context"
 LO, HI = 0, 1
-PAIRS = 2  # of chunks, that meet at every step but the first
+PAIRS = 2  # pairs of chunks at every step but the first
 
 
 def attend(
@@ -41,8 +42,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attend over a shard's tokens, inside a `shard_map`; see `context.attention`.
 
-    Kept for the backward pass are q, k, v, the output and its logsumexp; it passes k and v round
-    once more, and their gradients with them.
+    The backward pass keeps q, k, v, the output and its logsumexp. It passes k and v round once
+    more, together with their gradients.
     """
     parts = _parts(q, k, v, window)
     forward, backward = (functools.partial(f, parts, window) for f in (_forward, _backward))
@@ -50,7 +51,7 @@ def attend(
 
 
 def _parts(q: Any, k: Any, v: Any, window: int | None) -> Any:
-    """Return the module whose `forward` and `backward` attend to a part of the keys here."""
+    """Return the module whose `forward` and `backward` attend to a part of the keys."""
 
     def refuse(name: str) -> str | None:
         return None if name == "xla" else _kernel().refuse(q, k, v, window=window)
@@ -66,7 +67,7 @@ def _kernel() -> Any:
 
 
 class Keys(NamedTuple):
-    """A shard's keys and values, `lo` and `hi`: what is passed round."""
+    """A shard's keys and values, `lo` and `hi`, which are passed round the ring."""
 
     k: Float[Array, "2 B L K H"]
     v: Float[Array, "2 B L K H"]
@@ -78,7 +79,7 @@ def _forward(
 ) -> tuple[Any, Any]:
     """Attend without sinks; return output and logsumexp in float32."""
     keys = Keys(_halves(k), _halves(v), _half_places(places))
-    following = _pass_on(keys)  # under way while the shard's own are attended to
+    following = _pass_on(keys)  # transferred while the shard attends to its own keys
     own = parts.forward(q, k, v, window=window, queries=places, keys=places, own=True)
     queries = (_halves(q), _half_places(places))
 
@@ -124,7 +125,7 @@ def _backward(
 
     def step(number, carry):
         keys, d_keys, dq = carry
-        # What is computed here is added to gradients that arrive meanwhile.
+        # The gradients computed here are added to those that arrive meanwhile.
         following, arriving = _pass_on(keys), _pass_on(d_keys)
 
         def meet(pair, gradients):
@@ -144,21 +145,21 @@ def _backward(
 
     start = (following, [_halves(x) for x in d_keys], _halves(dq))
     _, d_keys, dq = jax.lax.fori_loop(1, jax.lax.axis_size(AXIS), step, start)
-    dk, dv = (_whole(x) for x in _pass_on(d_keys))  # home
+    dk, dv = (_whole(x) for x in _pass_on(d_keys))  # back to their own shard
     return _whole(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _pair(number: Any, pair: Any) -> tuple[Any, Any]:
-    """Return the halves of queries and keys that meet in pair 0 or 1 of step `number`, from 1.
+    """Return the halves of queries and keys in pair 0 or 1 of step `number`; steps count from 1.
 
-    The keys are those of the shard `number` before this one, round the ring.
+    The keys come from the shard that is `number` places before this one on the ring.
     """
     later = (jax.lax.axis_index(AXIS) < number).astype(jnp.int32)
     return jnp.where(pair == 0, HI, later), jnp.where(pair == 0, LO, later)
 
 
 def _pass_on(x: Any) -> Any:
-    """Send a pytree to the next shard, and take that of the one before."""
+    """Send a pytree to the next shard, and return the pytree of the shard before."""
     C = jax.lax.axis_size(AXIS)
     return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % C) for i in range(C)])
 

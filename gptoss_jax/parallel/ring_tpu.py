@@ -1,7 +1,8 @@
-"""The parts of ring attention by JAX's splash attention on TPU; in place of `blocks`' functions.
+"""The functions of `blocks` for ring attention on TPU, by JAX's splash attention.
 
-A shard's own chunks are a row in causal order, and another's keys come wholly before the queries
-that meet them, so either mask is known without positions: what is left to see are the segments.
+A shard's own chunks are a row in causal order. The keys of another shard all come before the
+queries that attend to them. So both masks are known without positions, and the kernel reads only
+the segments.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from gptoss_jax import chips
 from gptoss_jax.ops.attention import pallas_tpu
 from gptoss_jax.parallel.blocks import Places
 
-# A logsumexp at or below it is that of a row whose every key was masked.
+# A logsumexp at or below this means that all keys of the row were masked.
 BLIND = -1e30
 
 
 def refuse(q: Array, k: Array, v: Array, *, window: int | None) -> str | None:
-    """Say why splash can't serve the ring with these arguments here, or None."""
+    """Return why splash attention can't compute these arguments of the ring here, or None."""
     if window is not None:
         return "a band wider than a shard's chunks is decided by positions, which it does not read"
     where: Any = {"segment_ids": None, "positions": None}
@@ -49,9 +50,10 @@ def forward(
     keys: Places,
     own: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attend without sinks, see `blocks.forward`. The output has been rounded to the inputs' dtype.
+    """Attend without sinks; see `blocks.forward`. The output was rounded to the inputs' dtype.
 
-    `own`: queries and keys are the same tokens, in causal order; else all keys come first.
+    `own`: queries and keys are the same tokens, in causal order; otherwise all keys come before all
+    queries.
     """
     del window
     plan = _plan(q)
@@ -84,7 +86,7 @@ def backward(
     keys: Places,
     own: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Return what these queries and keys add to dq, dk and dv, see `blocks.backward`."""
+    """Return what these queries and keys add to dq, dk and dv; see `blocks.backward`."""
     del window
     plan, T = _plan(q), q.shape[1]
     infos = _infos(plan, q.shape[2], own)
@@ -108,13 +110,13 @@ def backward(
 
 @dataclasses.dataclass(frozen=True)
 class Before(masks.Mask):
-    """Every query sees every key: indices of queries begin where those of keys end."""
+    """A mask in which every query sees every key: query indices begin where key indices end."""
 
     length: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Queries and keys."""
+        """The numbers of queries and keys."""
         return (self.length, self.length)
 
     @property
@@ -124,11 +126,11 @@ class Before(masks.Mask):
 
     @property
     def mask_function(self) -> pallas_tpu.Sees:
-        """What the kernels would compute the mask with, did any block need one."""
+        """The function that the kernels would use for the mask, if any block needed one."""
         return pallas_tpu.Sees(None)
 
     def __getitem__(self, block: Any) -> np.ndarray:
-        """Return an entry whose any() and all() are those of the block of two slices."""
+        """Return one entry with the any() and all() of the block that two slices select."""
         return np.array([[True]])
 
 
@@ -150,7 +152,7 @@ def _plan(q: Float[Array, "B T N H"]) -> pallas_tpu.Plan:
 def _operands(
     plan: pallas_tpu.Plan, q: Any, k: Any, v: Any, queries: Places, keys: Places
 ) -> list[Any]:
-    """Lay out as splash wants it, q scaled; what pads rows has segment 0."""
+    """Return the operands in splash's layout, with q scaled; padding of rows has segment 0."""
     scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     ids = [_padded(plan, x.segment_ids) for x in (queries, keys)]
     return [_heads_first(plan, x) for x in (scaled, k, v)] + ids

@@ -1,9 +1,9 @@
-"""How arrays are spread over the mesh: parameters, optimizer state, cache, batch.
+"""How arrays are sharded over the mesh: parameters, optimizer state, key/value cache, batch.
 
 The table of parameters (`parameters/table.py`) says over which mesh axes each axis of a parameter
-is split. What an op needs whole along `fsdp` (and the axes that FSDP goes over besides, see
-`table.DENSE`) is gathered where it is used, a layer at a time, and its gradient is summed and
-scattered again.
+is split. FSDP splits over `fsdp` and the other axes in `table.DENSE`. If an op needs a parameter
+whole along these axes, it is gathered where it is used, one layer at a time, and its gradient is
+summed and scattered again.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from gptoss_jax.types import MXFP4_BLOCK, Batch, KVCache
 
 HEADS = "tensor"
 VOCABULARY = table.row("unembedding/weight").mesh_axes[0]
-_PACKED = ("blocks", "scales")  # of MXFP4: an axis of blocks, and one of their bytes, at the end
+_PACKED = ("blocks", "scales")  # of MXFP4; they end in an axis of blocks (and one of bytes)
 _RELAID = ("codes", "scales")
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Return how an array is spread, by what its path speaks of (`table.place`).
+    """Return the sharding of an array, according to the parameter in its path (`table.place`).
 
-    A moment with other axes than its parameter (Adafactor's rows and columns) is split over layers
-    and experts alone; a number or a short vector that belongs to no parameter not at all.
+    An optimizer moment whose axes differ from its parameter's (Adafactor's rows and columns) is
+    split only over layers and experts. A number or a short vector that belongs to no parameter is
+    not split.
 
     Raises:
-        ValueError: a path that the table does not know.
-        UserError: an axis that the mesh does not divide.
+        ValueError: The table does not know the path.
+        UserError: The mesh does not divide an axis.
     """
     place = table.place_in_state(path, len(shape))
     if place is None:
@@ -53,10 +54,10 @@ def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
         axes = (None, "expert") if "E" in place.row.lead and len(shape) > 1 else ()
     kv = place.letters.find("K")
     if 0 <= kv < len(axes) == len(shape) and shape[kv] % mesh.shape["tensor"]:
-        axes = (*axes[:kv], None, *axes[kv + 1 :])  # with fewer kv heads than shards: whole
+        axes = (*axes[:kv], None, *axes[kv + 1 :])  # not split, with fewer kv heads than shards
     if rest in ("", *_PACKED, *_RELAID):
         _check(path, shape, axes, mesh)
-    else:  # Adafactor's; what it does not need is one zero
+    else:  # a moment of Adafactor, which is a single zero where Adafactor does not need it
         axes = tuple(
             axis if n % _parts(axis, mesh) == 0 else None
             for axis, n in zip(axes, shape, strict=False)
@@ -65,7 +66,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
 
 
 def _parts(axis: Axis, mesh: Any) -> int:
-    """Return in how many parts an axis is split."""
+    """Return the number of parts that an axis is split into."""
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
     return math.prod(mesh.shape[name] for name in names)
 
@@ -82,14 +83,14 @@ def _check(path: str, shape: tuple[int, ...], axes: tuple[Axis, ...], mesh: Any)
 
 
 def specs(tree: Any, mesh: Any) -> Any:
-    """Return the `spec` of each array of a tree: parameters, or a state that holds some."""
+    """Return the `spec` of each array in a tree of parameters, or in a state that holds some."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: spec(path_name(path), x.shape, mesh), tree
     )
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Return the sharding of each array of a tree, see `spec`."""
+    """Return the `NamedSharding` of each array in a tree; see `spec`."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s),
         specs(tree, mesh),
@@ -98,19 +99,19 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def place(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Give the shapes of a tree the shardings of the table."""
+    """Return the shapes of a tree with the shardings of the table."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
     )
 
 
 def padded(config: ModelConfig) -> ModelConfig:
-    """Return a model's config with `expert_padding` as the current mesh needs it.
+    """Return a model's config with the `expert_padding` that the current mesh needs.
 
-    The hidden dimension of packed experts, or of those that compute as if they were (`qat`), is
-    filled up so that each shard along `tensor` has whole blocks (90 of them divide by neither 4 nor
-    8), and FSDP can split its rows. Zero rows and blocks change no result, and their gradients are
-    zero.
+    The hidden dimension of experts that are packed, or computed as if packed (`qat`), is padded.
+    Then each shard along `tensor` has whole blocks (there are 90 blocks, which neither 4 nor 8
+    divides), and FSDP can split the rows. Zero rows and blocks change no result, and their
+    gradients are zero.
     """
     mesh = current()
     padding = 0
@@ -126,17 +127,17 @@ def padded(config: ModelConfig) -> ModelConfig:
 
 
 def check_layout(mesh: Any) -> None:
-    """Refuse a mesh that splits more of packed experts than a relaid one can be split by."""
+    """Refuse a mesh that splits packed experts along axes that can't split a relaid weight."""
     axes = [axis for axis in ("tensor", *EXPERT) if mesh.shape[axis] > 1]
     if axes:
         raise UserError(
-            f"experts in a kernel's layout can be spread over mesh.expert alone, and the mesh has "
+            f"experts in a kernel's layout can be split over mesh.expert only, and the mesh has "
             f"{', '.join(axes)}: load them without layout="
         )
 
 
 def batch_spec(x: Any) -> PartitionSpec:
-    """Return how an array of a batch is spread: [B, T], or [B]."""
+    """Return the sharding of an array of a batch, [B, T] or [B]."""
     return PartitionSpec(ROWS, "context") if x.ndim > 1 else PartitionSpec(ROWS)
 
 
@@ -149,7 +150,7 @@ def batch_shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
 
 
 def cache_spec(x: Any, mesh: Any) -> PartitionSpec:
-    """Return how an array of a cache is spread: keys and values [B, S, K, H], positions [B, S]."""
+    """Return the sharding of a cache's array: keys or values [B, S, K, H], or positions [B, S]."""
     if x.ndim == 2:
         return PartitionSpec(ROWS, None)
     split = x.shape[2] % mesh.shape["tensor"] == 0
@@ -157,7 +158,7 @@ def cache_spec(x: Any, mesh: Any) -> PartitionSpec:
 
 
 def constrain_cache(cache: KVCache) -> KVCache:
-    """Say that a cache is spread as `cache_spec` says."""
+    """Constrain a key/value cache to the shardings of `cache_spec`."""
     mesh = current()
     if mesh is None:
         return cache
@@ -181,40 +182,40 @@ def check_batch(rows: int, length: int, mesh: Any) -> None:
 
 
 def constrain(x: Any, *axes: Axis) -> Any:
-    """Say how an array under jit is spread over the current mesh; without a mesh, nothing."""
+    """Constrain the sharding of an array under jit; without a mesh, return the array unchanged."""
     if current() is None:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def constrain_tree(tree: Any) -> Any:
-    """Say that arrays of a tree of parameters, or of a state, are spread by the table."""
+    """Constrain a tree of parameters, or a state, to the shardings of the table."""
     mesh = current()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, specs(tree, mesh))
 
 
 def replicate(tree: Any) -> Any:
-    """Say that arrays under jit are whole on every device of the current mesh."""
+    """Constrain arrays under jit to be whole on every device of the current mesh."""
     return jax.tree.map(constrain, tree)
 
 
 def microbatches(x: Any) -> Any:
-    """Say that an array [microbatches, B, T] or [microbatches, B] is spread as a batch is."""
+    """Constrain an array [microbatches, B, T] or [microbatches, B] to be sharded like a batch."""
     return constrain(x, None, ROWS, *(("context",) if x.ndim > 2 else ()))
 
 
 def tokens(x: Any) -> Any:
-    """Say that an array [B, T, ...] is spread as a batch is."""
+    """Constrain an array [B, T, ...] to be sharded like a batch."""
     return constrain(x, ROWS, "context", *(None,) * (x.ndim - 2))
 
 
 def rows(x: Any) -> Any:
-    """Say that the rows of an array [B, T, ...] are spread as a batch's, and its tokens are not."""
+    """Constrain an array [B, T, ...] to have its rows sharded like a batch's, and tokens whole."""
     return constrain(x, ROWS, *(None,) * (x.ndim - 1))
 
 
 def each_token(f: Callable[[Any], Any], x: Any, *, whole_rows: bool = False) -> Any:
-    """Run `f` on each device's tokens of an array [B, T, ...]: for what XLA would gather it for.
+    """Run `f` on each device's own tokens of an array [B, T, ...], so that XLA does not gather it.
 
     With `whole_rows` tokens are not split over `context`, as in decoding.
     """
@@ -225,7 +226,7 @@ def each_token(f: Callable[[Any], Any], x: Any, *, whole_rows: bool = False) -> 
 
 
 def gathered(path: str, weight: Any) -> Any:
-    """Gather a layer's weight, under its path, over the axes that FSDP splits it by."""
+    """Gather a layer's weight over the axes that FSDP splits it by; `path` names the weight."""
     mesh = current()
     if mesh is None:
         return weight

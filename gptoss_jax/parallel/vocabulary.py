@@ -1,9 +1,9 @@
-"""Embedding and loss with tables that are spread over the mesh, and never gathered.
+"""Embedding and loss with tables that are sharded over the mesh and never gathered.
 
-The embedding is split over D (FSDP) and over the vocabulary (`tensor`): a device looks up its part
-of D for the tokens of all devices of its group, and an all-to-all brings each token's parts
-together. The unembedding is split over the vocabulary: the hidden states of a group are gathered, a
-chunk at a time, and each device forms the logits of its part of the vocabulary.
+The embedding is split over D (FSDP) and over the vocabulary (`tensor`). A device looks up its part
+of D for the tokens of all devices in its group, and an all-to-all brings the parts of each token
+together. The unembedding is split over the vocabulary. The hidden states of a group are gathered,
+one chunk at a time, and each device forms the logits of its part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from gptoss_jax.parallel.collectives import sum_once
 from gptoss_jax.parallel.mesh import ROWS
 from gptoss_jax.parameters.table import DENSE, row
 
-GATHERED_ROWS = 16_384  # hidden states that a group gathers at a time
+GATHERED_ROWS = 16_384  # most hidden states that a group gathers at a time
 
 
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, whole_rows: bool = False
 ) -> Float[Array, "B T D"]:
-    """Look tokens up in a table that is spread as its row says, in the table's dtype.
+    """Look tokens up in the sharded embedding; the result has the table's dtype.
 
     With `whole_rows` tokens are not split over `context`, as in decoding.
     """
     where = P(ROWS, None if whole_rows else "context")
-    # Groups that have tokens of their own exchange; along the other axes a device gathers its part.
+    # The all-to-all goes along axes that split the tokens; D is gathered along the other axis.
     others = tuple(axis for axis in DENSE if not (whole_rows and axis == "context"))
 
     def local(table: Array, tokens: Array) -> Array:
         if whole_rows:
             table = lax.all_gather(table, "context", axis=1, tiled=True)
-        asked = lax.all_gather(tokens, others)  # [X, B, T]
+        all_tokens = lax.all_gather(tokens, others)  # [X, B, T]
         rows = table.shape[0]
-        mine = asked - lax.axis_index("tensor") * rows
+        mine = all_tokens - lax.axis_index("tensor") * rows
         inside = (mine >= 0) & (mine < rows)
         found = jnp.where(inside[..., None], table[jnp.where(inside, mine, 0)], 0)
         found = lax.all_to_all(found, others, split_axis=0, concat_axis=3, tiled=True)
@@ -64,10 +64,10 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Return (sum of weights * nll, nll) as `ops.cross_entropy`, with a vocabulary that is spread.
+    """Return (sum of weights * nll, nll) as `ops.cross_entropy` does, with a sharded vocabulary.
 
-    Chunks of tokens are gathered over the group that shares a copy of the table, once more in the
-    backward pass, whose sum over chunks is float32.
+    Chunks of tokens are gathered over the group of devices that shares one copy of the table. The
+    backward pass gathers them again, and sums over chunks in float32.
     """
     tokens = P(ROWS, "context")
     shards = ("tensor", *DENSE)
@@ -113,7 +113,7 @@ def divergence(
     *,
     mix: Mix,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Return the sums of `ops.divergence`, with a vocabulary that is spread on both sides."""
+    """Return the sums of `ops.divergence`, with both vocabularies sharded."""
     tokens, shards = P(ROWS, "context"), ("tensor", *DENSE)
     tables = P(*row("unembedding/weight").mesh_axes)
 
@@ -144,6 +144,6 @@ def divergence(
 
 
 def _chunks(rows: int, group: int, most: int = GATHERED_ROWS) -> int:
-    """Return the fewest equal chunks of a device's rows of which a group gathers few enough."""
+    """Return the fewest equal chunks of a device's rows of which a group gathers at most `most`."""
     fits = (n for n in range(1, rows) if rows % n == 0 and rows // n * group <= most)
     return next(fits, rows)

@@ -95,7 +95,7 @@ def test_planes_refuse_what_they_would_copy():
         return planes.refuse(*rows, **arguments)
 
     assert "layouts.relayout" in refuse(dict(arguments))
-    assert 'these in "columns"' in refuse(relaid(arguments, "columns"))
+    assert 'these are in "columns"' in refuse(relaid(arguments, "columns"))
     assert refuse(relaid(arguments, "planes")) is None
     many = relaid(arguments, "planes") | {"x": jnp.zeros((17, 96))}
     assert "these are 17" in refuse(many)

@@ -53,7 +53,7 @@ def test_slices_are_told_apart_along_the_outermost_axes(monkeypatch: pytest.Monk
     grid = mesh._arrange((2, 2, 1, 1, 2), devices)
     assert {d.slice_index for d in grid[0].flat} == {0}
     assert {d.slice_index for d in grid[1].flat} == {1}
-    with pytest.raises(UserError, match="2 slices can't be told apart"):
+    with pytest.raises(UserError, match="2 slices can't be spread over axes"):
         mesh._arrange((1, 1, 1, 1, 1), [*devices[:1], Device(4)])
 
 

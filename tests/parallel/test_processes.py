@@ -121,11 +121,11 @@ def test_jax_reads_the_same_variables(monkeypatch):
         ("--distributed.coordinator a:1", "-processes and --distributed.process-id missing"),
         (
             "--distributed.process-id 2 --distributed.num-processes 2 --distributed.coordinator a:1",  # noqa: E501
-            "--distributed.process-id is 2: of 2 processes it is one of 0 to 1",
+            "--distributed.process-id is 2: for 2 processes give one of 0 to 1",
         ),
         (
             "--distributed.coordinator a --distributed.num-processes 2 --distributed.process-id 1",
-            "--distributed.coordinator a: it is HOST:PORT",
+            "--distributed.coordinator a: give it as HOST:PORT",
         ),
     ],
 )
@@ -291,7 +291,9 @@ def test_others_that_do_not_come(tmp_path):
         run.all[1 - alone].kill()
         assert run.codes(seconds=90)[alone] == 2
         (line,) = errors(run, alone)
-        want = "error: process 1: localhost:" if alone else "error: not all 2 processes came in 8 s"
+        want = (
+            "error: process 1: localhost:" if alone else "error: not all 2 processes joined in 8 s"
+        )
         assert line.startswith(want) and "start all of them" in line
         assert "was not reached in 8 s" in line or alone == 0
 

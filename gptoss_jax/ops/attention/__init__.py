@@ -1,4 +1,4 @@
-"""Attention with learned sinks: banded or full, causal, grouped queries, packed segments."""
+"""Causal attention with learned sinks, banded or full, for grouped queries and packed segments."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def attention(
     kv_positions: Int[Array, "B S"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attend from each query to the keys that it sees, with one sink logit a query head.
+    """Attend from each query to the keys that it sees, with one sink logit per query head.
 
-    Key j is seen by query i iff their segments match, are not 0 (padding), and
+    Query i sees key j if and only if their segments match, the segment is not 0 (padding), and
     0 <= position_i - position_j < window (no upper bound if `window` is None). The sink takes part
-    in the softmax and its share is dropped: out * sigmoid(logsumexp - sink); None leaves it out.
-    A query that sees nothing gives zeros. Logits are scaled by 1/sqrt(H); logits, softmax and sums
-    are float32, the result has the dtype of `q`. Differentiable in q, k, v and sinks.
+    in the softmax and has no value, so the result is out * sigmoid(logsumexp - sink). None means no
+    sink. A query that sees nothing gives zeros. Logits are scaled by 1/sqrt(H). Logits, softmax and
+    sums are float32; the result has the dtype of `q`. Differentiable in q, k, v and sinks.
 
-    Without `kv_segment_ids` and `kv_positions` this is self-attention over rows in which segments
-    are contiguous and positions rise by one (so no query sees a later index), which lets the fast
-    forms skip work: a banded layer costs O(T W). With them keys may stand in any order, as in a
-    cache. Source: gpt_oss/torch/model.py, sdpa.
+    Without `kv_segment_ids` and `kv_positions` this is self-attention. Segments must be contiguous
+    in a row and positions must rise by one, so that no query sees a later index. The fast
+    implementations use this to skip work: a banded layer costs O(T W). With both arguments keys may
+    be in any order, as in a key/value cache. Source: gpt_oss/torch/model.py, sdpa.
 
-    `implementation` is a name of `SELF_ORDER`, or with a cache of `CACHED_ORDER`: "reference",
-    "xla", "pallas_tpu" (splash, or a decode kernel), "pallas_gpu" (Hopper), "cudnn" (without a
-    cache), "split" (keys in blocks, merged; with a cache). None takes the platform's first that
-    supports the arguments. Raises ValueError for one that can't run, with the reason.
+    `implementation` is a name in `SELF_ORDER`, or in `CACHED_ORDER` with a cache: "reference",
+    "xla", "pallas_tpu" (splash attention, or a decode kernel), "pallas_gpu" (Hopper), "cudnn"
+    (without a cache), "split" (blocks of keys, merged; with a cache). None takes the first of the
+    platform that supports the arguments. Raises ValueError with the reason if it can't run.
     """
     if (kv_segment_ids is None) != (kv_positions is None):
         raise ValueError("give kv_segment_ids and kv_positions together, or neither")
@@ -101,7 +101,7 @@ def _cached(q, k, v, sinks, *, implementation: str | None, **where) -> Any:
 
 
 def _kernel(name: str, *, decode: bool = False) -> Any:
-    """Import a module of kernels, which costs time, only where one is asked about."""
+    """Import a module of kernels only when it is needed, because the import costs time."""
     if name == "split":
         from gptoss_jax.ops.attention import split as module
     elif name == "cudnn":

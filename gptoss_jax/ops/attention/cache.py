@@ -1,4 +1,4 @@
-"""Writing new keys or values into the slots of a cache."""
+"""Write new keys or values into the slots of a key/value cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gptoss_jax.ops.dispatch import kernels_are_off
 def write(
     cache: Float[Array, "B S K H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B S K H"]:
-    """Return the cache with `new` in its rows' slots; what has a slot of S or more is left out.
+    """Return the cache with `new` written to each row's slots; slots of S or more are skipped.
 
-    One token a row goes, on a TPU, through a kernel that writes in place: see `pallas_tpu_decode`.
+    On a TPU, a kernel writes one token per row in place: see `pallas_tpu_decode`.
     """
     if new.shape[1] == 1 and refuse_tpu_kernel() is None and not kernels_are_off():
         from gptoss_jax.ops.attention import pallas_tpu_decode

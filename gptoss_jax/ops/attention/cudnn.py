@@ -1,9 +1,10 @@
-"""Self-attention with sinks on NVIDIA GPUs by cuDNN, which knows none: `sink_algebra` adds them.
+"""Self-attention on NVIDIA GPUs by cuDNN, which has no sinks: `sink_algebra` adds them.
 
-Segments go to cuDNN as its packed layout: where each begins and how long it is, which takes memory
-linear in T and skips what lies between segments. Their number is not known when tracing and cuDNN
-wants a bound, so they go in rounds of up to `SEGMENTS` a row: one round, or as many as there are.
-The calls are JAX's own, which are private: its public ones give no gradient to the logsumexp.
+cuDNN gets segments in its packed layout: the start and length of each segment. This takes memory
+linear in T and skips the work between segments. Tracing does not know the number of segments and
+cuDNN needs a bound, so segments are processed in rounds of up to `SEGMENTS` per row, as many rounds
+as needed. The calls are private functions of JAX, because its public ones give no gradient to the
+logsumexp.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 from gptoss_jax import chips
 from gptoss_jax.ops.attention.sink_algebra import with_sink
 
-SEGMENTS = 16  # of a row in one round
+SEGMENTS = 16  # most segments of a row in one round
 MAX_STATS = 1 << 26  # float32 elements of a round's [B, segments, N, T] logsumexps: 256 MiB
 CHIPS = ("h100", "h200", "b200")  # its packed layout needs Hopper or later
-CUDNN = 91000  # of the releases that JAX supports, those with all that is asked for here
-# JAX before it computes the offsets of keys from the number of query heads.
+CUDNN = 91000  # least cuDNN version with all features used here, among those that JAX supports
+# Least jax version: earlier ones compute the offsets of keys from the number of query heads.
 GROUPED_QUERIES = (0, 11, 2)
-# What JAX's private functions take, on all versions from 0.10.2 to 0.12, apart from `score_mod`.
+# Arguments of JAX's private functions in all versions from 0.10.2 to 0.12, except `score_mod`.
 ARRAYS = (
     "query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets",
     "page_table_k", "page_table_v",
@@ -47,18 +48,18 @@ def refuse(
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
 ) -> str | None:
-    """Say why cuDNN can't run, or None."""
+    """Return why cuDNN can't run, or None."""
     del sinks, window, segment_ids, positions
     kind = chips.current().kind
     if kind not in CHIPS:
         return f"cuDNN's packed attention needs one of {', '.join(CHIPS)}, and this is a {kind}"
     if chips.current().interpret:
-        return "cuDNN is no kernel that could be interpreted"
+        return "cuDNN can't be interpreted"
     dtypes = {q.dtype, k.dtype, v.dtype}
     if len(dtypes) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 or float16, not {', '.join(sorted(map(str, dtypes)))}"
     if q.shape[3] % 8 or q.shape[3] > 256:
-        return f"head_dim {q.shape[3]} is no multiple of 8 up to 256"
+        return f"head_dim {q.shape[3]} has to be a multiple of 8 up to 256"
     if q.size >= 1 << 31:
         return f"q has {q.size} elements, and cuDNN's offsets are 32 bits wide"
     if q.shape[2] != k.shape[2] and jax.__version_info__ < GROUPED_QUERIES:
@@ -68,7 +69,7 @@ def refuse(
 
 @functools.cache
 def _missing() -> str | None:
-    """Say what JAX's cuDNN calls or cuDNN lack, or None. Without a GPU cuDNN is not asked for."""
+    """Return what JAX's cuDNN calls or cuDNN itself lack, or None; check cuDNN only on a GPU."""
     try:
         from jax._src.cudnn import fused_attention_stablehlo as calls
 
@@ -94,7 +95,7 @@ def self_attention(
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
     """Attend over rows whose index order is their causal order; see `attention`."""
-    del positions  # they rise by one in a segment, so that differences of indices are theirs
+    del positions  # they rise by one in a segment, so differences of indices are enough
     if window is not None and window >= q.shape[1]:
         window = None
     forward, backward = (functools.partial(f, window) for f in (_forward, _backward))
@@ -102,20 +103,20 @@ def self_attention(
 
 
 class Round(NamedTuple):
-    """Up to M segments of each row, and where the tokens are among them."""
+    """Up to M segments of each row, and the segment and place of each token."""
 
-    lengths: Int[Array, "B M"]  # 0 for padding and for what is not there
-    offsets: Int[Array, "B M+1"]  # of the first token in its row; then -1
+    lengths: Int[Array, "B M"]  # 0 for padding and for unused entries
+    offsets: Int[Array, "B M+1"]  # index of a segment's first token in its row; the last is -1
     inside: Bool[Array, "B T"]  # whether a token is in one of these segments
-    entry: Int[Array, "B T"]  # in which; M outside
+    entry: Int[Array, "B T"]  # the token's segment; M if outside
     place: Int[Array, "B T"]  # the token's index in its segment
 
 
 def _round(segment_ids: Int[Array, "B T"], number: Any, M: int) -> Round:
-    """Return segments number * M and on of each row.
+    """Return the M segments of each row from segment number * M on.
 
-    All M entries of `offsets` are set, used or not: JAX moves what is not -1 to the front of the
-    batch, so that entry m of row b is cuDNN's segment b * M + m however the batch is sharded.
+    All M entries of `offsets` are set, used or not. JAX moves entries other than -1 to the front of
+    the batch, so entry m of row b is then cuDNN's segment b * M + m, however the batch is sharded.
     """
     B, T = segment_ids.shape
     run = _runs(segment_ids)
@@ -137,13 +138,13 @@ def _round(segment_ids: Int[Array, "B T"], number: Any, M: int) -> Round:
 
 
 def _runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Number the runs of equal ids in each row, padding's among them, from 0."""
+    """Number the runs of equal ids in each row from 0, including runs of padding."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), [(0, 0), (1, 0)])
 
 
 def _segments(q: Float[Array, "B T N H"]) -> int:
-    """Return how many segments of a row go in one round; the packed layout begins at two."""
+    """Return the number of segments per row in one round; the packed layout needs at least two."""
     return max(2, min(SEGMENTS, MAX_STATS // (q.size // q.shape[3])))
 
 
@@ -189,7 +190,7 @@ def _backward(
 
 
 def _where(inside: Bool[Array, "B T"], new: Any, old: Any) -> tuple[Any, ...]:
-    """Take tokens of these segments from `new`: cuDNN leaves the others' memory as it was."""
+    """Take tokens of these segments from `new`, where cuDNN does not write other tokens."""
 
     def take(a, b):
         return jnp.where(inside.reshape(inside.shape + (1,) * (b.ndim - 2)), a, b)
@@ -206,9 +207,9 @@ def packed_forward(
     *,
     window: int | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B*M N T"]]:
-    """Call cuDNN; return the output and each segment's logsumexps, whose third axis is the place.
+    """Call cuDNN; return the output, and logsumexps by segment, head and place in the segment.
 
-    What belongs to no segment holds anything.
+    Entries that belong to no segment may hold anything.
     """
     calls, arrays, options = _operands(q, k, v, lengths, offsets, window)
     bind = calls._dot_product_attention_fwd_p_wrapper.bind
@@ -228,7 +229,7 @@ def packed_backward(
     *,
     window: int | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Call cuDNN; return the gradients of q, k and v. What belongs to no segment holds anything."""
+    """Call cuDNN; return the gradients of q, k and v, undefined for tokens of no segment."""
     calls, arrays, options = _operands(q, k, v, lengths, offsets, window)
     bind = calls._dot_product_attention_bwd_p_wrapper.bind
     dq, dk, dv = bind(*arrays, stats, out, d_out, **options)
@@ -238,10 +239,10 @@ def packed_backward(
 def _operands(
     q: Any, k: Any, v: Any, lengths: Any, offsets: Any, window: int | None
 ) -> tuple[ModuleType, tuple[Any, ...], dict[str, Any]]:
-    """Return JAX's module and what both of its calls take.
+    """Return JAX's module, and the arguments that its forward and backward calls share.
 
-    cuDNN's window counts as ours does, the query's own key among them. The calls are bound one step
-    below JAX's checks, which ask the devices that run the trace and not those it is compiled for.
+    cuDNN's window includes the query's own key, as ours does. The calls are bound one level below
+    JAX's checks, because these check the devices that run the trace, not those it is compiled for.
     """
     from jax._src.cudnn import fused_attention_stablehlo as calls
 
@@ -251,7 +252,7 @@ def _operands(
         "scale": q.shape[3] ** -0.5,
         "seed": 0,
         "dropout_rate": 0.0,
-        "variadic_args": (False, False),  # no bias, so no gradient of one
+        "variadic_args": (False, False),  # no bias and no gradient of a bias
         "mask_type": calls.MaskType.PADDING_CAUSAL,
         "layout": calls.AttentionLayout.BTNH.value,
         "sliding_window_length": window,

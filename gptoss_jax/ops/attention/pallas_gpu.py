@@ -1,9 +1,10 @@
-"""Attention with sinks for Hopper, forward and backward: kernels of Pallas' Mosaic GPU backend.
+"""Attention with sinks for Hopper, forward and backward, by kernels of Pallas' Mosaic GPU backend.
 
-Online softmax over blocks of keys, from the first that any of a tile's queries sees (its window and
-its segment) to the causal end: what lies outside is never loaded, so a banded layer costs O(T W)
-and a packed row the sum over its segments. The sink is where the softmax starts from: a logit
-without a value. Kept for the backward pass are the output and the log-sum-exp, sink included.
+A tile of queries runs an online softmax over blocks of keys, from the first key that any of its
+queries sees (by window and segment) to the causal end. Other blocks are not loaded, so a banded
+layer costs O(T W), and a packed row costs the sum over its segments. The softmax starts from the
+sink, a logit without a value. The backward pass keeps the output and the logsumexp, which includes
+the sink.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from gptoss_jax import chips
 from gptoss_jax.ops.attention import pallas_gpu_kernels as kernels
 from gptoss_jax.ops.attention.pallas_gpu_kernels import Band, Blocks, Task
 
-LANES = 64  # head dims are padded to a multiple of it: 128 bytes, the widest swizzle
-MAX_HEAD_DIM = 128  # the accumulators of a wider one leave too few registers
+LANES = 64  # head dims are padded to a multiple of this: 128 bytes, the widest swizzle
+MAX_HEAD_DIM = 128  # the accumulators of a wider head leave too few registers
 
 
 class Plan(NamedTuple):
@@ -32,8 +33,8 @@ class Plan(NamedTuple):
     keys: Blocks
 
 
-# By chip, by whether the band is narrow (wide tiles of keys waste work at its edges), by head dim.
-# What fits into 227 KiB of shared memory and, without spills, 240 registers a thread.
+# By chip, by whether the band is narrow (wide tiles of keys waste work at its edges), and by head
+# dim. All fit in 227 KiB of shared memory and, without spills, 240 registers per thread.
 _PLANS = {
     ("narrow", 64): Plan(
         forward=Blocks(64, 64, 3, in_turn=True),
@@ -63,7 +64,7 @@ NARROW = 512  # the widest window that counts as narrow
 def refuse(
     q: Any, k: Any, v: Any, sinks: Any, *, window: int | None, segment_ids: Any, positions: Any
 ) -> str | None:
-    """Say why the kernels can't take these arguments here, or None."""
+    """Return why the kernels can't take these arguments here, or None."""
     reason = chips.refuse_hopper_kernel()
     if reason is not None:
         return reason
@@ -91,9 +92,9 @@ def self_attention(
 ) -> Float[Array, "B T N H"]:
     """Attend over rows whose index order is their causal order; see `attention`.
 
-    bfloat16 or float16; the softmax and all sums are float32. Positions rise by one in a segment,
-    so distances are those of indices and they are not read. Rows of padding give zeros, and the
-    cotangent there is not read.
+    Operands are bfloat16 or float16; the softmax and all sums are float32. Positions are not read:
+    they rise by one in a segment, so distances are differences of indices. Rows of padding give
+    zeros, and their cotangents are not read.
     """
     T, H = q.shape[1], q.shape[-1]
     width = "narrow" if window is not None and window <= NARROW else "wide"
@@ -118,14 +119,14 @@ class _Static(NamedTuple):
 
 
 def _multiple(plan: Plan) -> int:
-    """Return what the length must be a multiple of, where two warpgroups share a tile's rows."""
+    """Return the least multiple for the length; two warpgroups share the rows of a tile."""
     forward, queries, keys = plan
     over_keys = [rows for tiles in (forward, queries) for rows in (2 * tiles.queries, tiles.keys)]
     return math.lcm(*over_keys, keys.queries, 2 * keys.keys)
 
 
 def _band(window: int | None, segments: Int[Array, "B T"]) -> Band:
-    """Return which keys each query sees and which queries each key, as ranges of indices."""
+    """Return, as ranges of indices, which keys each query sees and which queries see each key."""
     T = segments.shape[1]
     index = jnp.arange(T, dtype=jnp.int32)
     edge = jnp.ones_like(segments[:, :1], bool)
@@ -155,7 +156,7 @@ def _attend_fwd(
 
 
 def _attend_bwd(static: _Static, saved: tuple, d_out: Array) -> tuple[Any, ...]:
-    """Differentiate; a sink's share of the softmax has the gradient -share * rowsum(do * o)."""
+    """Differentiate; the gradient of a sink is -rowsum(do * o) times its share of the softmax."""
     q, k, v, sinks, segments, out, lse = saved
     d_out = jnp.where((segments != 0)[:, :, None, None], d_out, 0)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)

@@ -1,7 +1,8 @@
-"""Attention of few queries to a cache, on Hopper: its keys split over the chip, then merged.
+"""Attention of few queries to a key/value cache on Hopper: keys are split over the chip.
 
-Each program (batch row, kv head, split) streams every P-th block of the keys that its row sees
-through shared memory, with the queries of its kv head as the rows of one WGMMA tile.
+There is one program per batch row, kv head and split. With P splits, a program streams every P-th
+block of the keys that its row sees through shared memory. The queries of its kv head are the rows
+of one WGMMA tile. The results of all splits are then merged.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from gptoss_jax.ops.attention.reference import MASKED, visible
 from gptoss_jax.ops.attention.sink_algebra import apply_sinks
 from gptoss_jax.ops.attention.split import merge
 
-ROWS = 64  # of a WGMMA tile: the queries (T * G) of one kv head
-MAX_QUERIES = 8  # T: more belong to a prefill
-GRANULE = 8  # rows of a tile of shared memory: a position's G rows are padded to it
-MAX_SPLITS = 64  # which the merge reads one by one
+ROWS = 64  # rows of a WGMMA tile, for the queries (T * G) of one kv head
+MAX_QUERIES = 8  # largest T; more queries are a prefill
+GRANULE = 8  # rows of a tile of shared memory; the G rows of a position are padded to this
+MAX_SPLITS = 64  # the merge reads all splits one by one
 
 
 class Blocks(NamedTuple):
-    """How keys are cut: keys of a block, blocks in flight, programs that fill the chip."""
+    """How keys are split into blocks."""
 
-    keys: int
-    stages: int
-    programs: int
+    keys: int  # keys per block
+    stages: int  # blocks in flight
+    programs: int  # programs that fill the chip
 
 
-# 64 keys of head_dim 64 are 16 KiB with their values: 4 stages leave room for two programs an SM.
+# 64 keys of head_dim 64 take 16 KiB with their values, so 4 stages leave room for two programs per
+# SM.
 BLOCKS = {"h100": Blocks(64, 4, 264), "h200": Blocks(64, 4, 264)}
 
 
@@ -48,7 +50,7 @@ def refuse(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
 ) -> str | None:
-    """Say why the kernel can't run, or None."""
+    """Return why the kernel can't run, or None."""
     del sinks, window, segments, positions
     reason = chips.refuse_hopper_kernel()
     if reason is not None:
@@ -61,9 +63,9 @@ def refuse(
     if T * _padded(N // K) > ROWS:
         return f"a kv head has {T} * {_padded(N // K)} rows of queries, and {ROWS} fit"
     if H % 16 or H > 128:
-        return f"head_dim {H} is no multiple of 16 up to 128"
+        return f"head_dim {H} has to be a multiple of 16 up to 128"
     if S % GRANULE or BLOCKS[chips.current().kind].keys > S:
-        return f"a cache of {S} slots is no multiple of {GRANULE}, or less than a block"
+        return f"a cache of {S} slots is not a multiple of {GRANULE}, or is less than a block"
     return None
 
 
@@ -77,10 +79,10 @@ def cached_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
 ) -> Float[Array, "B T N H"]:
-    """Attend to keys in any order, as they lie in a cache; see `attention`.
+    """Attend to keys in any order, as in a key/value cache; see `attention`.
 
-    Blocks before the first and after the last that a row's queries see are not read. The gradient,
-    for which decoding has no use, is that of the XLA form.
+    Blocks before the first and after the last block that a row's queries see are not read. The
+    gradient, which decoding does not need, is that of the XLA implementation.
     """
     return _attend(window, q, k, v, sinks, segments, positions)
 
@@ -96,7 +98,7 @@ def _attend(window: int | None, q: Any, k: Any, v: Any, sinks: Any, segments: An
     rows = jnp.pad(q.reshape(B, T, K, G, H), [(0, 0)] * 3 + [(0, _padded(G) - G), (0, 0)])
     where = [_in_blocks(x[1], blocks.keys) for x in (positions, segments)]
     bounds = []
-    if splits < count:  # or else each program has one block, which tells it all
+    if splits < count:  # otherwise each program has one block and needs no bounds
         seen = visible(segments[0], segments[1], positions[0], positions[1], window).any(axis=1)
         bounds = _bounds(seen, blocks.keys, count)
     outs, lses = _kernel(blocks, splits, window)(
@@ -123,7 +125,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _mosaic_gpu() -> Any:
-    """Import Mosaic GPU, where it is needed: older versions of jax have other names in it."""
+    """Import Mosaic GPU only when needed: older versions of jax have other names in it."""
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
@@ -134,23 +136,24 @@ def _padded(G: int) -> int:
 
 
 def _in_blocks(x: Int[Array, "B S"], keys: int) -> Int[Array, "B S"]:
-    """Pad with segment 0 to whole blocks. What the last reads past the cache's end is zeros."""
+    """Pad with zeros (segment 0) to whole blocks; reads past the end of the cache give zeros."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % keys)])
 
 
 def _bounds(seen: Bool[Array, "B S"], keys: int, count: int) -> tuple[Int[Array, " B"], ...]:
-    """Return the first block with a key that is seen, and the end of the last; none: count, 0."""
+    """Return the first block with a visible key and the end of the last; (count, 0) if none."""
     block = jnp.arange(seen.shape[1], dtype=jnp.int32) // keys
     first = jnp.min(jnp.where(seen, block, count), axis=1)
     return first, jnp.max(jnp.where(seen, block + 1, 0), axis=1)
 
 
 def _kernel(blocks: Blocks, splits: int, window: int | None) -> Any:
-    """Return the kernel: queries, cache, where they stand -> partial outputs and logsumexps.
+    """Return the kernel, which maps queries and cache to partial outputs and logsumexps.
 
-    Shapes, with R the padded G: q [B, T, K, R, H], cache [B, S, K, H], positions and segments of
-    queries [B, T] and keys [B, S in blocks], and of the blocks to read, if not all are, the first
-    and the end [B]; out [splits, B, T, K, R, H] and lse [splits, B, T, K, R], float32.
+    R is the padded G. The arguments are q [B, T, K, R, H], k and v [B, S, K, H], positions and
+    segments of queries [B, T], positions and segments of keys [B, S padded to blocks], and unless
+    all blocks are read, the first block and the end [B]. The results are out
+    [splits, B, T, K, R, H] and lse [splits, B, T, K, R], in float32.
     """
     plgpu = _mosaic_gpu()
 
@@ -179,7 +182,8 @@ def _scratch(blocks: Blocks, T: int, H: int) -> dict[str, Any]:
     """Return the kernel's shared memory and barriers."""
     plgpu = _mosaic_gpu()
 
-    # The widest swizzle whose tiles the columns fill. The operands of a product must share one.
+    # Use the widest swizzle whose tiles divide the columns. Both operands of a product must have
+    # the same swizzle.
     def matrix(*shape, columns: int = H, dtype: Any = jnp.bfloat16):
         row = columns * jnp.dtype(dtype).itemsize
         swizzle = next(size for size in (128, 64, 32) if row % size == 0)
@@ -206,7 +210,7 @@ def _body(
     q_smem, k_smem, v_smem, p_smem, positions_smem, segments_smem, out_smem, lse_smem,
     arrived, begun, blocks, splits, window, scale, R,
 ) -> None:  # fmt: skip
-    """Attend from the queries of one kv head to blocks first + split + i * splits of the keys."""
+    """Attend from the queries of one kv head to the blocks first + split + i * splits of keys."""
     from jax.experimental import pallas as pl
 
     plgpu = _mosaic_gpu()
@@ -235,19 +239,19 @@ def _body(
         plgpu.copy_gmem_to_smem(q_ref.at[batch, t, head], q_smem.at[pl.ds(t * R, R)], begun)
     for step in range(stages):
         pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
-    asked = [(q_positions[batch, t], q_segments[batch, t]) for t in range(T)]
+    query_places = [(q_positions[batch, t], q_segments[batch, t]) for t in range(T)]
     plgpu.barrier_wait(begun)
 
     def over_columns(x, shape=tile):
         return jax.lax.broadcast_in_dim(x, shape, [0])
 
     def mask(slot):
-        """Return 0 where a key is seen and MASKED where not; rows from T * R on are never read."""
+        """Return 0 for visible keys and MASKED for others; rows from T * R on are never read."""
         position = plgpu.load(positions_smem.at[slot], layout=by_column)
         segment = plgpu.load(segments_smem.at[slot], layout=by_column)
         row = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=plgpu.Layout.WGMMA)
         total = None
-        for t, (q_position, q_segment) in reversed(list(enumerate(asked))):
+        for t, (q_position, q_segment) in reversed(list(enumerate(query_places))):
             distance = q_position - position
             seen = (segment == q_segment) & (segment != 0) & (distance >= 0)
             seen = seen if window is None else seen & (distance < window)
@@ -264,7 +268,7 @@ def _body(
             plgpu.wgmma(acc, q_smem, k_smem.at[slot].T)
             return acc[...]
 
-        # In units of log2, so that a weight is one exp2.
+        # Logits are in units of log 2, so that a weight is one exp2.
         logits = pl.run_scoped(products, plgpu.ACC(tile, jnp.float32))
         logits = logits * (scale * math.log2(math.e)) + mask(slot)
         larger = jnp.maximum(largest, logits.max(axis=1))
@@ -277,7 +281,7 @@ def _body(
             plgpu.wgmma(acc, p_smem, v_smem.at[slot])
             return acc[...]
 
-        # Not accumulated in place: the interpreter starts no accumulator from a value.
+        # Not accumulated in place: in the interpreter an accumulator can't start from a value.
         more = pl.run_scoped(outputs, plgpu.ACC(out.shape, jnp.float32))
         out = out * over_columns(decay, out.shape) + more
         pl.when(step + stages < steps)(lambda: fetch(step + stages))
@@ -289,7 +293,7 @@ def _body(
         attend,
         (
             plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA),
-            # Above MASKED, so that a row which sees nothing has weights of zero.
+            # Start above MASKED, so that a row that sees nothing has weights of zero.
             plgpu.layout_cast(jnp.full((ROWS,), MASKED / 10, jnp.float32), by_row),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
         ),

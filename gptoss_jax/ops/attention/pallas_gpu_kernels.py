@@ -1,9 +1,10 @@
-"""The Hopper kernels of attention: forward, dq, and dk with dv. See pallas_gpu.py for what they do.
+"""The Hopper kernels of attention: forward, dq, and dk with dv. See pallas_gpu.py for an overview.
 
-Every block of threads is some warpgroups that compute and one that feeds them: it copies the tiles
-of the loop from global to shared memory by TMA, as many steps ahead as there are stages. Products
-are WGMMA, with the probabilities as an operand in registers; the interpreter has no such operand,
-so there they pass through shared memory (`staged`).
+Every thread block has some warpgroups that compute and one, the feeder, that loads their data. The
+feeder copies the tiles of the loop from global to shared memory by TMA, and is ahead by as many
+steps as there are stages. Products use WGMMA, with the probabilities as an operand in registers.
+The interpreter has no such operand, so there the probabilities pass through shared memory
+(`staged`).
 """
 
 from __future__ import annotations
@@ -20,31 +21,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-MASKED = -1e30  # a logit that never wins and never makes inf - inf
-NOTHING = MASKED / 10  # the largest logit of a row before any: above MASKED, below all others
+MASKED = -1e30  # a masked logit; finite, so that inf - inf never occurs
+NOTHING = MASKED / 10  # initial value of a row's largest logit: above MASKED, below real logits
 LOG2E = math.log2(math.e)
 TINY = 1e-30
 
-GRID = ("group", "tile", "row")  # the first is the fastest: neighbours share keys and values
+GRID = ("group", "tile", "row")  # the first varies fastest: neighbours share keys and values
 WGMMA = plgpu.Layout.WGMMA
-ROWS = WGMMA.reduce(1)  # of a vector with an entry a row of a WGMMA tile
+ROWS = WGMMA.reduce(1)  # layout of a vector with one entry per row of a WGMMA tile
 COLUMNS = WGMMA.reduce(0)
 
 ACC: Any = plgpu.WGMMAAccumulatorRef
-_load: Any = plgpu.load  # whose arguments differ between versions
+_load: Any = plgpu.load  # Any, because its arguments differ between versions
 
-WARPGROUPS = 2  # that compute
-# Registers a thread: two computing warpgroups and one that feeds share 65536 of an SM.
+WARPGROUPS = 2  # computing warpgroups in a thread block
+# Registers per thread: two computing warpgroups and the feeder share the 65536 of an SM.
 FEEDER_REGISTERS = 24
 COMPUTE_REGISTERS = 240
 
 
 class Blocks(NamedTuple):
-    """Query and key rows of one warpgroup's step, steps in flight, and how heads are shared out.
+    """Query and key rows of one warpgroup's step, steps in flight, and two options.
 
-    `in_turn`: a block of threads goes through all query heads of its kv head, the next one's rows
-    on their way meanwhile, which pays where a row has few blocks of keys. `alternate`: one
-    warpgroup multiplies while the other takes exponentials (forward).
+    `in_turn`: a thread block goes through all query heads of its kv head, and loads the rows of the
+    next head meanwhile; this pays off if a row has few blocks of keys. `alternate` (forward only):
+    one warpgroup multiplies while the other computes exponentials.
     """
 
     queries: int
@@ -55,7 +56,7 @@ class Blocks(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is static of a call. `scale` is that of the logits; `T` a multiple of the tiles."""
+    """The static parameters of a call. `scale` multiplies logits; tiles must divide T."""
 
     scale: float
     blocks: Blocks
@@ -63,15 +64,15 @@ class Task(NamedTuple):
 
     @property
     def staged(self) -> bool:
-        """Say whether register operands pass through shared memory."""
+        """Return whether register operands pass through shared memory."""
         return bool(self.interpreter)
 
 
 class Band(NamedTuple):
-    """Which keys a query sees, and which queries a key, as ranges of indices.
+    """Which keys each query sees, and which queries see each key, as ranges of indices.
 
-    Query i sees keys low[i]..i, key j is seen by queries j..high[j]; low is T and high is -1 where
-    there are none.
+    Query i sees keys low[i]..i. Queries j..high[j] see key j. If there are none, low is T and high
+    is -1.
     """
 
     low: Int[Array, "B T"]
@@ -79,13 +80,13 @@ class Band(NamedTuple):
 
 
 def _tile(*shape: int, dtype: Any, swizzle: int = 128) -> Any:
-    """Return a scratch tile in shared memory laid out as TMA writes and WGMMA reads."""
+    """Return a scratch tile in shared memory, in the layout that TMA writes and WGMMA reads."""
     transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _product(a: Any, b: Any) -> Array:
-    """Multiply two tiles in shared memory into float32 registers."""
+    """Return the product of two tiles in shared memory, in float32 registers."""
 
     def run(ref):
         plgpu.wgmma(ref, a, b)
@@ -95,7 +96,7 @@ def _product(a: Any, b: Any) -> Array:
 
 
 def _accumulate(ref: Any, a: Array, b: Any, stage: Any) -> None:
-    """Start adding `a` in registers times the shared tile `b` to the accumulator `ref`."""
+    """Start to add `a` @ `b` to the accumulator `ref`; `a` in registers, `b` in shared memory."""
     if stage is not None:
         stage[...] = a
         plgpu.commit_smem()
@@ -104,7 +105,7 @@ def _accumulate(ref: Any, a: Array, b: Any, stage: Any) -> None:
 
 
 def _add_product(total: Array, a: Array, b: Any, stage: Any) -> Array:
-    """Return `total` + `a` @ `b`, `a` in registers, `b` a tile in shared memory."""
+    """Return `total` + `a` @ `b`, with `a` in registers and `b` in shared memory."""
     if stage is None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(ACC.init(total))
     stage[...] = a
@@ -126,12 +127,15 @@ def _iota(shape: tuple[int, int], axis: int) -> Array:
 
 
 def _load_rows(ref: Any, *index: Any) -> Array:
-    """Load a vector from global memory, an entry a row of a WGMMA tile."""
+    """Load a vector from global memory, with one entry per row of a WGMMA tile."""
     return _load(ref.at[index], layout=ROWS, optimized=False)
 
 
 class Stream(NamedTuple):
-    """Tiles that the feeder brings together: `source(step)` in global memory -> `tiles[slot]`."""
+    """Tiles that the feeder loads together, each from `source(step)` to `tiles[slot]`.
+
+    `copies` lists the pairs (source, tiles). `ready` and `free` are the barriers of the slots.
+    """
 
     copies: Sequence[tuple[Callable[[Any], Any], Any]]
     ready: Any
@@ -139,7 +143,7 @@ class Stream(NamedTuple):
 
 
 def _feed(streams: Sequence[Stream], steps: Any, stages: int) -> None:
-    """Copy every step's tiles, each as soon as all that compute are done with its slot."""
+    """Copy the tiles of every step, as soon as the computing warpgroups have freed the slot."""
     plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
 
     @pl.loop(0, steps)
@@ -176,38 +180,38 @@ def _call(body: Any, task: Task, *, out: Any, scratch: dict[str, Any], grid: Any
 
 
 def heads_of_a_tile(N: int, K: int) -> int:
-    """Return how many query heads a block of threads works on: as its warpgroups, or one.
+    """Return how many query heads a thread block works on: one per warpgroup, or a single one.
 
-    Two heads over the same rows need the same keys at every step; two blocks of rows of one head
-    don't where they meet the band's ends.
+    Two heads with the same rows need the same keys at every step. Two blocks of rows of one head
+    need different keys at the ends of the band.
     """
     return WARPGROUPS if (N // K) % WARPGROUPS == 0 else 1
 
 
 def query_tile(N: int, K: int, blocks: Blocks) -> int:
-    """Return how many query rows a block of threads covers."""
+    """Return the number of query rows that a thread block covers."""
     return blocks.queries * WARPGROUPS // heads_of_a_tile(N, K)
 
 
 class _Place(NamedTuple):
-    """Where a block of threads that goes over keys, and this warpgroup of it, work."""
+    """The work of this warpgroup, in a thread block that loops over keys."""
 
     batch: Any
     kv_head: Any
-    head: Any  # of this warpgroup's first turn
+    head: Any  # the query head of this warpgroup's first turn
     tile: Any
-    row: Any  # the first of this warpgroup's
+    row: Any  # this warpgroup's first row
     first: Any  # the first block of keys
-    steps: Any  # how many blocks of keys
+    steps: Any  # the number of blocks of keys
 
 
 def _turns(N: int, K: int, blocks: Blocks) -> int:
-    """Return how many times a block of threads takes up other heads."""
+    """Return the number of turns of a thread block; it works on other heads in each turn."""
     return N // K // heads_of_a_tile(N, K) if blocks.in_turn else 1
 
 
 def _place_of_queries(start_ref: Any, q_ref: Any, K: int, blocks: Blocks) -> _Place:
-    """Find this warpgroup's place; the longest rows of a causal triangle go first."""
+    """Return this warpgroup's work; the longest rows of the causal triangle come first."""
     N = q_ref.shape[2]
     heads, rows = heads_of_a_tile(N, K), query_tile(N, K, blocks)
     wg = lax.axis_index("wg")
@@ -231,7 +235,7 @@ def _grid_of_queries(q: Array, K: int, blocks: Blocks) -> tuple[int, int, int]:
 
 
 def _in_turn(turns: int, slots: int, fetch: Any, work: Any) -> None:
-    """Run `work(turn, slot)` for each turn, what it needs fetched into its slot a turn ahead."""
+    """Run `work(turn, slot)` for each turn; `fetch(turn, slot)` runs one turn ahead of it."""
     fetch(0, 0)
 
     @pl.loop(0, turns)
@@ -246,7 +250,7 @@ def _in_turn(turns: int, slots: int, fetch: Any, work: Any) -> None:
 
 
 def _feed_keys(k_stream: Any, v_stream: Any, at: _Place, turns: int, blocks: Blocks) -> None:
-    """Bring the blocks of keys and of values, each as (reference, tiles, ready, free)."""
+    """Load the blocks of keys and of values; each stream is (reference, tiles, ready, free)."""
 
     def stream(ref, tiles, ready, free):
         def source(i):
@@ -259,7 +263,7 @@ def _feed_keys(k_stream: Any, v_stream: Any, at: _Place, turns: int, blocks: Blo
 
 
 def _cut_to(low: Array, row: Any, key: Any, shape: tuple[int, int]) -> Callable[[Array], Array]:
-    """Return what masks a tile of logits, queries from `row` by keys from `key`."""
+    """Return a function that masks a tile of logits: queries from `row` on, keys from `key` on."""
 
     def masked(logits):
         keys = _iota(shape, 1) + key
@@ -270,7 +274,7 @@ def _cut_to(low: Array, row: Any, key: Any, shape: tuple[int, int]) -> Callable[
 
 
 def _spans(low: Array, rows: int, keys: int) -> tuple[Array, Array]:
-    """Return, of each tile of query rows, its first block of keys and its last row's first key."""
+    """Return each query tile's first block of keys, and the key from which `low` masks no row."""
     tiles = low.reshape(low.shape[0], -1, rows)
     return tiles.min(-1) // keys, tiles.max(-1)
 
@@ -283,7 +287,7 @@ def forward(
     band: Band,
     task: Task,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Return the output and the float32 log-sum-exp of every row's logits and its sink."""
+    """Return the output, and each row's float32 logsumexp of its logits and sink."""
     B, T, N, H = q.shape
     K, blocks = k.shape[2], task.blocks
     bq, bk, stages, *_ = blocks
@@ -310,7 +314,7 @@ def forward(
                 plgpu.barrier_wait(meeting)
 
         def lag(behind):
-            """Let the second warpgroup be half a step behind: it meets once more before."""
+            """Let warpgroup `behind` meet once more: first 1, to lag half a step; at the end 0."""
             if meeting is not None:
 
                 @pl.when(wg == behind)
@@ -368,7 +372,7 @@ def forward(
             acc, largest, total = lax.fori_loop(0, at.steps, step, carry)
             total = jnp.maximum(total, TINY)
             acc *= _spread(1 / total, (bq, H), 0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the turn before is written
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the turn before
             out_tile[wg] = acc.astype(q_ref.dtype)
             lse_tile[wg] = largest * (1 / LOG2E) + jnp.log(total)
             plgpu.commit_smem()
@@ -423,7 +427,7 @@ def backward_queries(
     band: Band,
     task: Task,
 ) -> Float[Array, "B T N H"]:
-    """Return the gradient of `q`; `delta` is each row's sum of d_out * out, in float32."""
+    """Return the gradient of `q`; `delta` is each row's sum of d_out * out in float32."""
     N, H = q.shape[2:]
     K, blocks = k.shape[2], task.blocks
     bq, bk, stages, *_ = blocks
@@ -478,7 +482,7 @@ def backward_queries(
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_free.at[slot])
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the turn before is written
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the turn before
             dq_tile[wg] = (dq[...] * task.scale).astype(dq_ref.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_tile.at[wg], dq_ref.at[at.batch, rows, head])
@@ -531,15 +535,15 @@ def backward_keys(
     band: Band,
     task: Task,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Return the gradients of `k` and `v`, summed over the query heads of each in float32.
+    """Return the gradients of `k` and `v`, summed in float32 over the query heads of each kv head.
 
-    A warpgroup owns rows of keys; all products are of transposed tiles, keys by queries.
+    A warpgroup owns rows of keys. All products use transposed tiles, keys by queries.
     """
     B, T, N, H = q.shape
     K, G = k.shape[2], N // k.shape[2]
     bq, bk, stages, *_ = task.blocks
     scale = task.scale * LOG2E
-    # Products over queries take no fewer of them at once than a swizzle has elements of 2 bytes.
+    # The queries of a product must fill a swizzle, whose elements have 2 bytes.
     tile = functools.partial(_tile, swizzle=min(128, 2 * bq))
     of_warpgroup = band.high.reshape(B, -1, bk)
     stop, clear = of_warpgroup.max(-1), of_warpgroup.min(-1)

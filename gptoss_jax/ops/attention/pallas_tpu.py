@@ -24,33 +24,34 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax import chips
 
-LANES = 128  # every block is a multiple of it
+LANES = 128  # every block is a multiple of this
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a block, in each of the three kernels (bfloat16; float32 takes half)."""
+    """Queries and keys per block in each of the three kernels, for bfloat16; half for float32."""
 
     q: int
     kv: int
-    kv_at_once: int  # of the `kv` keys in fast memory, those whose logits exist at once
+    kv_at_once: int  # how many of the `kv` keys in fast memory have their logits formed at once
 
 
-# A banded layer wastes what a block holds outside its band, a full one what a step costs. Ranked by
-# the instructions in the final code of libtpu for v5e, all three kernels of a head at T=4096:
-# banded, 88 thousand in 32 steps a kernel with blocks of 256, 102 in 16 steps with 512; full, per
-# thousand logits, 24.3 with 512 x 512, 21.3 with 512 x 1024, 19.8 with 1024 x 1024. Timed nowhere.
+# In a banded layer large blocks waste work outside the band; in a full layer small blocks waste
+# time per step. Ranked by the number of instructions in libtpu's final code for v5e, all three
+# kernels of one head at T=4096. Banded: 88 thousand in 32 steps per kernel with blocks of 256, and
+# 102 thousand in 16 steps with 512. Full, per thousand logits: 24.3 with 512 x 512, 21.3 with
+# 512 x 1024, 19.8 with 1024 x 1024. Not timed on any device.
 BLOCKS = {
     "v5e": {"banded": Blocks(256, 256, 256), "full": Blocks(1024, 1024, 512)},
     "v5p": {"banded": Blocks(256, 256, 256), "full": Blocks(1024, 1024, 512)},
     "v6e": {"banded": Blocks(256, 256, 256), "full": Blocks(1024, 1024, 512)},
     "tpu7x": {"banded": Blocks(256, 256, 256), "full": Blocks(1024, 1024, 512)},
 }
-# A block is halved while the rows that it adds as padding are more than this share of the row.
+# Blocks are halved while they pad the row by more than this share of its length.
 MAX_PADDING = 1 / 8
 
 
 def refuse(q, k, v, sinks, *, window, segment_ids, positions) -> str | None:
-    """Say why the kernel can't run with these arguments here, or None."""
+    """Return why the kernel can't run with these arguments here, or None."""
     del sinks, window, segment_ids, positions
     chip = chips.refuse_tpu_kernel()
     if chip is not None:
@@ -75,7 +76,7 @@ def self_attention(
 ) -> Float[Array, "B T N H"]:
     """Attend over rows whose index order is their causal order; see `attention`.
 
-    Positions rise by one within a segment, so the window is one of indices. Memory is linear in T.
+    Positions rise by one within a segment, so the window applies to indices. Memory is linear in T.
     """
     del positions
     T, H = q.shape[1], q.shape[-1]
@@ -90,12 +91,12 @@ def self_attention(
     plan = Plan(length, window, blocks, chips.tpu_interpreter())
     out: Any = _attend(plan, *heads_first, sinks, rows(segment_ids))
     out = jnp.moveaxis(out, 1, 2)[:, :T]
-    # A select, so that whatever cotangent a padding row has (NaN too) becomes zero.
+    # A select, so that any cotangent of a padding row (also NaN) becomes zero.
     return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
 
 
 def fit(length: int, window: int | None, dtype: Any) -> tuple[Blocks, int]:
-    """Return the blocks for rows of `length`, and the length that they divide."""
+    """Return the blocks for rows of `length`, and the padded length, which they divide."""
     chip = BLOCKS[chips.current().kind]
     blocks = chip["full" if window is None or 2 * window >= length else "banded"]
     if dtype == jnp.float32:
@@ -114,7 +115,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 class Plan(NamedTuple):
-    """What decides the kernels: the padded length, the window, the blocks, the interpreter."""
+    """The static parameters of the kernels; `length` is padded."""
 
     length: int
     window: int | None
@@ -124,7 +125,7 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sees:
-    """Say which query sees which key, from arrays of their indices; the kernels call it."""
+    """A function of query and key indices that says which query sees which key, for the kernels."""
 
     window: int | None
 
@@ -136,10 +137,10 @@ class Sees:
 
 @dataclasses.dataclass(frozen=True)
 class Band(masks.Mask):
-    """A causal band of `window` keys, of which a block is known without being laid out.
+    """A causal band of `window` keys that describes a block without computing its pairs.
 
-    Splash asks each block whether it has any visible pair and whether all are; its own masks
-    compute the block's pairs for that, 17 billion at 131,072 tokens, three times over.
+    Splash needs to know of each block whether any pair is visible and whether all are. Its own
+    masks compute all pairs of the block for this: 17 billion at 131,072 tokens, three times.
     """
 
     length: int
@@ -147,7 +148,7 @@ class Band(masks.Mask):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Queries and keys."""
+        """The numbers of queries and keys."""
         return (self.length, self.length)
 
     @property
@@ -157,11 +158,11 @@ class Band(masks.Mask):
 
     @property
     def mask_function(self) -> Sees:
-        """What the kernels compute the mask with."""
+        """The function by which the kernels compute the mask."""
         return Sees(self.window)
 
     def __getitem__(self, block: Any) -> np.ndarray:
-        """Return two entries whose any() and all() are those of the block of two slices."""
+        """Return two entries with the any() and all() of the block that two slices select."""
         q, k = block
         least, most = q.start - (k.stop - 1), (q.stop - 1) - k.start
         end = self.length if self.window is None else self.window
@@ -182,8 +183,8 @@ def _infos(length: int, window: int | None, blocks: Blocks, N: int) -> tuple[Any
 def _common(plan: Plan) -> dict[str, Any]:
     """Return the arguments that splash's forward and backward passes share.
 
-    The backward pass is the one of two kernels: the fused one keeps a dq for every block of keys,
-    T^2 in memory.
+    The backward pass uses two kernels: the fused one keeps a dq for every block of keys, which
+    takes memory of order T^2.
     """
     q, kv, at_once = plan.blocks
     return {
@@ -208,7 +209,7 @@ def _common(plan: Plan) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _precision(dtype: Any) -> Iterator[None]:
-    """Multiply float32 operands in float32: splash names no precision of its products."""
+    """Multiply float32 operands in float32; splash sets no precision for its products."""
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         yield
 
@@ -216,7 +217,8 @@ def _precision(dtype: Any) -> Iterator[None]:
 def _over_batch(plan: Plan, one: Any, *args: Array) -> Any:
     """Map over the first axis: splash takes one row of tokens at a time.
 
-    The interpreter of jax 0.10 to 0.12 fails on a kernel with a mapped axis and "parallel" ones.
+    The interpreter can't use `vmap`: in jax 0.10 to 0.12 it fails on a kernel that has a mapped
+    axis and "parallel" axes.
     """
     if isinstance(plan.interpret, bool):
         return jax.vmap(one)(*args)
@@ -244,10 +246,11 @@ def _attend_fwd(plan: Plan, q: Array, k: Array, v: Array, sinks: Any, segments: 
 
 
 def _attend_bwd(plan: Plan, saved: Any, d_out: Array) -> tuple[Any, ...]:
-    """Differentiate; splash's own gradient of the sinks is a product in the output's dtype.
+    """Differentiate; the sinks' gradient is formed here, as splash's is not in float32.
 
-    A sink has dlogit = -p_sink * rowsum(do * o), summed over its head's rows in float32. A
-    `logsumexp` that holds the sinks is all that splash's other gradients need of them.
+    A sink has dlogit = -p_sink * rowsum(do * o), summed over the rows of its head in float32;
+    splash's own is a product in the output's dtype. The other gradients of splash need only a
+    `logsumexp` that includes the sinks.
     """
     q, k, v, sinks, segments, out, logsumexp = saved
     forward, backward = _infos(plan.length, plan.window, plan.blocks, q.shape[1])

@@ -1,4 +1,4 @@
-"""Attention of a few queries to a cache, on TPU: a kernel over blocks of keys."""
+"""Attention of a few queries to a key/value cache on TPU: a kernel over blocks of keys."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from gptoss_jax.ops.attention import xla
 from gptoss_jax.ops.attention.reference import MASKED, visible
 
 LANES = 128
-MAX_QUERIES = 8  # more are a prefill, whose logits would not fit in fast memory
+MAX_QUERIES = 8  # more queries are a prefill, whose logits would not fit in fast memory
 
 
 class Blocks(NamedTuple):
-    """What a block of keys may hold at most, in bytes: of keys, and of their float32 logits."""
+    """Limits of a block of keys: bytes of keys, and bytes of their float32 logits."""
 
     keys: int
     logits: int
 
 
-# A block is to take longer to read than a grid step costs, about 0.35 us: 1 MiB of keys and as
-# much of values take 2.6 us on v5e, and 2 MiB of each 1.5 on v5p, 2.6 on v6e and 1.1 on tpu7x (a
-# device of two). Two blocks of each are in fast memory. Chosen by count, not timed on a chip.
+# Reading a block should take longer than the overhead of a grid step, about 0.35 us. Reading 1 MiB
+# of keys and 1 MiB of values takes 2.6 us on v5e; 2 MiB of each take 1.5 us on v5p, 2.6 us on v6e
+# and 1.1 us on tpu7x (one of its two devices). Fast memory holds two blocks of each. The sizes were
+# computed, not timed on a chip.
 BLOCKS = {
     "v5e": Blocks(1 << 20, 1 << 20),
     "v5p": Blocks(2 << 20, 1 << 20),
@@ -38,7 +39,7 @@ BLOCKS = {
 
 
 def refuse(q, k, v, sinks, *, window, segments, positions) -> str | None:
-    """Say why the kernel can't run with these arguments here, or None."""
+    """Return why the kernel can't run with these arguments here, or None."""
     del sinks, window, segments, positions
     chip = chips.refuse_tpu_kernel()
     if chip is not None:
@@ -63,11 +64,11 @@ def cached_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
 ) -> Float[Array, "B T N H"]:
-    """Attend to keys in any order, as they lie in a cache; see `attention`.
+    """Attend to keys in any order, as in a key/value cache; see `attention`.
 
-    A TPU holds an array [B, S, K, H] with H below 128 as [B, K, H, S], keys along the lanes, and
-    the kernel reads it so: with H of 64 and 80 XLA copies no cache, with 128 it transposes one.
-    The gradient is that of the XLA form.
+    A TPU stores an array [B, S, K, H] with H below 128 as [B, K, H, S], with keys along the lanes,
+    and the kernel reads this order. For H of 64 and 80 XLA does not copy the cache; for 128 it
+    transposes the cache. The gradient is that of the XLA implementation.
     """
     return _attend(window, chips.tpu_interpreter(), q, k, v, sinks, (segments, positions))
 
@@ -82,8 +83,8 @@ def _attend(window: int | None, interpret: Any, q, k, v, sinks: Any, where: Any)
     queries = (q * jnp.asarray(H**-0.5, q.dtype)).reshape(B, T, K, G, H)
     queries = jnp.moveaxis(queries, 2, 1).reshape(B, K, R, H)
 
-    def a_row(x):
-        """Lay [B, T] out as the queries of one kv head lie: [B, R, 1]."""
+    def as_column(x):
+        """Return [B, T] in the layout of the queries of one kv head, [B, R, 1]."""
         return jnp.repeat(x, G, axis=1)[..., None]
 
     if sinks is None:
@@ -95,8 +96,8 @@ def _attend(window: int | None, interpret: Any, q, k, v, sinks: Any, where: Any)
         queries,
         jnp.transpose(k, (0, 2, 3, 1)),
         jnp.transpose(v, (0, 2, 3, 1)),
-        a_row(q_segments),
-        a_row(q_positions),
+        as_column(q_segments),
+        as_column(q_positions),
         k_segments[:, None],
         k_positions[:, None],
         sink,
@@ -122,9 +123,10 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def block_of(S: int, *, rows: int, key: int) -> int:
-    """Return the keys of a block: all of them, or equal blocks of whole lanes.
+    """Return the number of keys per block: all keys, or a multiple of `LANES` in equal blocks.
 
-    `rows` counts the queries over all heads, `key` the bytes of a slot's keys over all heads.
+    `rows` is the number of queries over all heads; `key` is the bytes of a slot's keys over all
+    heads.
     """
     blocks = BLOCKS[chips.current().kind]
     most = min(blocks.keys // key, blocks.logits // (4 * rows))
@@ -136,10 +138,10 @@ def block_of(S: int, *, rows: int, key: int) -> int:
 
 
 def _schedule(window: int | None, where: Any, block: int) -> tuple[Array, Array]:
-    """Return which blocks hold a visible key [B, C], and which block each grid step has in hand.
+    """Return which of the C blocks hold a visible key, and which block each grid step loads.
 
-    A step without one has the block of the step before it, or the first there is, in hand: so
-    that nothing is read for it.
+    Both are [B, C]. A step without a visible key keeps the block of the step before, or else names
+    the first block with one, so that nothing extra is read.
     """
     (q_segments, k_segments), (q_positions, k_positions) = where
     B, S = k_segments.shape
@@ -147,25 +149,25 @@ def _schedule(window: int | None, where: Any, block: int) -> tuple[Array, Array]
     C = pl.cdiv(S, block)
     seen = jnp.pad(seen, ((0, 0), (0, C * block - S))).reshape(B, C, block).any(axis=-1)
     latest = jax.lax.cummax(jnp.where(seen, jnp.arange(C), -1), axis=1)
-    in_hand = jnp.maximum(latest, jnp.argmax(seen, axis=1)[:, None])
-    return seen.astype(jnp.int32), in_hand.astype(jnp.int32)
+    loaded = jnp.maximum(latest, jnp.argmax(seen, axis=1)[:, None])
+    return seen.astype(jnp.int32), loaded.astype(jnp.int32)
 
 
 def _call(window: int | None, block: int, interpret: Any, has_sinks: bool) -> Any:
-    """Return the kernel's call: (schedule, q, k, v, segments, positions, sinks) -> [B, K, R, H]."""
+    """Return the kernel call, (schedule, q, k, v, segments, positions, sinks) -> [B, K, R, H]."""
 
-    def run(seen, in_hand, q, k, v, q_segments, q_positions, k_segments, k_positions, sinks):
+    def run(seen, loaded, q, k, v, q_segments, q_positions, k_segments, k_positions, sinks):
         B, K, R, H = q.shape
         S = k.shape[-1]
 
         def of_row(b, j, *_):
             return (b, 0, 0, 0)
 
-        def of_block(b, j, seen, in_hand):
-            return (b, 0, 0, in_hand[b, j])
+        def of_block(b, j, seen, loaded):
+            return (b, 0, 0, loaded[b, j])
 
-        def of_keys(b, j, seen, in_hand):
-            return (b, 0, in_hand[b, j])
+        def of_keys(b, j, seen, loaded):
+            return (b, 0, loaded[b, j])
 
         cache = pl.BlockSpec((1, K, H, block), of_block)
         queries = pl.BlockSpec((1, R, 1), lambda b, j, *_: (b, 0, 0))
@@ -204,14 +206,14 @@ def _call(window: int | None, block: int, interpret: Any, has_sinks: bool) -> An
             interpret=interpret,
         )
         where = (q_segments, q_positions, k_segments, k_positions)
-        return call(seen, in_hand, q, k, v, *where, sinks)
+        return call(seen, loaded, q, k, v, *where, sinks)
 
     return run
 
 
 def _kernel(
     seen_ref,
-    in_hand_ref,
+    loaded_ref,
     q_ref,
     k_ref,
     v_ref,
@@ -229,7 +231,7 @@ def _kernel(
     keys: int,
     has_sinks: bool,
 ):
-    """Take one block of keys into a running softmax; the last block merges the sink."""
+    """Add one block of keys to a running softmax; the last step merges the sink."""
     b, j = pl.program_id(0), pl.program_id(1)
     block = k_ref.shape[-1]
     precision = (
@@ -247,7 +249,7 @@ def _kernel(
 
     @pl.when(j == 0)
     def _():
-        # Above MASKED, so that a row which sees nothing has weights of zero.
+        # Start above MASKED, so that a row that sees nothing has weights of zero.
         largest_ref[...] = jnp.full_like(largest_ref, MASKED / 10)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -261,7 +263,7 @@ def _kernel(
             mask &= distance < window
         values = v_ref[0]
         if keys % block:
-            # What lies behind the last key is anything at all, NaN too.
+            # Past the last key the block may hold anything, also NaN.
             lane = j * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
             mask &= lane < keys
             values = jnp.where((lane < keys)[None], values, jnp.zeros_like(values))
@@ -288,10 +290,10 @@ def _kernel(
 def write(
     cache: Float[Array, "B S K H"], new: Float[Array, "B 1 K H"], slots: Int[Array, " B"]
 ) -> Float[Array, "B S K H"]:
-    """Put one token a row into its slot of a cache, in place; a slot outside leaves the row as is.
+    """Write one token per row into its slot of a cache, in place; skip slots outside the cache.
 
-    A scatter would have XLA hold the cache with H along the lanes, half of them empty, and turn
-    the whole of it at every step into the order that `cached_attention` reads.
+    With a scatter, XLA would store the cache with H along the lanes, half of them empty, and at
+    every step transpose the whole cache to the order that `cached_attention` reads.
     """
     B, S, K, H = cache.shape
     width = min(S, LANES)
@@ -327,7 +329,7 @@ def write(
 
 
 def _write_kernel(slots_ref, new_ref, cache_ref, out_ref, *, keys: int):
-    """Copy a block of slots but for one of them."""
+    """Copy a block of slots and replace one of them."""
     slot, width = slots_ref[pl.program_id(0)], cache_ref.shape[-1]
     first = jnp.clip(slot, 0, keys - 1) // width * width
     lane = jax.lax.broadcasted_iota(jnp.int32, cache_ref.shape, 3)

@@ -1,11 +1,11 @@
-"""Attention in its plainest form: every logit in memory, float32. The oracle of the others."""
+"""Reference attention, which the others are compared with: all logits in memory, in float32."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = -1e30  # a logit that never wins and never makes inf - inf
+MASKED = -1e30  # a masked logit; finite, so that inf - inf never occurs
 
 
 def visible(
@@ -15,7 +15,7 @@ def visible(
     k_positions: Int[Array, "B S"],
     window: int | None,
 ) -> Bool[Array, "B T S"]:
-    """Say which key each query sees: same segment, not padding, 0 <= distance < window."""
+    """Return which keys each query sees: same segment, not padding, 0 <= distance < window."""
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     seen = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments != 0)[:, None, :]
     seen &= distance >= 0
@@ -29,7 +29,9 @@ def attend(
     sinks: Float[Array, " N"] | None,
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """Softmax over [visible logits, sink], the sink's share dropped; logits and sums in float32.
+    """Take the softmax over [visible logits, sink] and drop the sink's share.
+
+    Logits and sums are in float32.
 
     A row that sees nothing gives zeros. Source: gpt_oss/torch/model.py, sdpa.
     """

@@ -1,4 +1,4 @@
-"""Sinks on top of attention that knows none: exact, from its output and logsumexp alone."""
+"""Add sinks, exactly, to attention without sinks, from its output and logsumexp alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# A logsumexp at or below its negative is that of a query which sees nothing. To the backward pass
-# it goes as BLIND itself, so that every exp(logit - lse) is 0.
+# A logsumexp at or below -BLIND means that a query sees nothing. The backward pass gets +BLIND for
+# it, so that every exp(logit - lse) is 0.
 BLIND = 1e5
 
 
@@ -19,22 +19,26 @@ def apply_sinks(
 ) -> Float[Array, "B T N H"]:
     """Give the sinks their share of the softmax: out * sigmoid(lse - sink), in the dtype of `lse`.
 
-    `lse` is -inf where a query saw nothing, and `out` is 0 there. Differentiable.
+    For a query that sees nothing, `lse` has to be -inf and `out` 0. Differentiable.
     """
     out = out.astype(lse.dtype)
     return out if sinks is None else out * jax.nn.sigmoid(lse - sinks.astype(lse.dtype))[..., None]
 
 
 def with_sink(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return attention with sinks, (q, k, v, sinks, where) -> out, made of a pair without them.
+    """Return attention with sinks, (q, k, v, sinks, where) -> out, from two functions without.
 
-    `forward(q, k, v, where)` returns `out` [B, T, N, H] and its logsumexp [B, T, N], float32, which
-    for a query that sees nothing may be anything at or below -1e5, its `out` being anything finite.
-    `backward(q, k, v, where, out, lse, d_out)` returns dq, dk and dv, and must form the softmax
-    as exp(logit - lse) and the rest from rowsum(out * d_out), as FlashAttention's does: then fed
-    with what the sink made of `out` and `lse` it differentiates the attention with the sink.
-    A query that sees nothing reaches it with an lse of 1e5 (so exp gives 0), zeros in `out` and
-    `d_out`. `where` (a pytree or None) has no gradient; that of the sinks is summed in float32.
+    `forward(q, k, v, where)` returns `out` [B, T, N, H] and its logsumexp [B, T, N] in float32. For
+    a query that sees nothing, the logsumexp may be any value at or below -1e5 and `out` any finite
+    value.
+
+    `backward(q, k, v, where, out, lse, d_out)` returns dq, dk and dv. As in FlashAttention, it must
+    form the softmax as exp(logit - lse) and the rest from rowsum(out * d_out). It gets `out` and
+    `lse` with the sink included, and then its results are the gradients of attention with the
+    sink. For a query that sees nothing, it gets an lse of 1e5 (so exp gives 0) and zeros in `out`
+    and `d_out`.
+
+    `where` (a pytree or None) has no gradient. The gradient of the sinks is summed in float32.
     """
 
     @jax.custom_vjp

@@ -1,4 +1,7 @@
-"""Attention to a cache, split over its keys: each shard gives (output, logsumexp), then merged."""
+"""Attention to a key/value cache, split over its keys.
+
+The keys are cut into shards. Each shard gives (output, logsumexp), and `merge` combines them.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from gptoss_jax.ops.attention.reference import MASKED, visible
 from gptoss_jax.ops.attention.sink_algebra import apply_sinks
 from gptoss_jax.ops.attention.xla import MAX_LOGITS
 
-# Keys of a shard, at least: fewer don't pay for the merge.
+# Least keys per shard: fewer don't pay for the merge.
 SHARD = 512
-# Shards, at most: with a kv head or a sequence each they fill the chip.
+# Most shards: these, times the kv heads or sequences, fill the chip.
 MAX_SHARDS = 32
-# Elements of a cache from which a CPU takes the widened form (measured: 2 cores, 8 kv heads).
+# From this many cache elements a CPU uses the widened form (measured: 2 cores, 8 kv heads).
 LARGE = 1 << 23
-# Rows (T * N) up to which the widened products are still bound by the cache's bytes.
+# Up to this many rows (T * N) reading the cache still bounds the time of the widened products.
 FEW_ROWS = 512
 
 
@@ -31,11 +34,10 @@ def cached_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
 ) -> Float[Array, "B T N H"]:
-    """Attend to keys in any order, as they lie in a cache, by few queries; see `attention`.
+    """Attend with few queries to keys in any order, as in a cache; see `attention`.
 
-    The shards are as many as divide the cache evenly, so that it is cut without a copy. All logits
-    of the call are in memory at once, or where they are more than `MAX_LOGITS` of a block of
-    queries.
+    The number of shards divides the cache evenly, so that cutting it needs no copy. All logits of
+    the call are in memory at once. If they are more than `MAX_LOGITS`, queries are taken in blocks.
     """
     B, T, N, _ = q.shape
     S = k.shape[1]
@@ -65,7 +67,7 @@ def cached_attention(
 
 
 def _in_blocks(block: int, q, k, v, sinks, *, window, segments, positions) -> Array:
-    """Attend in blocks of queries, the last one padded with what sees nothing."""
+    """Attend in blocks of queries; the last block is padded with queries that see nothing."""
     T = q.shape[1]
     count = -(-T // block)
 
@@ -83,9 +85,9 @@ def _in_blocks(block: int, q, k, v, sinks, *, window, segments, positions) -> Ar
 
 
 def shards(slots: int) -> int:
-    """Return into how many equal shards a cache of `slots` is cut: the most that its rules allow.
+    """Return the number of equal shards for a cache of `slots`: the most that the limits allow.
 
-    A prime number of slots is one shard: give a cache a length that divides well.
+    A prime number of slots gives one shard, so choose a cache length with many divisors.
     """
     most = min(MAX_SHARDS, slots // SHARD)
     return next((count for count in range(most, 1, -1) if slots % count == 0), 1)
@@ -102,34 +104,34 @@ def partial_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attend to a part of the keys, without sinks; return output and logsumexp in float32.
 
-    Which key is seen says `attention`. Where a query sees none of these keys the output is 0 and
-    the logsumexp -inf, which `merge` takes.
+    `attention` defines which keys a query sees. If a query sees none of these keys, its output is 0
+    and its logsumexp is -inf, which `merge` accepts.
     """
     mask = visible(segments[0], segments[1], positions[0], positions[1], window)
     mask = mask[:, :, None, :]
     logits = _logits(q, k) * q.shape[-1] ** -0.5
     logits = jnp.where(mask, logits, MASKED)
-    # Above MASKED, so that a row which sees nothing has weights of zero.
+    # The maximum stays above MASKED, so that a row that sees nothing has weights of zero.
     largest = jnp.maximum(jnp.max(logits, axis=-1), MASKED / 10)
     weights = jnp.exp(logits - largest[..., None])
     total = jnp.sum(weights, axis=-1)
     out = _outputs(weights.astype(v.dtype), v) / jnp.maximum(total, 1e-30)[..., None]
-    seen = total != 0  # a NaN too, which is not to become zero
+    seen = total != 0  # also true for NaN, which must not become zero
     return out, jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
 
 def merge(
     outs: Float[Array, "P B T N H"], lses: Float[Array, "P B T N"]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Merge what attention to parts of the keys gave, all float32: as if attended to at once.
+    """Merge the results of attention to parts of the keys into attention to all; all float32.
 
-    Associative, so shards may be merged as they come. The sinks take part once, at the end:
-    `sink_algebra.apply_sinks`.
+    Merging is associative, so shards may be merged as they come. Apply the sinks once, at the end,
+    with `sink_algebra.apply_sinks`.
     """
     largest = jnp.maximum(jnp.max(lses, axis=0), MASKED)
     weights = jnp.exp(lses - largest)
     total = jnp.sum(weights, axis=0)
-    seen = total != 0  # a NaN too, which is not to become zero
+    seen = total != 0  # also true for NaN, which must not become zero
     out = jnp.sum(weights[..., None] * outs, axis=0) / jnp.maximum(total, 1e-30)[..., None]
     return out, jnp.where(seen, largest + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
@@ -151,7 +153,7 @@ def _logits(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Arr
 
 
 def _outputs(p: Float[Array, "B T N S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
-    """Sum the values of each query's kv head by its weights, in float32."""
+    """Sum the values of each query's kv head, times the query's weights, in float32."""
     B, T, N, S = p.shape
     K, H = v.shape[2:]
     if _widened(v, T * N):
@@ -173,11 +175,12 @@ def _by_head(x: Float[Array, "B T N X"], K: int) -> Float[Array, "B T K G X"]:
 
 
 def _widened(cache: Float[Array, "B S K H"], rows: int) -> bool:
-    """Say whether the products run over all kv heads at once, zeros off a query's own.
+    """Return whether the products use the widened form: all kv heads at once.
 
-    So the cache is a plain matrix [S, K*H], which no compiler transposes first. That costs K times
-    the FLOPs, which are free on a chip that waits for memory, as it does with few rows of queries,
-    and on a CPU dearer than the copy until the cache has outgrown the CPU's own.
+    A query is then zero outside its own kv head, and the cache is a plain matrix [S, K*H], which no
+    compiler transposes first. That costs K times the FLOPs. With few rows of queries they are free
+    on a chip that waits for memory. On a CPU they cost more than the copy, until the key/value
+    cache is larger than the CPU's cache.
     """
     if rows > FEW_ROWS:
         return False

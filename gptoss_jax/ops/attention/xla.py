@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops.attention.reference import MASKED, visible
 
-# Logits of one block of queries that may exist at once, in float32 elements (128 MiB).
+# Limit for the logits of one block of queries, in float32 elements (128 MiB).
 MAX_LOGITS = 1 << 25
-# Key prefixes of a full layer: query block i of them sees the first i + 1 alone.
+# Blocks of queries in a full layer: block i attends only to the keys of blocks 0 to i.
 PREFIXES = 8
 
 
@@ -35,7 +35,7 @@ def self_attention(
 
 
 def _banded(q, k, v, sinks, *, window, segment_ids, positions) -> Any:
-    """Cut the row into chunks of `window`; a chunk's queries see it and the chunk before."""
+    """Cut the row into chunks of `window`; queries attend to their own chunk and the one before."""
     B, T, N, H = q.shape
     C = -(-T // window)
     extra = C * window - T
@@ -61,7 +61,7 @@ def _banded(q, k, v, sinks, *, window, segment_ids, positions) -> Any:
 
 
 def _full(q, k, v, sinks, *, window, segment_ids, positions) -> Any:
-    """Cut the queries into blocks, each of which sees the keys up to its own end."""
+    """Cut the queries into blocks; each block attends to the keys up to its own end."""
     B, T, N, _ = q.shape
     block = T if B * N * T * T <= MAX_LOGITS // 8 else -(-T // PREFIXES)
     outs = []
@@ -92,12 +92,12 @@ def cached_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]],
     positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
 ) -> Float[Array, "B T N H"]:
-    """Attend to keys in any order, as they lie in a cache; see `attention`."""
+    """Attend to keys in any order, as in a key/value cache; see `attention`."""
     return _in_blocks(q, k, v, sinks, window=window, segments=segments, positions=positions)
 
 
 def _in_blocks(q, k, v, sinks, *, window, segments, positions) -> Any:
-    """Attend in blocks of queries so small that their logits fit into `MAX_LOGITS`."""
+    """Attend in blocks of queries that are small enough for `MAX_LOGITS`."""
     B, T, N, H = q.shape
     S = k.shape[1]
     block = max(1, MAX_LOGITS // (B * N * S))
@@ -119,7 +119,7 @@ def _in_blocks(q, k, v, sinks, *, window, segments, positions) -> Any:
 
 
 class Places(NamedTuple):
-    """What decides which key a query sees; see `reference.visible`."""
+    """Segments and positions, which decide which keys a query sees; see `reference.visible`."""
 
     q_segments: Int[Array, "B T"]
     k_segments: Int[Array, "B S"]
@@ -129,16 +129,16 @@ class Places(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Any:
-    """Attend with every logit in memory at once; the backward pass makes them again.
+    """Attend with all logits in memory at once; the backward pass forms them again.
 
-    All big products contract the last axis of one operand with the first of the other, the form
-    that XLA takes on a CPU without transposing [G T, S] arrays first; see `_attend_bwd`.
+    All big products contract the last axis of one operand with the first of the other. In this form
+    XLA on a CPU need not transpose [G T, S] arrays first; see `_attend_bwd`.
     """
     return _attend_fwd(window, q, k, v, sinks, where)[0]
 
 
 def _grouped(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G*T H"]:
-    """Put the queries of one kv head below each other."""
+    """Stack the queries of each kv head along one axis."""
     B, T, N, H = x.shape
     return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
@@ -154,9 +154,9 @@ def _dot(a: Float[Array, "B K X Y"], b: Float[Array, "B K Y Z"]) -> Float[Array,
 
 
 def _masked_logits(window: int | None, q: Array, k: Array, where: Places) -> Array:
-    """Return logits [B, K, G*T, S] of scaled, grouped queries, `MASKED` where they see nothing.
+    """Return logits [B, K, G*T, S] of scaled, grouped queries; keys not seen get `MASKED`.
 
-    The mask is added, not selected by: XLA would lay out both branches of a select in full.
+    The mask is added: with a select, XLA would store both branches in full.
     """
     B, K, GT, _ = q.shape
     T, S = where.q_positions.shape[1], k.shape[1]
@@ -169,22 +169,22 @@ def _scaled(q: Array, K: int) -> Array:
     return _grouped(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), K)
 
 
-def _a_row(sinks: Array, K: int, T: int) -> Array:
-    """Lay the sinks out as the grouped queries lie: [1, K, G*T, 1], float32."""
+def _sink_column(sinks: Array, K: int, T: int) -> Array:
+    """Return the sinks in the layout of the grouped queries: [1, K, G*T, 1], float32."""
     return jnp.repeat(sinks.astype(jnp.float32).reshape(K, -1), T, axis=1)[None, :, :, None]
 
 
 def _attend_fwd(window: int | None, q: Array, k: Array, v: Array, sinks: Any, where: Places) -> Any:
     T, K = q.shape[1], k.shape[2]
     logits = _masked_logits(window, _scaled(q, K), k, where)
-    # Above MASKED, so that a row which sees nothing has weights of zero.
+    # The maximum stays above MASKED, so that a row that sees nothing has weights of zero.
     largest = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), MASKED / 10)
     if sinks is not None:
-        largest = jnp.maximum(largest, _a_row(sinks, K, T))
+        largest = jnp.maximum(largest, _sink_column(sinks, K, T))
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
-        total += jnp.exp(_a_row(sinks, K, T) - largest)
+        total += jnp.exp(_sink_column(sinks, K, T) - largest)
     total = jnp.maximum(total, 1e-30)
     out = _dot(weights.astype(v.dtype), v.transpose(0, 2, 1, 3)) / total
     out = _ungrouped(out, T).astype(q.dtype)
@@ -192,10 +192,10 @@ def _attend_fwd(window: int | None, q: Array, k: Array, v: Array, sinks: Any, wh
 
 
 def _attend_bwd(window: int | None, saved: Any, d_out: Array) -> tuple[Any, ...]:
-    """Differentiate; with p the softmax, dlogits = p * (do v^T - rowsum(do * o)).
+    """Differentiate: with p the softmax, dlogits = p * (do v^T - rowsum(do * o)).
 
-    A sink has dlogit = -p_sink * rowsum(do * o), summed over its head's rows in float32. The
-    gradients of k and v are formed transposed, so that the [G T, S] arrays are never.
+    A sink has dlogit = -p_sink * rowsum(do * o), summed over the rows of its head in float32. The
+    gradients of k and v are formed transposed, so that no [G T, S] array has to be transposed.
     """
     q, k, v, sinks, where, out, logsumexp = saved
     B, T, N, H = q.shape
@@ -211,7 +211,7 @@ def _attend_bwd(window: int | None, saved: Any, d_out: Array) -> tuple[Any, ...]
     dv = _dot(do.transpose(0, 1, 3, 2), p.astype(do.dtype)).transpose(0, 3, 1, 2)
     d_sinks = None
     if sinks is not None:
-        share = jnp.exp(_a_row(sinks, K, T) - logsumexp) * delta
+        share = jnp.exp(_sink_column(sinks, K, T) - logsumexp) * delta
         d_sinks = -jnp.sum(share.reshape(B, N, T), axis=(0, 2)).astype(sinks.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
 

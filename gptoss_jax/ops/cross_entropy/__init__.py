@@ -1,4 +1,4 @@
-"""Cross entropy of an unembedding, without the logits of all rows ever existing."""
+"""Cross entropy of an unembedding, without forming the logits of all rows at once."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ def cross_entropy(
     """Return (sum of weights * nll, nll), both float32, nll = logsumexp(logits) - logits[target].
 
     The logits are hidden @ weight.T in the dtype of `hidden`, accumulated in float32. The sum is
-    differentiable in `hidden`, `weight` and `weights`; no gradient flows through nll, which is for
-    reports. `d weight` is summed over the rows in float32 and returned in the weight's dtype. Rows
-    of weight zero cost as much as others: gather first. Targets must be in [0, V).
+    differentiable in `hidden`, `weight` and `weights`. nll has no gradient; it is for reports.
+    `d weight` is summed over the rows in float32 and returned in the weight's dtype. Rows of weight
+    zero cost as much as others, so gather the other rows first. Targets must be in [0, V).
 
-    `implementation`: "xla" takes `chunk` rows at a time and forms both gradients with the loss: the
-    fewest products, for a float32 copy of `d weight` (by default logits near 32 MiB, at least 256
-    rows). "vocabulary" takes `chunk` entries of the vocabulary at a time: one more product and no
-    such copy (by default logits near 256 MiB); what needs no gradient costs none. "reference" forms
-    all logits. None picks "vocabulary" on TPU and GPU, "xla" on a CPU. `sharded` is for a
-    vocabulary spread over devices.
+    `implementation`:
+    - "xla" takes `chunk` rows at a time and forms both gradients with the loss. It needs the fewest
+      matrix products, but a float32 copy of `d weight`. Default: logits near 32 MiB, at least 256
+      rows.
+    - "vocabulary" takes `chunk` entries of the vocabulary at a time. It needs one more product and
+      no such copy; an unwanted gradient costs nothing. Default: logits near 256 MiB.
+    - "reference" forms all logits.
+    - None picks "vocabulary" on TPU and GPU, and "xla" on a CPU.
+
+    `sharded` is for a vocabulary that is sharded over devices.
     """
     name = choose("cross entropy", implementation, order=ORDER, refuse=lambda _: None)
     if name == "reference":

@@ -1,4 +1,4 @@
-"""Cross entropy in its plainest form: all logits at once, in float32."""
+"""Reference cross entropy: all logits at once, in float32."""
 
 from __future__ import annotations
 

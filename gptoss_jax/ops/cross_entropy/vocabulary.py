@@ -1,14 +1,15 @@
-"""Cross entropy over chunks of the vocabulary, and with the vocabulary spread over devices.
+"""Cross entropy over chunks of the vocabulary, also with the vocabulary sharded over devices.
 
-The forward pass reads the weight once, keeping for each row a running maximum, sum and target's
-logit. The backward pass forms the logits of a chunk again, from them that chunk of the weight's
-gradient, to which nothing else adds, and its part of that of `hidden`: four matrix products of
-M x V x D in all, and no array of the weight's size but its gradient.
+The forward pass reads the weight once. For each row it keeps a running maximum, a running sum and
+the logit of the target. The backward pass forms the logits of each chunk again. From them it forms
+that chunk of the weight's gradient, which is then complete, and the chunk's part of the gradient of
+`hidden`. This takes four matrix products of M x V x D in all, and the only array of the weight's
+size is its gradient.
 
-Where the weight is frozen, nothing is formed again: the forward pass also keeps, as flash attention
-does, the sum of the weight's rows in proportion to their probabilities. The gradient of `hidden` is
-that less the target's row: two products. (Taking rows out has a TPU turn the weight once if D is no
-multiple of 128, a copy as large as the gradient that is not there.)
+If the weight is frozen, the logits are not formed again. As flash attention does, the forward pass
+also keeps the mean of the weight's rows, weighted by their probabilities. The gradient of `hidden`
+is this mean minus the target's row, so there are two products. (If D is not a multiple of 128, a
+TPU transposes the weight once to gather rows: a copy as large as the gradient that is saved.)
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax import chips
 
 LOGITS_BYTES = 256 << 20  # of one chunk in float32
-LEAST = 2048  # entries a chunk: each reads and writes all of d hidden, so fewer would not pay
-MOST = 16384  # a chunk of the weight is cut out before it is multiplied: a copy, 94 MB at D = 2880
-LANES = 128  # chunks are a multiple of it: whole tiles on every chip
+LEAST = 2048  # entries per chunk: fewer would not pay for reading and writing all of d hidden
+MOST = 16384  # entries per chunk: a chunk of the weight is copied first, 94 MB at D = 2880
+LANES = 128  # chunks are a multiple of this, so that they are whole tiles on every chip
 
 
 def cross_entropy(
@@ -39,7 +40,7 @@ def cross_entropy(
     *,
     chunk: int | None,
 ) -> tuple[Float[Array, ""], Float[Array, " M"]]:
-    """Loop over chunks of `chunk` entries of the vocabulary; the last may be a shorter one."""
+    """Loop over chunks of `chunk` entries of the vocabulary; the last may be shorter."""
     chunk = _chunk(hidden, weight, chunk)
     top, picked = _both(chunk, hidden, weight, targets)
     return _weighted(top - picked, weights)
@@ -54,17 +55,18 @@ def sharded(
     axis: str | tuple[str, ...],
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " M"]]:
-    """Return what `cross_entropy` does where device i of mesh axis `axis` has the i-th V/n rows.
+    """Return what `cross_entropy` does, if device i of mesh axis `axis` holds the i-th V/n rows.
 
-    Of several axes the last counts fastest.
+    If `axis` names several axes, the last one varies fastest.
 
-    To be called inside `jax.shard_map`, with all but `weight_shard` the same along `axis`; so are
-    the results. Two sums and a maximum of [M] are exchanged, never logits or weights. Backward,
-    d hidden [M, D], of which each device has a part, is summed over `axis` once: by what JAX forms
-    for a value that all devices read, in here if `shard_map` checks (`check_vma`), else by it.
+    Call this inside `jax.shard_map`. All arguments but `weight_shard` must be the same along
+    `axis`, and the results are too. Devices exchange two sums and a maximum of shape [M], never
+    logits or weights. In the backward pass each device has a part of d hidden [M, D], and JAX sums
+    the parts over `axis` once, as for any value that all devices read: in here if `shard_map`
+    checks (`check_vma`), otherwise in `shard_map` itself.
     """
     rows = weight_shard.shape[0]
-    mine = targets - lax.axis_index(axis) * rows  # in [0, V/n) on one device alone
+    mine = targets - lax.axis_index(axis) * rows  # in [0, V/n) on exactly one device
     chunk = _chunk(hidden, weight_shard, chunk)
     top, picked = _both(chunk, hidden, weight_shard, mine)
     largest = lax.pmax(lax.stop_gradient(top), axis)
@@ -73,7 +75,7 @@ def sharded(
 
 
 def default_chunk(rows: int, vocabulary: int) -> int:
-    """Choose a chunk's entries: about equal chunks near `LOGITS_BYTES`, from `LEAST` to `MOST`."""
+    """Return the entries per chunk: about equal, near `LOGITS_BYTES`, from `LEAST` to `MOST`."""
     most = min(max(LOGITS_BYTES // (4 * max(rows, 1)), LEAST), MOST)
     even = -(-vocabulary // -(-vocabulary // most))
     return -(-even // LANES) * LANES
@@ -89,9 +91,9 @@ def _weighted(nll: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _both(chunk: int, hidden: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
-    # In `shard_map`: the gradient of what is alike along a mesh axis is summed over that axis here.
+    # In `shard_map`, JAX here sums the gradient of an argument that is the same along a mesh axis.
     args = (hidden, weight, targets)
-    out: Any = _top_and_picked(chunk, *(_alike(a, *args) for a in args))
+    out: Any = _top_and_picked(chunk, *(_varying_like(a, *args) for a in args))
     return out
 
 
@@ -105,20 +107,20 @@ def _top_and_picked(
 
 
 class _Running(NamedTuple):
-    """What the forward pass knows of each row after some chunks; all float32."""
+    """The forward pass's state of each row after some chunks; all float32."""
 
     largest: Float[Array, "M 1"]
     total: Float[Array, "M 1"]  # of exp(logit - largest)
     picked: Float[Array, "M 1"]
-    # Sum of exp(logit - largest) * weight, over all but the target: without it a row that is nearly
-    # certain would be the difference of two large vectors, one of them rounded.
+    # Sum of exp(logit - largest) * weight over all entries but the target. With the target, the
+    # gradient of a nearly certain row would be the difference of two large vectors, one rounded.
     others: Float[Array, "M D"] | None
 
 
 def _forward(
     chunk: int, hidden: Array, weight: Array, targets: Array, *, mean: bool
 ) -> tuple[Array, Array, Array | None]:
-    """Return logsumexp, the target's logit, and if `mean` the others' mean row of the weight."""
+    """Return logsumexp, the target's logit, and if `mean` the mean weight row of the others."""
     rows, dtype = hidden.shape[0], _compute_dtype(hidden.dtype)
     h = hidden.astype(dtype)
 
@@ -139,8 +141,8 @@ def _forward(
             others,
         )
 
-    zeros = _alike(jnp.zeros((rows, 1), jnp.float32), hidden, weight, targets)
-    others = _alike(jnp.zeros(hidden.shape, jnp.float32), zeros) if mean else None
+    zeros = _varying_like(jnp.zeros((rows, 1), jnp.float32), hidden, weight, targets)
+    others = _varying_like(jnp.zeros(hidden.shape, jnp.float32), zeros) if mean else None
     start = _Running(zeros - jnp.inf, zeros, zeros, others)
     last = _over_chunks(weight.shape[0], chunk, step, start)
     if last.others is not None:
@@ -152,7 +154,7 @@ def _gradients(
     chunk: int, hidden: Array, weight: Array, targets: Array, top: Array, gs: tuple[Array, Array],
     *, d_hidden: bool,
 ) -> tuple[Float[Array, "M D"] | None, Float[Array, "V D"]]:  # fmt: skip
-    """Form the logits again; of each chunk its part of d hidden, and its rows of d weight."""
+    """Form each chunk's logits again; from them, its part of d hidden and its rows of d weight."""
     dtype = _compute_dtype(hidden.dtype)
     h = hidden.astype(dtype)
     g_top, g_picked = gs
@@ -170,7 +172,7 @@ def _gradients(
         return total, lax.dynamic_update_slice_in_dim(d_weight, part, start, 0)
 
     wide = (jnp.zeros(hidden.shape, jnp.float32) if d_hidden else None, jnp.zeros_like(weight))
-    start = jax.tree.map(lambda x: _alike(x, hidden, weight, targets), wide)
+    start = jax.tree.map(lambda x: _varying_like(x, hidden, weight, targets), wide)
     total, d_weight = _over_chunks(weight.shape[0], chunk, step, start)
     return None if total is None else total.astype(hidden.dtype), d_weight
 
@@ -178,7 +180,7 @@ def _gradients(
 def _from_mean(
     weight: Array, targets: Array, top: Array, picked: Array, mean: Array, gs: tuple[Array, Array]
 ) -> Float[Array, "M D"]:
-    """Return d hidden, float32, from the mean of the weight's rows other than the target's."""
+    """Return d hidden in float32, from the mean of all weight rows but the target's."""
     g_top, g_picked = gs
     inside = (targets >= 0) & (targets < weight.shape[0])
     g_target = jnp.where(inside, g_top * jnp.exp(picked - top) + g_picked, 0)
@@ -203,12 +205,12 @@ def _dot(a: Array, b: Array, dims: tuple[int, int]) -> Array:
 
 
 def _compute_dtype(dtype: Any) -> Any:
-    """On a CPU multiply in float32: it has no narrow products."""
+    """Return float32 on a CPU, which has no narrow products, and else `dtype`."""
     return jnp.float32 if chips.current().platform == "cpu" else dtype
 
 
-def _alike(x: Array, *like: Array) -> Array:
-    """Mark `x` as differing along the mesh axes along which any of `like` does."""
+def _varying_like(x: Array, *like: Array) -> Array:
+    """Mark `x` as varying along the mesh axes along which any of `like` varies."""
     axes = frozenset[str]().union(*(_axes(a) for a in like)) - _axes(x)
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
@@ -219,12 +221,12 @@ def _axes(x: Array) -> frozenset[str]:
 
 
 def _fwd(chunk: int, hidden: Any, weight: Any, targets: Any) -> tuple[Any, Any]:
-    # `perturbed` says whether a gradient is wanted: what none is wanted for is not formed or kept.
+    # `perturbed` says whether a gradient is wanted; an unwanted one is neither formed nor kept.
     wanted = hidden.perturbed, weight.perturbed
     top, picked, mean = _forward(
         chunk, hidden.value, weight.value, targets.value, mean=wanted == (True, False)
     )
-    # None where it is False: residuals are arrays
+    # Residuals have to be arrays, so None stands for False.
     flags = tuple(jnp.zeros(()) if flag else None for flag in wanted)
     return (top, picked), (hidden.value, weight.value, targets.value, top, picked, mean, flags)
 

@@ -1,9 +1,9 @@
-"""Cross entropy over chunks of rows, its gradients formed in the forward pass.
+"""Cross entropy over chunks of rows, which forms its gradients in the forward pass.
 
-The gradient of the sum in a chunk's logits is weight * (softmax - one_hot): all that it needs is
-there when the loss is. So a differentiated call forms both gradients chunk by chunk and saves
-them, and the backward pass only scales: three matrix products, where recomputing the logits takes
-four. A call that is not differentiated forms the loss alone.
+The gradient with respect to a chunk's logits is weight * (softmax - one_hot), which is known as
+soon as the loss is. So a differentiated call forms and saves both gradients chunk by chunk, and the
+backward pass only scales them. That takes three matrix products; recomputing the logits would take
+four. A call that is not differentiated forms only the loss.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax import chips
 
-LOGITS_BYTES = 32 << 20  # of one chunk in float32: stays near the cache
-LEAST_ROWS = 256  # each chunk reads and writes all of d weight: fewer rows would not pay for it
+LOGITS_BYTES = 32 << 20  # of one chunk in float32, small enough to stay near the cache
+LEAST_ROWS = 256  # fewer rows would not pay for reading and writing all of d weight per chunk
 
 
 def cross_entropy(
@@ -40,7 +40,7 @@ def cross_entropy(
 
 
 def default_chunk(rows: int, vocabulary: int) -> int:
-    """Choose the rows of a chunk: equal chunks near `LOGITS_BYTES`, or `LEAST_ROWS`."""
+    """Return the rows per chunk: equal chunks near `LOGITS_BYTES`, or `LEAST_ROWS`."""
     most = max(LOGITS_BYTES // (4 * vocabulary), LEAST_ROWS)
     chunks = -(-rows // most)
     return -(-rows // chunks) if chunks else 1
@@ -55,14 +55,14 @@ def _summed(
 
 
 def _compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """On a CPU multiply in float32: a narrow `weight` would be widened again in every chunk."""
+    """Return float32 on a CPU, which would widen a narrower `weight` again in every chunk."""
     return jnp.dtype(jnp.float32) if chips.current().platform == "cpu" else dtype
 
 
 def _scan(
     chunk: int, hidden: Array, weight: Array, targets: Array, weights: Array, *, grads: bool
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """Return the loss, nll, and if `grads` d loss / d hidden and, in float32, / d weight."""
+    """Return loss and nll, and if `grads` d loss / d hidden and d loss / d weight (float32)."""
     rows, dim = hidden.shape
     chunks = -(-rows // chunk)
     dtype = _compute_dtype(hidden.dtype)
@@ -110,7 +110,7 @@ def _summed_fwd(
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     loss, nll, d_hidden, d_weight = _scan(chunk, hidden, weight, targets, weights, grads=True)
     assert d_hidden is not None and d_weight is not None
-    # the weight's dtype travels as an empty array: residuals are arrays
+    # Residuals have to be arrays, so an empty array carries the weight's dtype.
     return (loss, nll), (d_hidden, d_weight, jnp.zeros((0,), weight.dtype), nll)
 
 

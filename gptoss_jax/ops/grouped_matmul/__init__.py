@@ -1,4 +1,4 @@
-"""Rows sorted by group times their group's matrix; packed matrices are decoded in the product."""
+"""Grouped matmul: rows sorted by group, each times its group's matrix, dense or packed (MXFP4)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def grouped_matmul(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "P N"]:
-    """Return rows[p] @ weight[e].T for the group e that row p is in, accumulated in float32.
+    """Return rows[p] @ weight[e].T for the group e of each row p, accumulated in float32.
 
-    Group e has the `group_sizes[e]` rows after those of groups before it. Rows past the last group
-    give anything that is finite or not, are read by nothing, and get a gradient of zero. Axes of
-    `weight` between the first and the last are one of N in the result, which has the dtype of
-    `rows`. Differentiable in `rows` and in a dense `weight`; a packed, relaid or stacked one gets
-    no gradient, and `rows` gets its own from the same bytes, decoded again.
+    Group e has the next `group_sizes[e]` rows after those of the groups before it. Rows past the
+    last group affect no other row; their results may be anything, finite or not, and their gradient
+    is zero. The axes of `weight` between the first and the last are merged into one axis N of the
+    result, which has the dtype of `rows`. Differentiable in `rows` and in a dense `weight`. A
+    packed, relaid or stacked weight gets no gradient; the gradient of `rows` decodes its bytes
+    again.
     """
 
     name = choice(rows, weight, group_sizes, implementation=implementation)
@@ -49,7 +50,7 @@ def choice(
     *,
     implementation: str | None = None,
 ) -> str:
-    """Return the name of the implementation that `grouped_matmul` takes for these arguments."""
+    """Return the name of the implementation that `grouped_matmul` chooses for these arguments."""
 
     def refuse(name: str) -> str | None:
         if name in ("xla", "reference"):
@@ -60,7 +61,7 @@ def choice(
 
 
 def _kernel(name: str) -> Any:
-    """Import a module of kernels, which costs time, only where one is asked about."""
+    """Import a module of kernels only when it is needed, because the import costs time."""
     if name == "pallas_tpu":
         from gptoss_jax.ops.grouped_matmul import pallas_tpu as module
     else:

@@ -1,4 +1,4 @@
-"""Tile sizes of the TPU kernels of grouped matmul, by chip. None was timed on a device yet."""
+"""Tile sizes of the TPU kernels of grouped matmul, by chip. None has been timed on a device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Blocks(NamedTuple):
-    """Upper limits: a kernel takes less where a matrix is smaller or memory short."""
+    """Upper limits: a kernel takes less if a matrix is smaller or memory is short."""
 
     rows: int  # of the sorted rows, in one step
     packed: int  # columns of the result in one step, for a packed weight: a multiple of 1024
     dense: int  # the same for a dense weight: a multiple of 128
     gradient: tuple[int, int, int]  # rows, N and C in one step of the gradient of a dense weight
-    vmem: int  # bytes of a core's fast memory that a kernel may take
+    vmem: int  # bytes of a core's fast memory (VMEM) that a kernel may take
 
 
 MIB = 1 << 20

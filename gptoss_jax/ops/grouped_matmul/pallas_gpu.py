@@ -1,7 +1,7 @@
-"""Grouped matmul on Hopper: dense with all gradients, packed with the gradient of its rows.
+"""Grouped matmul on Hopper: dense with all gradients, packed with the gradient of the rows.
 
-A packed weight is taken in the order of `mxfp4.hopper`; one in the checkpoint's is put in it on
-every call, which reads and writes the layer's bytes once more.
+The kernels read packed weights in the layout of `mxfp4.hopper`. A weight in the checkpoint's layout
+is converted on every call, which reads and writes the layer's bytes once more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYOUT = "hopper"
 
 
 def refuse(rows: Any, weight: Any, group_sizes: Any) -> str | None:
-    """Say why the kernels can't take these, or None."""
+    """Return why the kernels can't take these arguments, or None."""
     del group_sizes
     if reason := chips.refuse_hopper_kernel():
         return reason
@@ -48,9 +48,9 @@ def refuse(rows: Any, weight: Any, group_sizes: Any) -> str | None:
 def grouped_matmul(
     rows: Float[Array, "P C"], weight: Weight, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "P N"]:
-    """Return rows[p] @ weight[e].T for p's group e, as `ops.grouped_matmul` says.
+    """Return rows[p] @ weight[e].T for the group e of row p, as `ops.grouped_matmul` does.
 
-    A number of rows that is no multiple of 8 costs a copy of them, padded.
+    If the number of rows is not a multiple of 8, the rows are copied and padded.
     """
     num_rows = rows.shape[0]
     rows = jnp.pad(rows, ((0, -num_rows % kernels.ALIGN), (0, 0)))
@@ -90,7 +90,7 @@ def _times(rows: Array, weight: Array, sizes: Array, first: Array, *, transposed
 
 
 def _in_groups(d_rows: Array, sizes: Array) -> Array:
-    """Put the gradient of zero that rows of no group have."""
+    """Set the gradient of rows of no group to zero."""
     inside = jnp.arange(d_rows.shape[0]) < jnp.sum(sizes)
     return jnp.where(inside[:, None], d_rows, 0)
 

@@ -1,10 +1,11 @@
-"""Hopper's grouped matmuls in Mosaic GPU: the frame that all share, and the dense ones.
+"""Grouped matmuls for Hopper in Mosaic GPU: the shared frame, and the dense kernels.
 
-Work is cut into items, a group's rows in tiles from the multiple of 8 at or before its first row
-on, times tiles of the result's columns. Which item is which group's is worked out by XLA
-beforehand, a few hundred integers. Persistent blocks of one warpgroup take items in turn; two fit
-on a multiprocessor, so that one's loads and stores run beside the other's products. Where an axis
-is no multiple of its tile, TMA reads zeros past its end, and writes nothing there.
+Work is cut into items: tiles of a group's rows, times tiles of the result's columns. A group's
+first tile of rows starts at the multiple of 8 at or before its first row. XLA computes beforehand
+which item belongs to which group, a few hundred integers. Persistent thread blocks of one warpgroup
+take items in turn. Two of them fit on a multiprocessor, so the loads and stores of one overlap with
+the products of the other. If an axis is not a multiple of its tile, TMA reads zeros past its end
+and writes nothing there.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from gptoss_jax import chips
 
 
 class Tile(NamedTuple):
-    """A tile of the result, how much of the contracted axis is brought at a time, how far ahead."""
+    """The size of a tile of the result, and how its operands are loaded."""
 
     rows: int
     columns: int
-    depth: int
-    stages: int
+    depth: int  # of the contracted axis, in one load
+    stages: int  # loads in flight
 
 
 class Blocks(NamedTuple):
-    """Tiles of the kernels, and how many blocks of threads stay on the chip."""
+    """Tiles of the kernels, and `resident`, the number of persistent thread blocks."""
 
     dense: Tile
     weight: Tile  # the dense weight's gradient: N, C, rows of a group
@@ -40,25 +41,25 @@ class Blocks(NamedTuple):
     resident: int
 
 
-ALIGN = 8  # rows: what shared memory's tiles for the tensor cores have, so TMA's too
-WIDE, NARROW = 64, 32  # columns that such a tile has; TMA fills whole tiles only
-# 192 columns: 2880 and 5760 are multiples of it, and of all that fit in a thread's registers
-# unspilt it asks least of the second-level cache: 53 bytes a cycle of the tensor cores for dense
-# weights, 29 for packed ones. Two blocks of it fit in a multiprocessor's registers, and with two
-# stages in its shared memory. By counting: none of this was timed on a device.
+ALIGN = 8  # rows of a shared-memory tile for the tensor cores, and so for TMA
+WIDE, NARROW = 64, 32  # columns of such a tile; TMA fills only whole tiles
+# 192 columns divide 2880 and 5760. Of all widths that fit in a thread's registers without spills,
+# 192 needs the least bandwidth of the L2 cache: 53 bytes per cycle of the tensor cores for dense
+# weights, 29 for packed ones. Two such thread blocks fit in the registers of a multiprocessor, and
+# with two stages in its shared memory. All this was counted; nothing was timed on a device.
 _TILE = Tile(rows=128, columns=192, depth=64, stages=2)
 _TILES = Blocks(dense=_TILE, weight=_TILE, packed=_TILE, packed_rows=_TILE, resident=2 * 132)
 BLOCKS = {"h200": _TILES, "h100": _TILES}
 
 
-INTERPRETED = 4  # blocks, resident, in the interpreter: its race detection costs by the block
+INTERPRETED = 4  # thread blocks in the interpreter, whose race detection has a cost per block
 
 
 class Work(NamedTuple):
-    """Items of work: which matrix, which tile of rows, and which of its rows are the group's.
+    """Work items: the matrix, the tile of rows, and which rows of the tile belong to the group.
 
-    The tile starts at row `start`, a multiple of `ALIGN`; `size` rows from `start + skip` on are
-    the item's. A size of 0 is no work.
+    The tile starts at row `start`, a multiple of `ALIGN`. The item has `size` rows from
+    `start + skip` on. An item of size 0 is empty.
     """
 
     matrix: Int[Array, " I"]
@@ -70,14 +71,14 @@ class Work(NamedTuple):
 def work_items(
     group_sizes: Int[Array, " E"], first_matrix: Int[Array, ""], num_rows: int, tile: int
 ) -> Work:
-    """Cut the groups' rows into tiles: as many items as any sizes that fit in `num_rows` need."""
+    """Cut the groups' rows into tiles; the number of items is enough for any group sizes."""
     sizes = group_sizes.astype(jnp.int32)
     num_groups = sizes.shape[0]
     ends = jnp.cumsum(sizes)
     starts = (ends - sizes) // ALIGN * ALIGN
     tiles = jnp.where(sizes > 0, -((starts - ends) // tile), 0)
     last = jnp.cumsum(tiles)
-    # A group in use fills its tiles but for ALIGN - 1 rows before it and tile - 1 after it.
+    # A nonempty group fills its tiles, up to ALIGN - 1 rows before it and tile - 1 after it.
     most = (num_rows + min(num_groups, num_rows) * (tile + ALIGN - 2)) // tile
     item = jnp.arange(most, dtype=jnp.int32)
     group = jnp.searchsorted(last, item, side="right").astype(jnp.int32)
@@ -91,9 +92,9 @@ def work_items(
 
 
 def swizzled(width: int, dtype: Any, *, rows: int = ALIGN) -> tuple:
-    """Return how shared memory holds a matrix, in tiles of `width` columns.
+    """Return the layout of a matrix in shared memory, in tiles of `width` columns.
 
-    The tensor cores read tiles of 8 rows; of tiles of one row TMA can take any number from any.
+    The tensor cores read tiles of 8 rows. With tiles of one row, TMA can copy any range of rows.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -102,7 +103,7 @@ def swizzled(width: int, dtype: Any, *, rows: int = ALIGN) -> tuple:
 
 
 def swizzle_width(*axes: int) -> int:
-    """Return the widest tiles that fill every one of these axes; 32 divides them all."""
+    """Return the width of the widest tiles that divide all these axes; 32 divides them."""
     return WIDE if all(axis % WIDE == 0 for axis in axes) else NARROW
 
 
@@ -118,19 +119,21 @@ def multiply(
     scratch: Sequence[Any],
     product: Callable[..., None],
 ) -> Float[Array, "P columns"]:
-    """Return each item's rows times its matrix; rows of no item hold anything.
+    """Return each item's rows times its matrix; rows of no item may hold anything.
 
-    `specs` say which block of a matrix of `weights` (each [matrices, ...]) step k brings for the
-    tile j of columns: functions j -> BlockSpec. `product(step, accumulator, rows, *blocks,
-    *scratch)` adds the step's product, of which one may still run when the next step begins: it has
-    to wait for all but one, or TMA writes over what the tensor cores still read. The interpreter
-    can't find that: it multiplies at once.
+    `weights` are arrays [matrices, ...]. `specs` are functions j -> BlockSpec, one per weight, for
+    tile j of columns; a BlockSpec says which block of the matrix step k loads.
+
+    `product(step, accumulator, rows, *blocks, *scratch)` adds the product of one step. One product
+    may still run when the next step begins, and `product` has to wait for all but that one.
+    Otherwise TMA overwrites operands that the tensor cores still read. The interpreter can't find
+    this error, because it multiplies immediately.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     num_rows, contracted = rows.shape
     across = pl.cdiv(columns, tile.columns)
-    # What is written from any row on can't be in the narrow tiles.
+    # The result is written in tiles of one row, which can't have the narrow width.
     padded = pl.cdiv(columns, WIDE) * WIDE
 
     def body(matrix_ref, start_ref, skip_ref, size_ref, rows_ref, *refs):
@@ -162,7 +165,7 @@ def multiply(
                     )(rows_ref, *(ref.at[matrix_ref[item]] for ref in weight_refs))
                     return accumulator[...]
 
-                # The interpreter wants registers and shared memory allocated apart.
+                # The interpreter needs separate allocations of registers and shared memory.
                 def accumulated(*scratch_refs):
                     return pl.run_scoped(
                         lambda accumulator: accumulate(accumulator, *scratch_refs),
@@ -188,9 +191,9 @@ def _resident() -> int:
 
 
 def _store(result: Any, out_ref: Any, at: tuple[Any, Any], *, skip: Any, size: Any) -> None:
-    """Write `size` rows from row `skip` on of `result`, which belongs at (row, column) `at`.
+    """Write `size` rows of `result`, from row `skip` on; `result` belongs at (row, column) `at`.
 
-    What TMA writes has a shape known beforehand: so the number is written power by power of two.
+    A TMA write has a static shape, so `size` is split into powers of two.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -227,7 +230,10 @@ def dense(
     transposed: bool,
     tile: Tile,
 ) -> Float[Array, "P Q"]:
-    """Return each item's rows times its matrix's transpose, [P, C] to [P, N], or times itself."""
+    """Return the product of each work item's rows and its matrix, or the matrix's transpose.
+
+    With `transposed` the result is [P, N] from rows [P, C]; otherwise it is [P, C] from [P, N].
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     width = swizzle_width(*weight.shape[1:])
@@ -265,10 +271,10 @@ def weight_gradient(
     *,
     tile: Tile,
 ) -> Float[Array, "E N C"]:
-    """Return d_out.T @ rows over each group's rows; of a group without any, zeros.
+    """Return d_out.T @ rows over each group's rows; zeros for an empty group.
 
-    The first and the last block of a group's rows are cut to it by selection: what is beside them
-    may be NaN.
+    In the first and the last block of a group, a select zeroes rows of other groups, which may hold
+    NaN.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -344,7 +350,7 @@ def weight_gradient(
 
 
 def _keep_rows(smem: Any, first: Any, end: Any) -> None:
-    """Put zeros before row `first` and from row `end` on."""
+    """Set rows before `first` and from `end` on to zero."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     for column in range(0, smem.shape[1], WIDE):  # all at once would take too many registers

@@ -1,7 +1,8 @@
-"""Hopper's grouped matmul of packed weights: codes are brought, decoded in registers, multiplied.
+"""Grouped matmul of packed weights on Hopper: codes are loaded, decoded in registers, multiplied.
 
-A step's tile of codes and scales comes by TMA; 128 threads turn it into the exact values in bf16 in
-shared memory, one of two places in turn, while the tensor cores still multiply the tile before.
+In each step TMA loads a tile of codes and scales. 128 threads decode it to exact bf16 values and
+store them in one of two alternating buffers in shared memory. Meanwhile the tensor cores still
+multiply the tile before.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ def packed(
     transposed: bool,
     tile: Tile,
 ) -> Float[Array, "P Q"]:
-    """Return each item's rows times its matrix's transpose, [P, C] to [P, N], or times itself.
+    """Return the product of each work item's rows and its matrix, or the matrix's transpose.
 
-    `columns` is C; codes and scales are in the order of `mxfp4.hopper`.
+    With `transposed` the result is [P, N] from rows [P, C]; otherwise it is [P, C] from [P, N].
+    `columns` is C. Codes and scales are in the layout of `mxfp4.hopper`.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    load: Any = plgpu.load  # its index was apart before jax 0.11
+    load: Any = plgpu.load  # before jax 0.11 the index was a separate argument
     wide, high = (tile.depth, tile.columns) if transposed else (tile.columns, tile.depth)
 
     def code_spec(j):
@@ -83,7 +85,7 @@ def packed(
 
 
 def _e2m1(bytes_: Any) -> tuple[Any, Any]:
-    """Return the values of the low and of the high nibbles in bfloat16, without scales: exact."""
+    """Return the exact values of the low and the high nibbles in bfloat16, without scales."""
     if not chips.current().interpret:
         return _e2m1_in_pairs(bytes_)
     wide = bytes_.astype(jnp.uint32)
@@ -92,11 +94,12 @@ def _e2m1(bytes_: Any) -> tuple[Any, Any]:
 
 
 def _e2m1_plain(nibbles: Any) -> Any:
-    """Return the values in float32, in steps that any backend takes.
+    """Return the values in float32, by operations that every backend has.
 
-    The three low bits as an exponent's last two and a mantissa's first give t, the value itself
-    from 1 on; below, where e2m1 is subnormal, it is 2t - 1, which is the smaller there and the
-    larger elsewhere. So no subnormal of float32 occurs, which XLA on a CPU would flush.
+    The three low bits, as the last two of the exponent and the first of the mantissa, give t. From
+    1 on t is the value. Below 1, where e2m1 is subnormal, the value is 2t - 1; there 2t - 1 is the
+    smaller of the two, and above 1 it is the larger, so the minimum of both is the value. No
+    float32 subnormal occurs, which XLA on a CPU would flush to zero.
     """
     bits = ((nibbles & 7) << 22) + np.uint32(126 << 23)
     magnitude = lax.bitcast_convert_type(bits, jnp.float32)
@@ -106,32 +109,32 @@ def _e2m1_plain(nibbles: Any) -> Any:
 
 
 def _scaled(values: Any, scale: Any, dtype: Any) -> Any:
-    """Return values [rows, 32] times a power of two a row, exactly in bfloat16."""
+    """Return values [rows, 32] times one power of two per row; exact in bfloat16."""
     if dtype == jnp.bfloat16:
         factor = lax.bitcast_convert_type(scale.astype(jnp.uint16) << 7, jnp.bfloat16)
     else:
-        # Half precision has not the range of the scales: one rounding, of the product.
+        # float16 lacks the range of the scales, so only the product is rounded, once.
         values = values.astype(jnp.float32)
         factor = lax.bitcast_convert_type(scale.astype(jnp.uint32) << 23, jnp.float32)
     return (values * lax.broadcast_in_dim(factor, values.shape, (0,))).astype(dtype)
 
 
 def place(word: Any, plane: int) -> Any:
-    """Return two e2m1 codes as two bfloat16s 2**-126 times their values, in a word's halves.
+    """Return two e2m1 codes as two bfloat16s in the halves of a word, times 2**-126.
 
-    `word` has two bytes of codes at bits 0 and 16; `plane` 0 is their low nibbles, 1 the high ones.
-    The sign goes to bit 15 and the rest to bits 8 to 6, the exponent's last two and the mantissa's
-    first; code 1 is a subnormal number then as it is in e2m1.
+    `word` has two bytes of codes, at bits 0 and 16. `plane` 0 takes their low nibbles, 1 their high
+    nibbles. The sign goes to bit 15 and the rest to bits 8 to 6: the last two of the exponent and
+    the first of the mantissa. Code 1 is then a subnormal number, as in e2m1.
     """
     sign, rest = (word << 8, word << 2) if plane else (word << 12, word << 6)
     return (sign & 0x80008000) | (rest & 0x01C001C0)
 
 
 def _e2m1_in_pairs(bytes_: Any) -> tuple[Any, Any]:
-    """Do the same on words that hold two bfloat16s: 2.5 instructions a value, and 0.5 to scale it.
+    """Do the same on words of two bfloat16s: 2.5 instructions per value, and 0.5 to scale it.
 
-    The factor 2**126 makes numbers of what `place` gives: products of bfloat16s keep subnormals on
-    a GPU, as they do not everywhere else.
+    The factor 2**126 turns the results of `place` into the values. On a GPU, unlike elsewhere,
+    products of bfloat16s keep subnormals.
     """
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -166,7 +169,7 @@ def _e2m1_in_pairs(bytes_: Any) -> tuple[Any, Any]:
 
 
 class _Word(NamedTuple):
-    """A 32-bit value of MLIR with the operators that `place` uses."""
+    """A 32-bit MLIR value with the operators that `place` uses."""
 
     value: Any
 

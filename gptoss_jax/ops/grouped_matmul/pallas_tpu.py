@@ -1,9 +1,9 @@
-"""Grouped matmul on TPU: one Pallas kernel for dense and for packed weights, decoded in VMEM.
+"""Grouped matmul on TPU: one Pallas kernel for dense weights and for packed ones, decoded in VMEM.
 
-The kernel walks over (row tile, group) pairs that meet, innermost, so that a group's tile of the
-weight is fetched, and decoded if packed, once for all its rows. A step contracts the whole axis.
-Weights come as stacks [L, E, ...] and a layer index that the fetches are addressed by: nothing is
-cut out of them. megablox's `gmm` takes neither packed weights nor a limit of fast memory; its
+The innermost loop goes over the pairs (row tile, group) that overlap. So a tile of a group's weight
+is fetched, and decoded if packed, once for all rows of the group. A step contracts the whole axis.
+Weights come as stacks [L, E, ...] with a layer index; fetches use the index, and no layer is copied
+out of its stack. megablox's `gmm` supports neither packed weights nor a limit of fast memory; its
 `tgmm` gives the gradient of a dense weight.
 
 | weight | fetched tile | multiplied |
@@ -11,9 +11,10 @@ cut out of them. megablox's `gmm` takes neither packed weights nor a limit of fa
 | dense [N, C] | [tile of N, C]; for d_rows [N, tile of C] | as it is |
 | packed [C, N] | [C, tile of N]; for d_rows [tile of C, N] | decoded to the rows' dtype, exactly |
 
-A compiler keeps arguments in the order that needs the least padding, and copies what a kernel wants
-in another: a dense [E, 5760, 2880] would be copied, [E, 2, 2880, 2880] is not; nor is E a multiple
-of 128 free for a dense weight on one device. Relaid weights are padded so that this can't be.
+The compiler stores arguments in the memory order that needs the least padding, and copies an
+argument that a kernel needs in another order. It would copy a dense [E, 5760, 2880], but not
+[E, 2, 2880, 2880]. It also copies a dense weight on one device if E is a multiple of 128. Relaid
+weights are padded so that this can't happen.
 """
 
 from __future__ import annotations
@@ -41,28 +42,28 @@ from gptoss_jax.ops.grouped_matmul.weights import (
 from gptoss_jax.ops.mxfp4.layouts import SCALE_ROWS, relayout
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
 
-# Values of the packed axis that are decoded at a time: what a tile of the codes' dtype holds.
+# Values of the packed axis that are decoded at a time: one tile of the codes' dtype.
 STEP = {"columns": 2 * MXFP4_BLOCK, "int8": MXFP4_BLOCK, "fp4": 2 * MXFP4_BLOCK}
 SUBLANES = 8  # rows of scales, as float32, in a tile
-LANES = 512  # columns of the weight decoded at a time: what fits the registers
-TWICE = int("C8643210", 16) - (1 << 32)  # e2m1's magnitudes, doubled, a nibble each
+LANES = 512  # columns of the weight decoded at a time; these fit in the registers
+TWICE = int("C8643210", 16) - (1 << 32)  # e2m1's magnitudes, doubled, one per nibble
 MINUS_ZERO = -128  # in layout "int8"
 
 
 class Plan(NamedTuple):
-    """What is static about a call of the kernel."""
+    """The static parameters of a kernel call."""
 
     layout: str  # "dense" or one of `STEP`
-    transposed: bool  # of d_rows: contracts N
+    transposed: bool  # whether it computes d_rows, which contracts N
     columns: int  # C
-    out: int  # columns of the result: N, or C where transposed
+    out: int  # columns of the result: N, or C if transposed
     rows_tile: int
     out_tile: int
     vmem: int
 
 
 def refuse(rows: Any, weight: Any, group_sizes: Any) -> str | None:
-    """Say why the kernel can't take these, or None."""
+    """Return why the kernel can't take these arguments, or None."""
     del group_sizes
     reason = chips.refuse_tpu_kernel()
     if reason is not None:
@@ -91,10 +92,10 @@ def refuse(rows: Any, weight: Any, group_sizes: Any) -> str | None:
 def grouped_matmul(
     rows: Float[Array, "P C"], weight: Weight, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "P N"]:
-    """Return rows[p] @ weight[e].T; see the op.
+    """Return rows[p] @ weight[e].T; see `ops.grouped_matmul`.
 
-    A weight in the order of the checkpoint is relaid to "columns" on every call, which costs a pass
-    over its layer: relay it once, when loading. Products of float32 rows are of float32 precision.
+    A weight in the checkpoint's layout is relaid to "columns" on every call, which costs a pass
+    over its layer; relay it once, when loading. Products of float32 rows have float32 precision.
     """
     stack, layer = as_stack(weight)
     if isinstance(stack, MXFP4):
@@ -121,9 +122,9 @@ def grouped_matmul(
 
 
 def _rows_last(layer: MXFP4) -> MXFP4:
-    """Leave a layer in the order that a TPU gives stacked arguments: rows closest (libtpu 0.0.48).
+    """Keep a layer in the memory order of stacked TPU arguments: rows closest (libtpu 0.0.48).
 
-    Under another order the stack is copied, with it or without it.
+    If the stack has another order, it is copied with or without this function.
     """
     last = layer.ndim - 2
     rows, block = range(1, last), last + 1
@@ -173,7 +174,7 @@ def _weight_gradient(rows: Array, d_out: Array, sizes: Array, dtype: Any) -> Flo
     pad = ((0, -rows.shape[0] % tile), (0, 0))
     rows, d_out = jnp.pad(rows, pad), jnp.pad(d_out, pad)
     tiling = (tile, min(tile_n, d_out.shape[1]), min(tile_c, rows.shape[1]))
-    # It has no argument for the precision of its products.
+    # `tgmm` has no argument for the precision of its products.
     with jax.default_matmul_precision("highest" if rows.dtype == jnp.float32 else "default"):
         return tgmm(
             d_out.T,
@@ -186,7 +187,7 @@ def _weight_gradient(rows: Array, d_out: Array, sizes: Array, dtype: Any) -> Flo
 
 
 class Work(NamedTuple):
-    """The (row tile, group) pairs that meet, in order, and the rows of every group."""
+    """The pairs (row tile, group) that overlap, in order, and the row range of every group."""
 
     groups: Int[Array, " W"]
     tiles: Int[Array, " W"]
@@ -195,9 +196,9 @@ class Work(NamedTuple):
 
 
 def _work(group_sizes: Int[Array, " G"], num_rows: int, tile: int) -> tuple[Work, Int[Array, ""]]:
-    """Return the pairs and how many of them there are.
+    """Return the pairs and their number.
 
-    Two neighbouring groups may share a tile, so there are at most G - 1 pairs more than tiles.
+    Neighbouring groups may share a tile, so there are at most G - 1 more pairs than tiles.
     """
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
@@ -214,9 +215,9 @@ def _work(group_sizes: Int[Array, " G"], num_rows: int, tile: int) -> tuple[Work
 
 
 def _run(plan: Plan, rows: Array, leaves: Any, layer: Array, group_sizes: Array) -> Array:
-    """Call the kernel: rows [P, K] times matrices [K, plan.out] out of a stack."""
+    """Call the kernel: rows [P, K] times matrices [K, plan.out] of a stack."""
     met = min(group_sizes.shape[0], rows.shape[0])
-    if plan.transposed:  # a gradient: the rows that are left are one more group, of zeros
+    if plan.transposed:  # a gradient: rows of no group form one more group, which gets zeros
         left = rows.shape[0] - jnp.sum(group_sizes, keepdims=True)
         group_sizes = jnp.concatenate([group_sizes, left])
     work, num_steps = _work(group_sizes, rows.shape[0], plan.rows_tile)
@@ -258,7 +259,7 @@ def _run(plan: Plan, rows: Array, leaves: Any, layer: Array, group_sizes: Array)
 
 
 def _weight_spec(plan: Plan, leaf: Array, which: int) -> pl.BlockSpec:
-    """Return the tile of codes (the first leaf) or scales (the second), or of a dense weight."""
+    """Return the BlockSpec of codes (leaf 0), of scales (leaf 1), or of a dense weight."""
     shape = leaf.shape
     if plan.layout == "dense":
         block = (shape[2], plan.out_tile) if plan.transposed else (plan.out_tile, shape[3])
@@ -281,12 +282,12 @@ def _weight_spec(plan: Plan, leaf: Array, which: int) -> pl.BlockSpec:
 
 
 def _tile_width(plan: Plan, stored: int) -> int:
-    """Return how many columns of a packed matrix a tile has; `stored` has N padded."""
+    """Return the number of columns of a packed matrix in a tile; `stored` is the padded N."""
     return stored if plan.transposed or plan.out_tile == plan.out else plan.out_tile
 
 
 def _scratch(plan: Plan, stored: int, dtype: Any) -> list[Any]:
-    """Return the decoded tile and its scales."""
+    """Return scratch memory for the decoded tile and its scales."""
     if plan.layout == "dense":
         return []
     width = _tile_width(plan, stored)
@@ -296,7 +297,7 @@ def _scratch(plan: Plan, stored: int, dtype: Any) -> list[Any]:
 
 
 def _height(plan: Plan, size: int) -> int:
-    """Return the part of C that a tile of `size` takes: all blocks that one step decodes."""
+    """Round `size`, a tile's part of C, up to whole decoding steps."""
     step = STEP[plan.layout]
     return pl.cdiv(size, step) * step
 
@@ -310,7 +311,7 @@ def _kernel(plan: Plan, groups: Any, tiles: Any, starts: Any, ends: Any, layer: 
     inside = (row >= starts[group]) & (row < ends[group])
 
     def store(values: Any) -> None:
-        # The tile's other rows are of groups that came before or come after.
+        # The other rows of the tile belong to earlier or later groups.
         out[...] = jnp.where(inside, values, out[...].astype(jnp.float32)).astype(out.dtype)
 
     def multiply() -> None:
@@ -347,7 +348,8 @@ def _kernel(plan: Plan, groups: Any, tiles: Any, starts: Any, ends: Any, layer: 
 def _decode(layout: str, codes: Any, scales: Any, decoded: Any, factors: Any) -> None:
     """Fill `decoded` [C, N] from tiles of codes and scales."""
     step = STEP[layout]
-    # Nibbles and int8 give twice the value. No exponent is below 0: bytes 0 and 1 come with zeros.
+    # Nibbles and int8 give twice the value. Exponents stay at 0 or above: blocks with scale bytes 0
+    # and 1 hold only zeros.
     half = 0 if layout == "fp4" else 1
     exponents = jnp.maximum(scales[: factors.shape[0], :].astype(jnp.int32) - half, 0)
     factors[...] = lax.bitcast_convert_type(exponents << 23, jnp.float32)
@@ -365,7 +367,7 @@ def _decode(layout: str, codes: Any, scales: Any, decoded: Any, factors: Any) ->
                 decoded[place, lanes] = (values * factor[b : b + 1]).astype(decoded.dtype)
 
     def across(row: Any, num_blocks: int) -> None:
-        """Decode rows `row` and on, in turns of as many columns as the registers hold."""
+        """Decode from row `row` on, in turns of as many columns as fit in the registers."""
         whole, rest = divmod(width, LANES)
         if whole:
 
@@ -385,7 +387,7 @@ def _decode(layout: str, codes: Any, scales: Any, decoded: Any, factors: Any) ->
 
 
 def _values(layout: str, codes: Any, row: Any, lanes: Any) -> list[Array]:
-    """Return the blocks from row `row` of C on, in float32, up to their scales."""
+    """Return the blocks from row `row` of C on, in float32, without their scales."""
     step = STEP[layout]
     if layout == "columns":
         place = pl.ds(pl.multiple_of(row // 2, step // 2), step // 2)
@@ -400,7 +402,7 @@ def _values(layout: str, codes: Any, row: Any, lanes: Any) -> list[Array]:
 
 
 def _twice(both: Int[Array, "32 n"], shift: int) -> Float[Array, "32 n"]:
-    """Return twice the values of the nibbles `shift` bits up, by a table in one word."""
+    """Return twice the values of the nibbles at bit `shift`, from a table in one word."""
     place = (both << 2 if shift == 0 else both >> 2) & 28
     magnitude = (jnp.int32(TWICE) >> place & 15).astype(jnp.float32)
     sign = (both << (28 - shift)) & jnp.int32(-(1 << 31))
@@ -446,7 +448,7 @@ def _plan(
 
 
 def _bytes(plan: Plan, contracted: int, item: int) -> int:
-    """Return what a step holds: two of every tile that is fetched or written, and the product."""
+    """Return the bytes of a step: two of each tile that is fetched or written, and the product."""
     streamed = plan.rows_tile * (contracted + plan.out_tile) * item
     product = 3 * plan.rows_tile * plan.out_tile * 4
     weight = contracted * plan.out_tile

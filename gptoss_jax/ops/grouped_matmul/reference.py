@@ -1,4 +1,4 @@
-"""Grouped matmul in its plainest form: every group's matrix on every row, one of them chosen."""
+"""Reference grouped matmul: multiply every row by every group's matrix, then select."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms of a grouped weight: dense, packed, relaid; alone or as a layer of a stack."""
+"""The forms of a grouped weight: dense, packed or relaid, each alone or as a layer of a stack."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ Weight = Float[Array, "E *N C"] | MXFP4 | Relaid | LayerOf
 
 
 def as_stack(weight: Any) -> tuple[Array | MXFP4 | Relaid, Int[Array, ""]]:
-    """Return the weight as a stack [L, E, ...] and the index of its layer: what kernels take."""
+    """Return the weight in the form for kernels: a stack [L, E, ...] and the index of its layer."""
     if isinstance(weight, LayerOf):
         return weight.stack, jnp.asarray(weight.layer, jnp.int32)
     return weight[None], jnp.int32(0)
 
 
 def wait_for(rows: Array, weight: Any) -> Any:
-    """Return the weight, a layer of a stack not to be cut out before `rows` are there.
+    """Return the weight; XLA can't take a layer out of its stack before `rows` are computed.
 
-    For what is relaid on each call: XLA would relay several layers ahead, each of them a copy. Of
-    layers that are unrolled, whose index is a constant, it would relay all ahead for all that a
-    barrier says, and in decoding once for the whole loop. So the index is computed from the rows.
+    Use this for a weight that is relaid on each call. Otherwise XLA would relay several layers
+    ahead, and each of them is a copy. If layers are unrolled, their index is a constant; then XLA
+    would relay all layers ahead, even with a barrier, and in decoding once for the whole loop. So
+    the index is computed from the rows.
     """
     if not isinstance(weight, LayerOf):
         return weight
@@ -40,16 +41,16 @@ def wait_for(rows: Array, weight: Any) -> Any:
 
 
 def as_it_lies(layer: Array, *order: int) -> Array:
-    """Say in which order of axes, the last one closest, a layer lies that was cut out of its stack.
+    """Fix the memory order of a layer that was taken out of its stack; the last axis is closest.
 
-    XLA, which would like it otherwise for what comes next, would else turn the whole stack before
-    the loop over layers.
+    Otherwise XLA may prefer another order for the next operation, and transpose the whole stack
+    before the loop over layers.
     """
     return with_layout_constraint(layer, Layout(order))
 
 
 def layer_of(weight: Any) -> Array | MXFP4 | Relaid:
-    """Return the layer itself, cut out of its stack: a copy, where what reads it can't fuse it."""
+    """Return the layer, taken out of its stack: a copy, unless XLA fuses it into its reader."""
     if not isinstance(weight, LayerOf):
         return weight
     stack, i = weight.stack, weight.layer
@@ -73,5 +74,5 @@ def dense(weight: Any, dtype: DTypeLike) -> Float[Array, "E *N C"]:
 
 
 def is_packed(weight: Any) -> bool:
-    """Say whether the weight is one that takes no gradient."""
+    """Return whether the weight gets no gradient."""
     return isinstance(weight, MXFP4 | Relaid | LayerOf)

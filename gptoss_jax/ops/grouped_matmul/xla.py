@@ -1,4 +1,4 @@
-"""Grouped matmul in plain XLA: `lax.ragged_dot` over the decoded layer. Right, seldom fast."""
+"""Grouped matmul in plain XLA: `lax.ragged_dot` over the decoded layer; correct, seldom fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts of a mixture: each row through the A that its router chose, and no others."""
+"""Mixture-of-experts layer: each row goes only through the A experts that the router chose."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ORDER = {
 }
 
 
-# The order of packed weights in which a chip's kernels read them: give it to `loading.load`.
+# The layout of packed weights that a chip's kernels read; pass it to `loading.load`.
 LAYOUTS = {
     "v5e": "columns",
     "v5p": "columns",
@@ -42,7 +42,7 @@ LAYOUTS = {
 
 
 def layout_for_chip() -> str | None:
-    """Return the layout of packed experts that sampling on this chip copies nothing of."""
+    """Return the layout of packed experts that sampling on this chip reads without a copy."""
     chip = chips.current()
     if chip.platform == "cpu" or kernels_are_off():
         return None
@@ -50,7 +50,7 @@ def layout_for_chip() -> str | None:
 
 
 def relay(path: str, packed: MXFP4, *, layout: str) -> Relaid:
-    """Relay out an expert weight, or a stack of them; its path ends in its name."""
+    """Convert an expert weight, or a stack of them, to `layout`; its path ends in its name."""
     from gptoss_jax.ops.mxfp4.layouts import relayout
 
     return relayout(packed, layout, row_axes=2 if path.endswith("gate_up_weight") else 1)
@@ -74,28 +74,32 @@ def experts(
     """Return sum_a w_a * (W_down[e_a] swiglu(W_gate_up[e_a] x + b_gate_up) + b_down) for each row.
 
     swiglu is gate * sigmoid(1.702 gate) * (up + 1) with gate at most `limit` and up within
-    +-`limit`; index 0 of the axis of two is gate. Dropless, for any routing with ids in [0, E).
-    A pair (row, slot) whose id is E is one that was dropped: it adds nothing, and nothing gets a
-    gradient through it (see `drop_beyond_capacity`).
-    Rows where `mask` is false give zeros and touch no gradient, whatever x holds there (NaN too).
+    +-`limit`; index 0 of the axis of two is gate. No pair (row, slot) with an id in [0, E) is
+    dropped, whatever the routing. A pair whose id is E was dropped before: it adds nothing, and
+    nothing gets a gradient through it (see `drop_beyond_capacity`). Rows where `mask` is false give
+    zeros and affect no gradient, whatever x holds there (also NaN).
 
-    The weights are [E, 2, F, D] and [E, D, F]: arrays, `MXFP4`, `Relaid`, or a `LayerOf` a stack.
-    Products take operands in the dtype of `x` (float32 on a CPU) and accumulate in float32, in
-    which biases, swiglu and the sum are; the result has the dtype of `x`. Differentiable in `x`,
-    `expert_weights`, the biases and dense weights; packed weights and layers of stacks get no
-    gradient, x gets its own through what they decode to.
+    The weights are [E, 2, F, D] and [E, D, F]: arrays, `MXFP4`, `Relaid`, or `LayerOf` a stack.
+    Operands of products are in the dtype of `x` (float32 on a CPU). Products are accumulated in
+    float32; biases, swiglu and the sum are in float32 too. The result has the dtype of `x`.
+    Differentiable in `x`, `expert_weights`, the biases and dense weights. Packed weights and layers
+    of stacks get no gradient; the gradient of `x` uses their decoded values.
 
-    `adapters` add to each projection of a row a low-rank product of its expert, (row A[e]) B[e]:
-    before swiglu, and to W_down's. They are differentiated, whatever the weights are.
+    `adapters` add a low-rank product of the row's expert, (row A[e]) B[e], to each projection: to
+    W_gate_up's before swiglu, and to W_down's. They get gradients whatever form the weights have.
 
-    `chunk`: rows at a time, each chunk's intermediates made again in the backward pass. Memory then
-    follows the chunk; gradients of dense weights add up over chunks in the weights' dtype.
+    `chunk` is the number of rows to take at a time; None means all. The backward pass computes each
+    chunk's intermediates again, so memory follows the chunk. Gradients of dense weights add up over
+    chunks in the weights' dtype.
 
-    `implementation`: "xla" (rows sorted by expert, loops; the cost follows the pairs that are not
-    dropped, anywhere), "grouped" (two grouped matmuls, by kernels), "pallas_tpu", "pallas_gpu" and
-    "planes" (few rows; packed weights relaid for them; differentiated, they take the gradient of
-    another form) or "reference" (every expert on every row, float32). None takes the platform's
-    first that supports the arguments.
+    `implementation`:
+    - "xla": rows sorted by expert, and loops. The cost follows the pairs that are not dropped.
+      Runs on every platform.
+    - "grouped": two grouped matmuls, by kernels.
+    - "pallas_tpu", "pallas_gpu" and "planes": for few rows and packed weights relaid for them.
+      Their gradient is that of another implementation.
+    - "reference": every expert on every row, in float32.
+    - None: the first of the platform that supports the arguments.
     """
     weights = {
         "gate_up_weight": gate_up_weight,
@@ -115,7 +119,7 @@ def experts(
 
 
 def _in_chunks(run: Callable, chunk: int, args: tuple[Array, ...], weights: Any) -> Any:
-    """Run on `chunk` rows at a time, the last chunk filled up with masked ones."""
+    """Run on `chunk` rows at a time; the last chunk is padded with masked rows."""
     rows, width = args[0].shape
     chunks = -(-rows // chunk)
 
@@ -131,7 +135,7 @@ def _in_chunks(run: Callable, chunk: int, args: tuple[Array, ...], weights: Any)
 def _experts(
     x, ids, shares, weights: dict[str, Any], mask, *, limit: float, named: str | None
 ) -> Any:
-    """Choose a form, and run it."""
+    """Choose an implementation and run it."""
 
     def refuse(name: str) -> str | None:
         if name in ("xla", "reference"):
@@ -142,7 +146,7 @@ def _experts(
             matrices = {key: w for key, w in weights.items() if key.endswith("weight")}
             return grouped.refuse(x, ids, **matrices)
         if weights["adapters"] is not None:
-            return "it knows no adapters"
+            return "it does not support adapters"
         return _kernel(name).refuse(x, ids, shares, **_without_adapters(weights))
 
     name = choose("experts", named, order=ORDER, refuse=refuse)
@@ -161,7 +165,7 @@ def _without_adapters(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(weight: Any) -> Any:
-    """Cut a layer out of its stack and undo what was relaid: for the forms that know neither."""
+    """Take a layer out of its stack and restore its layout, for implementations that need both."""
     weight = layer_of(weight)
     if isinstance(weight, Relaid):
         from gptoss_jax.ops.mxfp4.layouts import restore
@@ -181,7 +185,7 @@ def _forward(run: Callable, limit: float, x, ids, shares, weights, mask) -> tupl
 
 
 def _backward(run: Callable, limit: float, saved: Any, d_out: Array) -> tuple[Any, ...]:
-    """Differentiate the form for many rows instead."""
+    """Differentiate "grouped" or "xla" instead, the implementations for many rows."""
     x, ids, shares, weights, mask = saved
     free = {key: w for key, w in weights.items() if not is_packed(w)}
     fixed = {key: w for key, w in weights.items() if is_packed(w)}
@@ -201,7 +205,7 @@ _with_gradient.defvjp(_forward, _backward)
 
 
 def _kernel(name: str) -> Any:
-    """Import a module of kernels, which costs time, only where one is asked about."""
+    """Import a module of kernels only when it is needed, because the import costs time."""
     if name == "planes":
         from gptoss_jax.ops.moe import planes as module
     elif name == "pallas_tpu":

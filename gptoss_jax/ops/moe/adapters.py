@@ -1,10 +1,11 @@
 """Adapters of experts: low-rank products over rows that are sorted by expert.
 
-Each expert's rows are moved to blocks of their own, the last one filled up with zeros, so that a
-block has one expert and the products of all blocks are two batched matrix products: for
-accelerators. The rank is too narrow for the kernels of `ops.grouped_matmul`, and `lax.ragged_dot`
-multiplies every row by every expert there. At the end, what a loop over experts takes: matrices of
-one expert at a time.
+For accelerators, each expert's rows are moved to blocks of their own, and the expert's last block
+is padded with zeros. Each block then has one expert, and the products of all blocks are two batched
+matrix products. The rank is too narrow for the kernels of `ops.grouped_matmul`, and on accelerators
+`lax.ragged_dot` multiplies every row by every expert.
+
+The functions at the end are for a loop over experts: they take the matrices of one expert.
 """
 
 from __future__ import annotations
@@ -17,34 +18,34 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.ops.lora import LowRank
 
-ROWS = 128  # of a block, at most
+ROWS = 128  # most rows per block
 
 
 class Adapters(NamedTuple):
-    """Of one layer's experts; None where a projection has none."""
+    """The adapters of one layer's experts; None for a projection without an adapter."""
 
     gate_up: LowRank | None = None  # a [E, D, r], b [E, r, 2, F]
     down: LowRank | None = None  # a [E, F, r], b [E, r, D]
 
 
 class Blocks(NamedTuple):
-    """Where the P sorted rows are among Q = blocks * rows of a block."""
+    """The places of the P sorted rows among Q = blocks * rows per block."""
 
-    of_row: Int[Array, " P"]  # a row's place; of a row of no expert, any
-    row_at: Int[Array, " Q"]  # the row in a place; where there is none, any
+    of_row: Int[Array, " P"]  # the place of a row; any place for a row of no expert
+    row_at: Int[Array, " Q"]  # the row in a place; any row for an empty place
     is_row: Bool[Array, " P"]
     is_used: Bool[Array, " Q"]
     expert: Int[Array, " blocks"]
 
 
 def blocks_of(sizes: Int[Array, " E"], *, pairs: int) -> Blocks:
-    """Lay out `pairs` sorted rows, of which expert e has the `sizes[e]` after those before it."""
+    """Assign `pairs` sorted rows to blocks; expert e has the next `sizes[e]` rows."""
     num_experts = sizes.shape[0]
     rows = min(ROWS, max(8, 1 << (pairs // num_experts).bit_length()))
-    count = min(pairs, pairs // rows + num_experts)  # sum of ceil(size / rows) at most
+    count = min(pairs, pairs // rows + num_experts)  # sum of ceil(size / rows) is at most this
     used = -(-sizes // rows)
     starts, first = jnp.cumsum(sizes) - sizes, jnp.cumsum(used) - used
-    # Places past the last block in use take the last expert, and hold nothing.
+    # Blocks past the last one in use get the last expert and hold no rows.
     expert = jnp.searchsorted(jnp.cumsum(used), jnp.arange(count), side="right")
     expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
     place = jnp.arange(count * rows, dtype=jnp.int32)
@@ -64,9 +65,9 @@ def blocks_of(sizes: Int[Array, " E"], *, pairs: int) -> Blocks:
 
 
 def product(rows: Float[Array, "P C"], adapter: LowRank, blocks: Blocks) -> Float[Array, "P N"]:
-    """Return (row A[e]) B[e] for each row, e its expert; zeros for rows of none.
+    """Return (row A[e]) B[e] for each row and its expert e; zeros for rows of no expert.
 
-    Operands are in the dtype of `rows`, sums in float32, and so is the result.
+    Operands are in the dtype of `rows`. Sums and the result are in float32.
     """
     count, rank = blocks.expert.shape[0], adapter.a.shape[-1]
     dtype = rows.dtype
@@ -80,7 +81,7 @@ def product(rows: Float[Array, "P C"], adapter: LowRank, blocks: Blocks) -> Floa
 
 @jax.custom_vjp
 def _place(rows: Float[Array, "P C"], blocks: Blocks) -> Float[Array, "Q C"]:
-    """Move rows to their places. Its gradient is a gather too, as that of `_collect` is."""
+    """Move rows to their places. The gradient is a gather too, and so is that of `_collect`."""
     return jnp.where(blocks.is_used[:, None], rows[blocks.row_at], 0)
 
 
@@ -106,7 +107,7 @@ _collect.defvjp(lambda placed, blocks: (_collect(placed, blocks), blocks), _coll
 
 @jax.custom_vjp
 def _take(weight: Float[Array, "E C N"], expert: Int[Array, " blocks"]) -> Array:
-    """Give each block its expert's matrix; backward, sum over an expert's blocks by a product."""
+    """Return each block's expert matrix; the gradient sums an expert's blocks by a product."""
     return weight[expert]
 
 
@@ -127,21 +128,21 @@ _take.defvjp(_take_fwd, _take_bwd)
 
 
 def as_matrices(adapters: Adapters) -> Adapters:
-    """Make one axis of the gate and the up columns: [E, C, r] and [E, r, N]."""
+    """Merge the gate and the up columns into one axis, to [E, C, r] and [E, r, N]."""
     return jax.tree.map(lambda w: w.reshape(*w.shape[:2], -1), adapters)
 
 
 def add(
     y: Float[Array, "R N"], rows: Float[Array, "R C"], adapter: LowRank | None
 ) -> Float[Array, "R N"]:
-    """Add the low-rank product of one expert, matrices [C, r] and [r, N], if it has one."""
+    """Add one expert's low-rank product, with matrices [C, r] and [r, N], if it has an adapter."""
     if adapter is None:
         return y
     return y + _dot(_dot(rows, adapter.a, (1, 0)).astype(rows.dtype), adapter.b, (1, 0))
 
 
 def gradient_of_rows(dy: Float[Array, "R N"], adapter: LowRank | None) -> Array | float:
-    """Return the gradient of the rows for that of their low-rank product."""
+    """Return the gradient of the rows, given `dy` of their low-rank product."""
     if adapter is None:
         return 0.0
     return _dot(_dot(dy, adapter.b, (1, 1)).astype(dy.dtype), adapter.a, (1, 1))
@@ -150,7 +151,7 @@ def gradient_of_rows(dy: Float[Array, "R N"], adapter: LowRank | None) -> Array 
 def gradient(
     rows: Float[Array, "R C"], dy: Float[Array, "R N"], adapter: LowRank | None
 ) -> LowRank | None:
-    """Return the gradient of one expert's adapter for that of its product with the rows."""
+    """Return the gradient of one expert's adapter, given `dy` of its product with the rows."""
     if adapter is None:
         return None
     low, d_low = _dot(rows, adapter.a, (1, 0)), _dot(dy, adapter.b, (1, 1))

@@ -1,4 +1,4 @@
-"""Which routed pairs an expert of limited capacity takes."""
+"""Drop routed pairs that exceed an expert's capacity."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ def drop_beyond_capacity(
     num_experts: int,
     factor: float,
 ) -> tuple[Int[Array, "M A"], Float[Array, ""]]:
-    """Return the ids with E in place of those beyond an expert's capacity, and the share dropped.
+    """Replace ids beyond an expert's capacity by E; return the ids and the share dropped.
 
-    An expert takes at most ceil(factor * R * A / E) of the R * A pairs of the unmasked rows: first
-    choices (slot 0) before second ones, within a slot in the rows' order. Pairs of masked rows get
-    E too; they take no room and are not among the dropped. Source: the order is that of GShard
-    (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1); that a dropped pair adds nothing, with
-    the other weights of its row as they were, is Switch Transformer's (arXiv:2101.03961).
+    The R unmasked rows have R * A pairs (row, slot), of which an expert takes at most
+    ceil(factor * R * A / E). It takes first choices (slot 0) before second ones, and within a slot
+    in the order of rows. Pairs of masked rows get E too; they use no capacity and do not count as
+    dropped.
+
+    Sources: the order is that of GShard (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1). As
+    in Switch Transformer (arXiv:2101.03961), a dropped pair adds nothing and the other weights of
+    its row do not change.
     """
     M, A = expert_ids.shape
     ids = jnp.where(mask[:, None], expert_ids, num_experts).astype(jnp.int32)
@@ -29,7 +32,7 @@ def drop_beyond_capacity(
     sorted_ids, order = lax.sort((by_choice, iota), num_keys=1, is_stable=True)
     experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
     first = jnp.searchsorted(sorted_ids, experts, method="compare_all").astype(jnp.int32)
-    # A pair's place in its expert's queue; places are whole numbers, so that no ceil is needed.
+    # A pair's place in its expert's queue. Places are whole numbers, so no ceil is needed below.
     place = jnp.zeros_like(iota).at[order].set(iota - first[sorted_ids], unique_indices=True)
     routed = A * jnp.sum(mask)
     taken = place < factor * routed.astype(jnp.float32) / num_experts

@@ -1,8 +1,8 @@
-"""The experts as two grouped matmuls over rows sorted by expert: the form for accelerators.
+"""Experts for accelerators: two grouped matmuls over rows sorted by expert.
 
-Sorting, bias, swiglu and the sum are XLA's to fuse; the products are `ops.grouped_matmul`, which
-takes packed weights and layers of stacks as they are. Rows move by gathers alone, in the backward
-pass too, where autodiff would scatter.
+XLA fuses sorting, bias, swiglu and the sum. `ops.grouped_matmul` forms the products and takes
+packed weights and layers of stacks directly. Rows move only by gathers, also in the backward pass,
+where autodiff would use scatters.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from gptoss_jax.ops.moe.reference import clamped_swiglu
 class Order(NamedTuple):
     """The P = M*A pairs sorted by expert; those of no expert come last."""
 
-    rows: Int[Array, " P"]  # which row of x a sorted pair is
-    slots: Int[Array, "M A"]  # where each pair went
+    rows: Int[Array, " P"]  # the row of x of each sorted pair
+    slots: Int[Array, "M A"]  # the sorted place of each pair
     sizes: Int[Array, " E"]  # pairs of each expert
-    expert: Int[Array, " P"]  # of each sorted pair; E for none
+    expert: Int[Array, " P"]  # the expert of each sorted pair; E for no expert
 
 
 def refuse(x: Any, expert_ids: Any, *, gate_up_weight: Any, down_weight: Any) -> str | None:
-    """Say why another form serves these better: the product would be one over all experts."""
+    """Return why another implementation is better, or None.
+
+    Without a kernel, the grouped matmul multiplies every row by every expert.
+    """
     pairs = expert_ids.size
     for weight, width in ((gate_up_weight, x.shape[-1]), (down_weight, down_weight.shape[-1])):
         rows: Any = jax.ShapeDtypeStruct((pairs, width), x.dtype)
@@ -55,7 +58,7 @@ def experts(
     mask: Bool[Array, " M"] | None,
     adapters: Adapters | None = None,
 ) -> Float[Array, "M D"]:
-    """Sort, multiply, add and activate, multiply, and sum each row's A outputs."""
+    """Sort, multiply, add biases and activate, multiply, and sum each row's A outputs."""
     biases: Any = layer_of(gate_up_bias), layer_of(down_bias)
     num_experts, _, width = gate_up_bias.shape
     if mask is not None:
@@ -71,7 +74,7 @@ def experts(
             return y
         return (y.astype(jnp.float32) + low_rank.product(inputs, adapter, blocks)).astype(y.dtype)
 
-    # What is kept for the backward pass are the two products, in the dtype of x.
+    # The backward pass keeps only the two products, in the dtype of x.
     @jax.checkpoint
     def activate(h: Array, bias: Array) -> Array:
         h = _add_bias(h, bias.reshape(num_experts, -1), order.expert)
@@ -126,12 +129,12 @@ def _add_bias(h: Float[Array, "P N"], bias: Float[Array, "E N"], expert: Array) 
 
 
 def _add_bias_fwd(h: Array, bias: Array, expert: Array) -> tuple[Array, Any]:
-    # dtypes travel as empty arrays: residuals are arrays
+    # Residuals have to be arrays, so empty arrays carry the dtypes.
     return _add_bias(h, bias, expert), (jnp.zeros((0,), h.dtype), bias[:, :0], expert)
 
 
 def _add_bias_bwd(saved: Any, d_out: Array) -> tuple[Array, Array, None]:
-    """Sum over an expert's rows by a product with its indicator: a scatter is slower."""
+    """Sum over an expert's rows by a product with its indicator, because a scatter is slower."""
     like, like_bias, expert = saved
     num_experts = like_bias.shape[0]
     indicator = jax.nn.one_hot(expert, num_experts, axis=0, dtype=jnp.float32)
@@ -145,7 +148,7 @@ _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 @jax.custom_vjp
 def _gather_sum(y: Float[Array, "P D"], share: Float[Array, "M A"], order: Order) -> Array:
-    """Return sum over a of share[:, a] * y[slots[:, a]], float32."""
+    """Return the sum over a of share[:, a] * y[slots[:, a]] in float32."""
     total = jnp.zeros((share.shape[0], y.shape[1]), jnp.float32)
     for a in range(share.shape[1]):
         total += share[:, a, None].astype(jnp.float32) * y[order.slots[:, a]]

@@ -1,17 +1,20 @@
-"""The experts for a decode batch on Hopper: packed weights are read once and decoded in registers.
+"""Experts for a decode batch on Hopper: packed weights are read once and decoded in registers.
 
-The (row, slot) pairs are grouped by expert, up to R of one expert in a group, and the grid is
-(tile of rows of the matrix, group). A block of threads takes 64 rows of a matrix, 16 a warp: 32 of
-gate with the same 32 of up, or 64 of down. TMA feeds it bytes several stages ahead, straight from
-the stack of layers and experts, and every 64 columns are decoded to pairs of fp16 and multiplied by
-the group's rows on the tensor cores (`mma` of 16 x 8 x 16), so that eight rows cost what one does.
+The pairs (row, slot) are grouped by expert, with up to R pairs of one expert in a group. The grid
+is (tile of rows of the matrix, group). A thread block takes 64 rows of a matrix, 16 per warp: 32 of
+gate with the same 32 of up, or 64 of down. TMA loads bytes several stages ahead, directly from the
+stack of layers and experts. Every 64 columns are decoded to pairs of fp16 and multiplied by the
+group's rows on the tensor cores (`mma` of 16 x 8 x 16), so that eight rows cost as much as one.
 
-A nibble becomes the fp16 whose sign is its sign and whose bits 11 to 9 are its other three: the
-value times 2**-14, exact and subnormal for codes 1 and 9, which tensor cores keep. The scale of a
-block multiplies the block's float32 sum, and takes that power of two back. Bytes 2 to 240 are
-exact. The rows of x are fp16 too, under a power of two for each that brings its largest entry to
-2**14 or more: a bfloat16 entry is exact unless it is less than 2**-31 of the largest. swiglu's
-values are fp16 under one power of two, for a clamp that keeps them in range: else as rows of x.
+A nibble becomes the fp16 number with the nibble's sign, and with its other three bits at bits 11 to
+9. This is the value times 2**-14, and it is exact. Codes 1 and 9 become subnormals, which tensor
+cores keep. The scale of a block multiplies the block's float32 sum and also undoes the factor
+2**-14. Scale bytes 2 to 240 are exact.
+
+The rows of x are fp16 too. Each row is scaled by a power of two that brings its largest entry to
+2**14 or more, so a bfloat16 entry is exact unless it is less than 2**-31 of the largest. The values
+of swiglu are fp16 scaled by one power of two, if the clamp keeps them in range; otherwise they are
+scaled like rows of x.
 """
 
 from __future__ import annotations
@@ -31,34 +34,34 @@ from gptoss_jax.ops.grouped_matmul.weights import as_stack
 from gptoss_jax.ops.moe.reference import clamped_swiglu
 from gptoss_jax.types import MXFP4_BLOCK, LayerOf, Relaid
 
-plgpu: Any = mosaic_gpu  # of jax 0.11.2 and later: an older one has other names
+plgpu: Any = mosaic_gpu  # from jax 0.11.2 on; older versions have other names
 
 
 class Blocks(NamedTuple):
-    """How the work is cut up on a chip."""
+    """How the work is divided on a chip."""
 
-    rows: int  # of x in a group, at most: 2, 4 or the tensor core's 8
-    gate_up_stages: int  # of bytes in flight, for each block of threads
+    rows: int  # most rows of x in a group: 2, 4 or the tensor core's 8
+    gate_up_stages: int  # stages of bytes in flight, for each thread block
     down_stages: int
-    splits: int  # of the down projection's columns: its tiles alone leave multiprocessors idle
+    splits: int  # of the down projection's columns, as its tiles alone leave multiprocessors idle
 
 
-# By M, the rows of the batch: the first entry that is not below it. Chosen by counting, not timed.
-# For one expert gate and up are 90 tiles and down is 45. Three stages are 54 KiB, so that four
-# blocks of threads share a multiprocessor, with 120 KiB on the way; two are 35 KiB, and the 540
-# blocks of a row's four experts in three splits all run at once.
+# By M, the rows of the batch: the first entry that is at least M applies. Chosen by counting, not
+# timed. For one expert, gate and up have 90 tiles and down has 45. Three stages take 54 KiB, so
+# four thread blocks share a multiprocessor, with 120 KiB in flight. Two stages take 35 KiB, and the
+# 540 blocks of a row's four experts in three splits all run at once.
 FEW, SOME = Blocks(2, 3, 2, 3), Blocks(4, 3, 2, 3)
 MANY = Blocks(8, 3, 3, 1)
 BLOCKS = {chip: {2: FEW, 4: SOME, 64: MANY} for chip in chips.HOPPER}
-MAX_ROWS = 64  # of a batch; more belong to a kernel that reuses a decoded tile
+MAX_ROWS = 64  # rows of a batch; a larger batch needs a kernel that reuses a decoded tile
 HALF = 32  # rows of the matrix in half a tile: gate and up, or two halves of down
 TILE = 2 * HALF
-COLUMNS = 8  # of the tensor core's tile: rows of x, and what is padding
+COLUMNS = 8  # of the tensor core's tile: rows of x, and padding
 GROUP = 2 * MXFP4_BLOCK  # columns of the matrix in 32 bytes
-GRANULES = 8  # of 32 bytes, that one TMA copy holds of a row, at most
+GRANULES = 8  # most granules (32 bytes) of a row in one TMA copy
 SHIFT = 14  # a decoded nibble is the value times 2**-SHIFT
-TOP = 14  # rows in fp16 have their largest entry at 2**TOP to 2**(TOP + 1), the most it holds
-RAISED = 8  # sums are 2**-RAISED of what rows and scales give, or byte 240 would overflow
+TOP = 14  # a row's largest entry in fp16 is in [2**TOP, 2**(TOP + 1)), the top of fp16's range
+RAISED = 8  # sums are scaled by 2**-RAISED, or scale byte 240 would overflow
 FP16_MAX = 65504.0
 
 
@@ -72,7 +75,7 @@ def refuse(
     down_weight: Any,
     down_bias: Any,
 ) -> str | None:
-    """Say why the kernel can't take these arguments here, or None."""
+    """Return why the kernel can't take these arguments here, or None."""
     del expert_ids, expert_weights, gate_up_bias, down_bias
     reason = chips.refuse_hopper_kernel()
     if reason is not None:
@@ -82,7 +85,7 @@ def refuse(
         if not isinstance(stack, Relaid) or stack.layout != "hopper":
             return f'it takes weights packed in the layout "hopper", and {name} is not'
     if x.dtype != jnp.bfloat16:
-        return f"it is exact to bfloat16 only, and x is {x.dtype}"
+        return f"x has to be bfloat16, and it is {x.dtype}"
     if x.shape[1] < TILE:
         return f"it takes {TILE} rows of a matrix at a time, and down_weight has {x.shape[1]}"
     if x.shape[0] > MAX_ROWS:
@@ -102,9 +105,9 @@ def experts(
     limit: float,
     mask: Bool[Array, " M"] | None,
 ) -> Float[Array, "M D"]:
-    """Run the routed experts, as `ops.moe.experts` says. No gradient is defined.
+    """Run the routed experts as `ops.moe.experts` does; no gradient is defined.
 
-    Temporary memory is a few rows of D and F a pair; no weight is copied or gathered.
+    Temporary memory is a few rows of D and F per pair. No weight is copied or gathered.
     """
     num_experts, _, width = gate_up_bias.shape
     sizes = BLOCKS[chips.current().kind]
@@ -156,19 +159,19 @@ def _hidden(
 
 
 class Groups(NamedTuple):
-    """The routed pairs by expert. A group without an expert has E for it, and nothing runs."""
+    """The routed pairs, grouped by expert. A group with expert E is empty, and nothing runs."""
 
     expert: Int[Array, " G"]
-    pair: Int[Array, "G R"]  # 0 where a group has fewer
-    group: Int[Array, "M A"]
-    slot: Int[Array, "M A"]  # of a pair, in its group
+    pair: Int[Array, "G R"]  # 0 for an unused place
+    group: Int[Array, "M A"]  # the group of a pair
+    slot: Int[Array, "M A"]  # the place of a pair in its group
 
 
 def _group(ids: Int[Array, "M A"], *, num_experts: int, size: int) -> Groups:
-    """Put pairs of one expert together, `size` to a group, by counting: few are compared with all.
+    """Group pairs of the same expert, `size` per group, by comparing all pairs with each other.
 
-    There are as many groups as any routing may need: with P pairs, and R to a group, an expert
-    leaves R - 1 places empty at most.
+    There are enough groups for any routing of P pairs: with R pairs per group, an expert leaves at
+    most R - 1 places empty.
     """
     flat = ids.reshape(-1)
     pairs = flat.size
@@ -187,8 +190,8 @@ def _group(ids: Int[Array, "M A"], *, num_experts: int, size: int) -> Groups:
     leader = same & first[None] & (rank[None] == (rank - slot)[:, None])
     group = jnp.sum(jnp.where(leader, number[None], 0), axis=1)
     groups = jnp.arange(count, dtype=jnp.int32)
-    begun = first[None] & (number[None] == groups[:, None])
-    expert = num_experts + jnp.sum(jnp.where(begun, flat[None] - num_experts, 0), axis=1)
+    opens = first[None] & (number[None] == groups[:, None])
+    expert = num_experts + jnp.sum(jnp.where(opens, flat[None] - num_experts, 0), axis=1)
     places = jnp.arange(size, dtype=jnp.int32)
     inside = (group == groups[:, None]) & routed  # [G, P]
     holds = inside[:, None] & (slot == places[:, None])  # [G, R, P]
@@ -197,12 +200,12 @@ def _group(ids: Int[Array, "M A"], *, num_experts: int, size: int) -> Groups:
 
 
 def _to_fp16(x: Float[Array, "*n C"], *, columns: int) -> tuple[Array, Float[Array, "*n"]]:
-    """Return rows in fp16, padded to `columns`, and the power of two that a sum of each is short.
+    """Return rows in fp16, padded to `columns`, and a power of two for each row.
 
-    That is what gives the row back, times 2**RAISED.
+    A returned row times its power of two is the row of `x` times 2**RAISED.
     """
     largest = jnp.max(jnp.abs(x), axis=-1)
-    # Rows below 2**-112 are raised less: both powers of two are then normal numbers.
+    # Rows below 2**-112 are scaled up less, so that both powers of two are normal numbers.
     exponent = jnp.maximum(lax.bitcast_convert_type(largest, jnp.int32) >> 23, 127 - 112)
 
     def power(biased: Array) -> Array:
@@ -222,7 +225,7 @@ def _padded(columns: int) -> int:
 
 
 def _shift(limit: float) -> int | None:
-    """Return a power of two that brings swiglu into fp16, None if the clamp is too wide."""
+    """Return the exponent of the power of two that scales swiglu to fp16; None if out of range."""
     most = limit * (limit + 1)
     return int(np.floor(np.log2(FP16_MAX / most))) if most < FP16_MAX / 2**RAISED else None
 
@@ -234,7 +237,7 @@ def _combine(
     shares: Float[Array, "M A"],
     bias: Any,
 ) -> Float[Array, "M D"]:
-    """Sum the splits, add the bias, and sum the slots of each row by their weights."""
+    """Sum the splits, add the bias, and sum the slots of each row with their weights."""
     stack, layer = _stack(bias)
     num_experts, width = stack.shape[1:]
     whole = width // TILE * TILE
@@ -251,24 +254,24 @@ SUMS = plgpu.Layout.WGMMA  # [64, 8] float32
 
 
 def _codes_layout() -> Any:
-    """Return that of [2, 32, 32] bytes: 8 a lane, rows as in `SUMS`."""
+    """Return the layout of [2, 32, 32] bytes: 8 per lane, with rows as in `SUMS`."""
     tiles = ((2, HALF, MXFP4_BLOCK), (1, 16, MXFP4_BLOCK), (8, MXFP4_BLOCK), (8,))
     return _tiled(tiles, warps=(-9, -8), lanes=(-3, -2))
 
 
 def _rows_layout() -> Any:
-    """Return that of [8, 32] fp16 entries of x: 8 a lane, all warps alike."""
+    """Return the layout of [8, 32] fp16 entries of x: 8 per lane, the same in all warps."""
     return _tiled(((8, MXFP4_BLOCK), (8,)), warps=(plgpu.Replicated(4),), lanes=(-3, -2))
 
 
 def _halves_layout() -> Any:
-    """Return that of [2, 32], an entry a row of the tile: as the rows of `SUMS` are."""
+    """Return the layout of [2, 32], one entry per row of the tile, placed like `SUMS`' rows."""
     tiles = ((2, HALF), (1, 16), (8,), (1,))
     return _tiled(tiles, warps=(-6, -5), lanes=(-2, plgpu.Replicated(4)))
 
 
 def _tiled(tiles: Any, *, warps: Any, lanes: Any) -> Any:
-    """Return a layout by repeated tiling; a lane's vector is the last axis."""
+    """Return a layout made by repeated tiling; a lane's vector is the last axis."""
     from jax.experimental.mosaic import gpu as mgpu
 
     full = mgpu.TiledLayout(plgpu.Tiling(tiles), warps, lanes, -1, _check_canonical=False)
@@ -281,9 +284,9 @@ def _products(
 ) -> tuple[Array, Array]:
     """Return 2**-14 times two products [64, 8] of 32 columns each, in float32.
 
-    codes: uint8 [2, 32, 32]. Their low nibbles multiply low_rows, fp16 [8, 32], and the high ones
-    high_rows.
-    The interpreter runs no inlined code: `emulate` states what that does.
+    `codes` is uint8 [2, 32, 32]. Its low nibbles multiply `low_rows`, fp16 [8, 32], and its high
+    nibbles multiply `high_rows`. The interpreter can't run the inlined code; `emulate` computes the
+    same without it.
     """
     if emulate:
         codes = codes.reshape(TILE, MXFP4_BLOCK)
@@ -308,11 +311,11 @@ def _products(
 
 
 def _decode(codes: Any) -> tuple[list[Any], list[Any]]:
-    """Return words of two fp16 for the low nibbles and the high ones, as `mma` takes them.
+    """Return words of two fp16 for the low and the high nibbles, in the form for `mma`.
 
-    Each lane has 8 bytes of rows g and g + 8. The words are in the order of the 16 x 8 parts of
-    the operand: columns outermost, then the row. Which column is which is up to us, as long as x
-    agrees: a lane's bytes 2j and 2j + 1 are its two columns of part j.
+    Each lane has 8 bytes of rows g and g + 8. The words are in the order of the 16 x 8 parts of the
+    operand: columns outermost, then the row. The order of columns is free, as long as x has the
+    same: here bytes 2j and 2j + 1 of a lane are its two columns of part j.
     """
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
@@ -330,7 +333,7 @@ def _decode(codes: Any) -> tuple[list[Any], list[Any]]:
         return op(word, constant(abs(left)))
 
     def fp16(word: Any, nibble: int) -> Any:
-        """Make the fp16 of a nibble of either half of the word: sign to 15, the rest to 11..9."""
+        """Convert one nibble of each half of the word: sign to bit 15, the rest to bits 11 to 9."""
         sign = arith.andi(shift(word, 12 - 4 * nibble), constant(0x80008000))
         rest = arith.andi(shift(word, 9 - 4 * nibble), constant(0x0E000E00))
         return arith.ori(sign, rest)
@@ -343,7 +346,7 @@ def _decode(codes: Any) -> tuple[list[Any], list[Any]]:
             word = vector.extract(
                 words, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
             )
-            # Bytes 0 and 1 to the low ends of the halves, 2 and 3 to the high ones.
+            # Move bytes 0 and 1 to the low bytes of the halves, and bytes 2 and 3 to the high ones.
             word = utils.prmt(word, word, constant(0x3120))
             for j in range(2):
                 low[2 * (2 * i + j) + half] = fp16(word, 2 * j)
@@ -352,7 +355,7 @@ def _decode(codes: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _multiply(words: list[Any], rows: Any) -> Any:
-    """Multiply what `_decode` gave by rows of x."""
+    """Multiply words from `_decode` by rows of x."""
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
@@ -382,7 +385,7 @@ def _multiply(words: list[Any], rows: Any) -> Any:
 
 
 def _per_row(values: Float[Array, "2 32"], *, emulate: bool) -> Float[Array, "64 8"]:
-    """Repeat an entry a row of the tile along the tile's columns."""
+    """Repeat one entry per row of the tile along the tile's columns."""
     if emulate:
         return jnp.broadcast_to(values.reshape(TILE, 1), (TILE, COLUMNS))
 
@@ -403,16 +406,16 @@ def _per_row(values: Float[Array, "2 32"], *, emulate: bool) -> Float[Array, "64
 
 
 class Stream(NamedTuple):
-    """How the bytes of a tile pass: `steps` stages, each `granules` times 32 bytes of a row."""
+    """How the bytes of a tile are loaded: in `steps` steps of `granules` * 32 bytes per row."""
 
-    rows: int  # of x that are copied
+    rows: int  # rows of x to copy
     granules: int
     steps: int
     stages: int
 
     @property
     def bytes(self) -> int:
-        """Of a row of the matrix, in a stage."""
+        """Bytes of a row of the matrix in one step."""
         return self.granules * MXFP4_BLOCK
 
     @property
@@ -431,9 +434,10 @@ class Stream(NamedTuple):
 
 
 def _stream(bytes_: int, *, rows: int, stages: int, splits: int) -> tuple[Stream, int]:
-    """Choose the granules of a stage, and as many splits as they allow.
+    """Choose the granules of a step; return the stream and the number of splits (or 1).
 
-    An odd number: rows of shared memory an odd multiple of 32 bytes apart have no bank conflicts.
+    The number of granules is odd: rows of shared memory that are an odd multiple of 32 bytes apart
+    have no bank conflicts. If `splits` does not divide the steps, there is one split.
     """
     granules = bytes_ // MXFP4_BLOCK
     each = max(n for n in range(1, GRANULES, 2) if granules % n == 0)
@@ -452,10 +456,10 @@ def _accumulate(
     scratch: dict[str, Any],
     emulate: bool,
 ) -> Float[Array, "64 8"]:
-    """Multiply a tile by the group's rows of x.
+    """Multiply a tile by the group's rows of x, over the columns of `split`.
 
-    In global memory, codes: [2, 32, bytes]; scales: [blocks, 2, 32]; x: [R or more, columns].
-    Columns are those of `split`.
+    Shapes in global memory: `codes` [2, 32, bytes], `scales` [blocks, 2, 32], `x` [R or more,
+    columns].
     """
     depth = min(stream.stages, stream.steps)
     count = 2 * stream.granules * stream.steps
@@ -510,7 +514,7 @@ def _accumulate(
 
         @pl.when(step + depth < stream.steps)
         def _() -> None:
-            plgpu.commit_smem()  # what was read there was read before TMA writes
+            plgpu.commit_smem()  # finish reads of the slot before TMA writes to it
             fetch(step + depth, slot)
 
         return total
@@ -519,8 +523,8 @@ def _accumulate(
     return lax.fori_loop(0, stream.steps, body, zeros)
 
 
-def _turned(total: Float[Array, "64 8"], exchange: Any) -> tuple[Array, Array]:
-    """Return the two halves of a tile, [8, 32] each, by way of shared memory."""
+def _transposed_halves(total: Float[Array, "64 8"], exchange: Any) -> tuple[Array, Array]:
+    """Transpose the two halves of a tile to [8, 32] each, by way of shared memory."""
     exchange[...] = total
 
     def half(i: int) -> Array:
@@ -565,9 +569,9 @@ def _gate_up(
     shift: int | None,
     blocks: Blocks,
 ) -> Float[Array, "G 8 F"]:
-    """Return swiglu of the group's rows, those past R undefined.
+    """Return swiglu of the group's rows; rows past R are undefined.
 
-    fp16, times 2**shift, or float32 if that is None.
+    The result is fp16 and scaled by 2**shift, or float32 if `shift` is None.
     """
     num_experts, width = weight.shape[1], bias.shape[-1]
     stream, _ = _stream(
@@ -601,7 +605,7 @@ def _gate_up(
             )
             total = total * _by_column(factors.at[group])
             total = total + _per_row(added.astype(jnp.float32), emulate=emulate)
-            gate, up = _turned(total, scratch["exchange"])
+            gate, up = _transposed_halves(total, scratch["exchange"])
             act = clamped_swiglu(gate, up, limit=limit)
             if shift is not None:
                 act = act * 2.0**shift
@@ -634,10 +638,11 @@ def _down(
     *,
     blocks: Blocks,
 ) -> Float[Array, "S G 8 N"]:
-    """Return the product of each split of the columns, N padded to a tile, rows past R undefined.
+    """Return the product of each split of the columns, with N padded to a tile.
 
-    factors: of the rows of x, or one for them all. Where N is half a tile too many the last tile is
-    of the last 64 rows, half of them once more.
+    Rows past R are undefined. `factors` has one factor per row of x, or is one factor for all rows.
+    If N is an odd number of half tiles, the last tile takes the last 64 rows of the matrix, so half
+    of them are computed twice.
     """
     (num_experts, width), count = weight.shape[1:3], weight.scales.shape[-2]
     halves = width // HALF
@@ -651,7 +656,7 @@ def _down(
     def body(
         layer: Any, expert: Any, x: Any, codes: Any, scales: Any, *rest: Any, **scratch: Any
     ) -> None:  # fmt: skip
-        *given, out = rest  # factors, where they are an array
+        *given, out = rest  # `given` holds the factors if they are an array
         group, tile = lax.axis_index("group"), lax.axis_index("tile")
         split = lax.axis_index("split")
         e = expert[group]
@@ -669,7 +674,7 @@ def _down(
                 emulate=emulate,
             )
             total = total * (_by_column(given[0].at[group]) if given else factors)
-            for half, part in enumerate(_turned(total, scratch["exchange"])):
+            for half, part in enumerate(_transposed_halves(total, scratch["exchange"])):
                 out[split, group, :, pl.ds(tile * TILE + half * HALF, HALF)] = part
 
     return _kernel(

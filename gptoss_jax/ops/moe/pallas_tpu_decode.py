@@ -1,17 +1,17 @@
-"""The experts of a few rows on TPU: one Pallas kernel that reads each chosen expert once.
+"""Experts for a few rows on TPU: one Pallas kernel that reads each chosen expert once.
 
-The grid runs over the experts that some row chose, and within one over chunks of the contracted
-axis: those of gate_up, then those of down. A chunk of codes, all output columns wide, comes out
-of the stack by the expert's and the layer's index, and is decoded in VMEM strip by strip. All rows
-are multiplied with it, on the matrix unit, for which 16 rows are as cheap as one; then those that
-did not choose the expert are selected away. All columns, because gate and up, 2,880 apart, can't
-both start on a tile of 128 of them.
+The grid goes over the experts that any row chose, and for each expert over chunks of the contracted
+axis: first those of gate_up, then those of down. A chunk of codes has all output columns. It is
+read from the stack by the indices of expert and layer, and decoded in VMEM strip by strip. All rows
+are multiplied by it on the matrix unit, where 16 rows cost as much as one; then a select drops the
+rows that did not choose the expert. A chunk has all columns because gate and up are 2,880 columns
+apart, so they can't both start on a tile of 128 columns.
 
-| memory | what |
+| memory | contents |
 |---|---|
 | HBM | codes and scales of all layers; read once for each expert in use |
 | VMEM blocks | a chunk of gate_up's codes, one of down's, all their scales; biases, rows, sum |
-| VMEM scratch | scales in float32, a decoded strip, what is before and after swiglu, y [M, D] |
+| VMEM scratch | scales in float32, a decoded strip, inputs and outputs of swiglu, y [M, D] |
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from gptoss_jax.ops.grouped_matmul.weights import Weight, as_stack, layer_of
 from gptoss_jax.ops.moe.reference import clamped_swiglu
 from gptoss_jax.types import MXFP4_BLOCK, LayerOf, Relaid
 
-ROWS = 16  # at most: what the matrix unit takes in one pass
+ROWS = 16  # most rows: the matrix unit takes these in one pass
 STEP = {"columns": 64, "int8": 32, "fp4": 64}  # values of C that are decoded at a time
-LANES = 128  # of a tile
-HALVES = 0x00010001  # times a number of 16 bits: in both halves of a word
+LANES = 128  # columns of a tile
+HALVES = 0x00010001  # this times a 16-bit number has the number in both halves of a word
 MIB = 1 << 20
 
 
 class Blocks(NamedTuple):
-    """Sizes that differ by chip. None was timed on a device yet."""
+    """Sizes that differ by chip. None has been timed on a device."""
 
-    chunk: int  # of the contracted axis in one step, at most
+    chunk: int  # most elements of the contracted axis in one step
     strip: int  # columns decoded at a time: a multiple of 128
-    cores: int  # that share the experts: two where a device has two
+    cores: int  # cores that share the experts: two if a device has two
     vmem: int  # bytes of fast memory that the kernel may take
 
 
@@ -56,17 +56,17 @@ BLOCKS = {
 
 
 class Plan(NamedTuple):
-    """What is known of a call before it runs."""
+    """The static parameters of a call."""
 
     layout: str
     rows: int  # M, padded to a tile
     hidden: int  # F
     width: int  # D
-    chunk: tuple[int, int]  # of D and of F
-    chunks: tuple[int, int]
+    chunk: tuple[int, int]  # sizes of the chunks of D and of F
+    chunks: tuple[int, int]  # numbers of these chunks
     strip: int
     limit: float
-    dtype: Any  # of the products' operands
+    dtype: Any  # dtype of the products' operands
 
 
 def refuse(
@@ -79,7 +79,7 @@ def refuse(
     down_weight: Weight,
     down_bias: Any,
 ) -> str | None:
-    """Say why the kernel can't take these, or None."""
+    """Return why the kernel can't take these arguments, or None."""
     del expert_ids, expert_weights, gate_up_bias, down_bias
     reason = chips.refuse_tpu_kernel()
     if reason is not None:
@@ -118,7 +118,7 @@ def experts(
     limit: float,
     mask: Bool[Array, " M"] | None,
 ) -> Float[Array, "M D"]:
-    """Find the experts in use, run the kernel over them, and drop what was padded."""
+    """Find the experts in use, run the kernel over them, and remove the padding."""
     stacks: Any = [as_stack(weight)[0] for weight in (gate_up_weight, down_weight)]
     layers = jnp.stack([as_stack(weight)[1] for weight in (gate_up_weight, down_weight)])
     blocks = BLOCKS[chips.current().kind]
@@ -156,9 +156,10 @@ def experts(
 
 
 def _biases(bias: Array | LayerOf, used: Int[Array, " U"]) -> Float[Array, "U *N"]:
-    """Take the used experts' biases, as a product with ones and zeros.
+    """Return the biases of the used experts, by a product with ones and zeros.
 
-    XLA may keep 128 experts as the stack's last axis: a kernel, or a gather, would have it copied.
+    XLA may store 128 experts as the last axis of the stack. It would then copy the stack for a
+    kernel or a gather.
     """
     layer: Any = layer_of(bias)
     one_hot = jax.nn.one_hot(used, layer.shape[0], dtype=layer.dtype)
@@ -166,7 +167,7 @@ def _biases(bias: Array | LayerOf, used: Int[Array, " U"]) -> Float[Array, "U *N
 
 
 def _chunk(stack: Relaid, limit: int) -> tuple[int, int]:
-    """Return the size of a chunk of the contracted axis, padding and all, and their number."""
+    """Return the size of a chunk of the padded contracted axis, and the number of chunks."""
     columns = stack.codes.shape[-2] * (2 if stack.layout == "columns" else 1)
     steps = columns // STEP[stack.layout]
     most = max(limit // STEP[stack.layout], 1)
@@ -177,10 +178,10 @@ def _chunk(stack: Relaid, limit: int) -> tuple[int, int]:
 def _in_use(
     ids: Int[Array, "M A"], weights: Float[Array, "M A"], *, num_experts: int, cores: int
 ) -> tuple[Int[Array, " U"], Int[Array, " 1"], Float[Array, "U M 2"]]:
-    """Return the experts in use, how many, and for each the rows' weights and who chose it (1).
+    """Return the experts in use, their number, and the rows' weights and choices (1) for each.
 
-    U is how many there may be. Beyond those in use the last one stands again, so that nothing is
-    fetched for it, and no row has chosen it.
+    U is the greatest possible number. Entries past those in use repeat the last expert, so that
+    nothing is fetched for them, and no row has chosen them.
     """
     most = pl.cdiv(min(num_experts, ids.size), cores) * cores
     experts = jnp.arange(num_experts, dtype=jnp.int32)
@@ -189,7 +190,7 @@ def _in_use(
     place = jnp.cumsum(has) - 1
     num_used = jnp.sum(has, dtype=jnp.int32)
     slots = jnp.arange(most, dtype=jnp.int32)
-    # Cores take turns: beyond the last one, each stays with its own.
+    # Cores take experts in turn; past the end, each core repeats its own last expert.
     last = num_used - 1 - (num_used - 1 - slots) % cores
     at = jnp.clip(jnp.minimum(slots, last), 0)
     used = jnp.sum(jnp.where(has & (place == at[:, None]), experts, 0), axis=1, dtype=jnp.int32)
@@ -213,13 +214,13 @@ def _run(
         return i * cores + c
 
     def weight_spec(leaf: Array, chunk: int | None, which: int) -> pl.BlockSpec:
-        """Take a chunk, or all of the scales, out of a stack [L, E, C, N]."""
+        """Return the BlockSpec of a chunk (all rows if None) of a stack [L, E, C, N]."""
         rows = leaf.shape[2] if chunk is None else chunk
 
         def index(c: Any, i: Any, k: Any, used: Any, num_used: Any, layers: Any) -> tuple:
             u = expert(c, i)
-            # Beyond the experts in use nothing moves; before its turn comes, down's block is the
-            # last one of the expert before, so that fetches are spread over the steps.
+            # Past the experts in use no block changes. During the steps of gate_up, down's block is
+            # the last one of the expert before, so that fetches are spread over the steps.
             k = jnp.where(u < num_used[0], k, steps - 1)
             early = (which == 1) & (k < first) & (i > 0)
             u = jnp.where(early, u - cores, u)
@@ -333,12 +334,12 @@ def _kernel(plan: Plan, cores: int, used: Any, num_used: Any, layers: Any, *refs
         @pl.when(k == first + second - 1)
         def _():
             share, rows = shares[...], y[:, : plan.width] + down_bias[...]
-            # A selection: rows that did not choose the expert may hold NaN.
+            # A select, not a product with 0: rows that did not choose the expert may hold NaN.
             out[...] += jnp.where(share[:, 1:] > 0, share[:, :1] * rows, 0)
 
 
 def _activate(plan: Plan, h: Any, bias: Any, act: Any) -> None:
-    """Add the bias and activate; store by chunks of what comes next, zeros where F is padded."""
+    """Add the bias and activate; store in down's chunks, with zeros where F is padded."""
     gate = h[:, : plan.hidden] + bias[:1]
     up = h[:, plan.hidden : 2 * plan.hidden] + bias[1:]
     values = clamped_swiglu(gate, up, limit=plan.limit)
@@ -355,13 +356,13 @@ def _activate(plan: Plan, h: Any, bias: Any, act: Any) -> None:
 
 
 def _store_factors(layout: str, scales: Any, factors: Any) -> None:
-    """Store the scales as `_values` takes them, by chunks: rows are then at known places."""
+    """Store the scales in `_values`' form, by chunk, so that row indices are static."""
     exponents = scales[...].astype(jnp.int32)
     if layout == "columns":
-        # Bytes 0 and 1 come with zeros alone.
+        # Blocks with scale bytes 0 and 1 hold only zeros.
         values: Array = ((jnp.maximum(exponents - 1, 1) << 7) - 64) * HALVES
     else:
-        # int8 gives twice the value, hence half of the scale.
+        # int8 codes are twice the value, so the scale is halved.
         exponents = jnp.maximum(exponents - (layout == "int8"), 0)
         values = lax.bitcast_convert_type(exponents << 23, jnp.float32)
     rows = factors.shape[1]
@@ -404,7 +405,7 @@ def _multiply(
 
 
 def _values(layout: str, codes: Any, at: int, lanes: Any, factor: Array) -> list[Array]:
-    """Decode from row `at` of the chunk on: pieces of rows that follow one another."""
+    """Decode from row `at` of the chunk on; return consecutive pieces of rows."""
     if layout == "columns":
         words = pltpu.bitcast(codes[at // 2 : at // 2 + MXFP4_BLOCK, lanes], jnp.int32)
         low, high = factor[:1], factor[1:]
@@ -416,21 +417,22 @@ def _values(layout: str, codes: Any, at: int, lanes: Any, factor: Array) -> list
     if layout == "fp4":
         values = values.astype(jnp.float32)
         return [values[:MXFP4_BLOCK] * factor[:1], values[MXFP4_BLOCK:] * factor[1:]]
-    # The five low bits hold -12 to 12, and 0 for the -128 that stands for minus zero.
+    # The five low bits hold -12 to 12, and 0 for -128, which stands for minus zero.
     return [((values.astype(jnp.int32) << 27) >> 27).astype(jnp.float32) * factor]
 
 
 def _pairs(words: Int[Array, "8 n"], place: int, exponent: Array) -> Array:
     """Decode the nibbles at bits `place` and `place` + 16 of each word to bfloat16 [16, n].
 
-    Both at once, as whole numbers: a vector unit without bfloat16 has no better. `exponent` is
-    64 less than the bits of the value of code 1, in both halves. A code of 2 or more moved to the
-    exponent's and mantissa's border adds its own bits to those of code 1; 0 takes all away.
+    Both halves are decoded at once by integer arithmetic, the best way on a vector unit without
+    bfloat16. In both halves, `exponent` is 64 less than the bits of the value of code 1. The three
+    bits of a code are moved to bits 8 to 6, the border of exponent and mantissa. There a code of 2
+    or more adds its bits to those of the value of code 1. Code 0 is masked to zero.
     """
     code = (words << (6 - place) if place < 6 else words >> (place - 6)) & (0x1C0 * HALVES)
     sign_bits = jnp.int32(-0x7FFF8000)  # 0x8000 in both halves
     sign = (words << (12 - place)) & sign_bits
-    # The top bit of a half says that its code is not 0; then that it is not 1 either.
+    # The top bit of a half says that its code is not 0; `normal` has bit 6 if it is not 0 or 1.
     some = (code + 0x7FC0 * HALVES) & sign_bits
     mask = some - lax.shift_right_logical(some, 15)
     normal = lax.shift_right_logical(code + 0x7F80 * HALVES, 9) & (0x40 * HALVES)
@@ -438,13 +440,13 @@ def _pairs(words: Int[Array, "8 n"], place: int, exponent: Array) -> Array:
 
 
 def _even_first(x: Float[Array, "M C"]) -> Float[Array, "M C"]:
-    """Order each block's columns as `_pairs` gives the rows: the even ones, then the odd ones."""
+    """Order each block's columns like the rows of `_pairs`: first the even, then the odd ones."""
     blocks = x.reshape(x.shape[0], -1, MXFP4_BLOCK // 2, 2)
     return blocks.swapaxes(-1, -2).reshape(x.shape)
 
 
 def _even_first_on_matrix_unit(x: Float[Array, "M C"]) -> Float[Array, "M C"]:
-    """Do as `_even_first` where lanes can't be moved about: C is a multiple of 128."""
+    """Do the same in a kernel, which can't permute lanes; C is a multiple of 128."""
     source, target = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     half, within = MXFP4_BLOCK // 2, target % MXFP4_BLOCK
     moved = target - within + jnp.where(within < half, 2 * within, 2 * (within - half) + 1)

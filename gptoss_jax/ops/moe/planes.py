@@ -1,10 +1,10 @@
-"""The experts of a few rows in plain XLA, weights read from their stack as they are packed.
+"""Experts for a few rows in plain XLA, which reads the packed weights directly from their stack.
 
 A weight in the layout "planes" has the first half of its columns in the low nibbles and the second
-in the high ones, so that x needs no reordering and decoding is arithmetic that XLA fuses into the
-sum over the columns: for a GPU each of the two products of all pairs is one reduction over the
-packed bytes of the chosen experts, with no copy of them and nothing decoded in memory. That takes
-one slot for all rows at a time: a gather for all slots at once would be formed in memory.
+half in the high nibbles. So x needs no reordering, and decoding is arithmetic that XLA fuses into
+the sum over columns. On a GPU each of the two products is then one reduction over the packed bytes
+of the chosen experts: nothing is copied, and no decoded weight is stored. For this, one slot of all
+rows is taken at a time; XLA would store the result of a gather for all slots.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gptoss_jax.ops.moe.reference import clamped_swiglu
 from gptoss_jax.ops.mxfp4.xla import decode_scales
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
 
-ROWS = 16  # at most: each pair of a row and a slot reads its expert's weights for itself
-FLOAT16_BIAS = 2.0**14  # e2m1's exponent bits in float16 stand for so much less
+ROWS = 16  # most rows: each pair (row, slot) reads its expert's weights separately
+FLOAT16_BIAS = 2.0**14  # e2m1's bits, read as float16, are too small by this factor
 
 
 def refuse(
@@ -35,16 +35,18 @@ def refuse(
     down_weight: Weight,
     down_bias: Any,
 ) -> str | None:
-    """Say why this form can't take these, or None."""
+    """Return why this implementation can't take these arguments, or None."""
     del expert_weights, gate_up_bias, down_bias
     if x.shape[0] > ROWS:
         return f"it is for up to {ROWS} rows, and these are {x.shape[0]}"
     for weight in (gate_up_weight, down_weight):
         stack = weight.stack if isinstance(weight, LayerOf) else weight
         if isinstance(stack, MXFP4):
-            return 'its packed weights are in the layout "planes": see ops.mxfp4.layouts.relayout'
+            return 'packed weights have to be in layout "planes": see ops.mxfp4.layouts.relayout'
         if isinstance(stack, Relaid) and stack.layout != "planes":
-            return f'its packed weights are in the layout "planes", and these in "{stack.layout}"'
+            return (
+                f'packed weights have to be in layout "planes", and these are in "{stack.layout}"'
+            )
     return None
 
 
@@ -60,7 +62,7 @@ def experts(
     limit: float,
     mask: Bool[Array, " M"] | None,
 ) -> Float[Array, "M D"]:
-    """Take every (row, slot) pair through its expert, in float32, and sum over the slots."""
+    """Run each pair (row, slot) through its expert in float32, and sum over the slots."""
     num_experts = gate_up_weight.shape[0]
     routed = expert_ids < num_experts
     if mask is not None:
@@ -76,13 +78,13 @@ def experts(
     out = jnp.zeros(x.shape, jnp.float32)
     for a in range(expert_ids.shape[1]):
         y = jax.vmap(pair)(x, ids[:, a]) * expert_weights[:, a, None].astype(jnp.float32)
-        # A selection: what a dropped pair or a masked row gives may be NaN.
+        # A select, not a product with 0: a dropped pair or a masked row may give NaN.
         out += jnp.where(routed[:, a, None], y, 0)
     return out.astype(x.dtype)
 
 
 def _product(weight: Weight, e: Array, vector: Float[Array, " C"]) -> Float[Array, " N"]:
-    """Return expert `e`'s matrix times `vector`, its rows' axes merged into N."""
+    """Return the matrix of expert `e` times `vector`; the matrix's row axes are merged into N."""
     stack: Any
     stack, layer = as_stack(weight)
     if not isinstance(stack, Relaid):
@@ -97,10 +99,11 @@ def _product(weight: Weight, e: Array, vector: Float[Array, " C"]) -> Float[Arra
 
 
 def decode_nibbles(nibbles: Array) -> Float[Array, "*n"]:
-    """Return the e2m1 values of codes 0 to 15 in float32, by float16.
+    """Return the e2m1 values of codes 0 to 15 in float32, by way of float16.
 
-    The codes' three low bits are the last two of float16's exponent and the first of its mantissa,
-    0.5 and all: float16's subnormals become float32 exactly, where bfloat16's are flushed.
+    The three low bits of a code become the last two bits of float16's exponent and the first bit of
+    its mantissa. This holds for the subnormal 0.5 too: subnormals of float16 become float32
+    exactly, while those of bfloat16 are flushed to zero.
     """
     code = nibbles.astype(jnp.uint16)
     bits = ((code & 7) << 9) | ((code & 8) << 12)
@@ -113,6 +116,6 @@ def _bias(bias: Array | LayerOf, e: Array) -> Float[Array, " N"]:
 
 
 def _expert(stack: Any, layer: Array, e: Array) -> Array:
-    """Cut layer `layer`'s expert `e` out of [L, E, ...] by one index, so that one slice does it."""
+    """Take expert `e` of layer `layer` out of [L, E, ...] with a single slice."""
     flat = stack.reshape(-1, *stack.shape[2:])
     return lax.dynamic_index_in_dim(flat, layer * stack.shape[1] + e, keepdims=False)

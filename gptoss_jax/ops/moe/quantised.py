@@ -1,4 +1,4 @@
-"""Experts as exporting them to MXFP4 would leave them: what training for that computes with."""
+"""Expert weights with the values that an export to MXFP4 gives, for quantisation-aware training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gptoss_jax.ops.mxfp4.fake import straight_through
 
 
 def quantised(weights: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
-    """Return `ops.moe.experts`' weights with MXFP4's values in their place, adapters folded in.
+    """Return the weights of `ops.moe.experts` with MXFP4's values and with adapters folded in.
 
-    See `quantised_weight`. Of packed weights those that have no adapter stay what they are.
+    See `quantised_weight`. Packed weights without an adapter do not change.
     """
     gate_up, down = weights.get("adapters") or Adapters()
     return {
@@ -27,11 +27,12 @@ def quantised(weights: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
 
 
 def quantised_weight(weight: Weight, adapter: LowRank | None, dtype: DTypeLike) -> Weight:
-    """Return what MXFP4 makes of a layer's weight W, or of W + A B, gradients straight through.
+    """Return a layer's W, or W + A B, rounded to MXFP4 values, with a straight-through gradient.
 
-    The sum is `ops.lora.fold`'s, as exporting has it; with an adapter the result is in `dtype`,
-    which loses nothing from bfloat16 up. It is formed in full for the layer: 4 bytes a value for
-    A B, and `dtype` for the result, and as much again in the backward pass for their gradients.
+    `ops.lora.fold` forms the sum, as for an export. With an adapter the result is in `dtype`; from
+    bfloat16 up that loses nothing. The sum is formed for the whole layer. It takes 4 bytes per
+    value for A B and the size of `dtype` for the result, and as much again in the backward pass for
+    their gradients.
     """
     if adapter is None:
         return weight if is_packed(weight) else straight_through(weight)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The experts in their plainest form: every expert on every row, in float32, and a weighted sum."""
+"""Reference experts: every expert on every row in float32, and a weighted sum."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def experts(
     if mask is not None:
         rows = jnp.where(mask[:, None], rows, 0)
         expert_weights = jnp.where(mask[:, None], expert_weights, 0)
-    # An id of E, a dropped pair's, is a row of zeros.
+    # A dropped pair has id E, whose one-hot row is zeros.
     chosen = jax.nn.one_hot(expert_ids, gate_up_bias.shape[0], dtype=jnp.float32)
     share = jnp.einsum("MA,MAE->ME", expert_weights, chosen, precision="highest")
     adapters = adapters or Adapters()

@@ -1,14 +1,15 @@
-"""The experts over rows sorted by expert: the cost follows the routed rows, not the experts.
+"""Experts over rows sorted by expert: the cost follows the routed rows, not the experts.
 
-The M*A routed (row, slot) pairs are sorted by expert, without padding. A loop takes the experts
-that have rows, fetches (and decodes) one expert's weights, and an inner loop takes its rows R at
-a time. Trip counts are dynamic, so any routing fits; a dropped pair, of id E, is in no expert's
-range. The last block of an expert reaches into the next one's rows: forward, what it writes there
-is written again by the next, since blocks go in order; backward, such rows have weight zero.
+The M*A routed pairs (row, slot) are sorted by expert, without padding. A loop goes over the experts
+that have rows, and fetches (and decodes) one expert's weights. An inner loop takes the expert's
+rows in blocks of R. The numbers of iterations are dynamic, so any routing fits. A dropped pair has
+id E and is in no expert's range. The last block of an expert reaches into the rows of the next
+expert. In the forward pass the next expert overwrites the results there, since blocks go in order;
+in the backward pass such rows have weight zero.
 
-The gradient is a rule of its own, by the same loops: an expert's weight gradients gather in one
-float32 buffer and are written once, in the weight's dtype. Scatters, and copies of whole stacks in
-the loops, are what XLA would make of autodiff here.
+The gradient is a custom rule with the same loops. It adds up an expert's weight gradients in one
+float32 buffer and writes them once, in the weight's dtype. Autodiff would lead XLA to scatters and
+to copies of whole stacks in the loops.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from gptoss_jax.ops.mxfp4.xla import (
 )
 from gptoss_jax.types import MXFP4
 
-FEW = 32  # up to so many routed pairs go one by one: a matrix product would not pay for itself
+FEW = 32  # up to this many pairs are taken one by one, where matrix products would not pay off
 TILE = 256  # output rows of a matrix-vector product at a time, so that they stay in the cache
 
 
@@ -51,7 +52,7 @@ class Weights(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """One expert's weights as the loops take them; or their gradients, None for frozen ones."""
+    """One expert's weights in the form that the loops take, or their gradients (None if frozen)."""
 
     gate_up_weight: Any
     gate_up_bias: Any
@@ -63,9 +64,9 @@ class Expert(NamedTuple):
 class Routes(NamedTuple):
     """The routed pairs in the order of their experts; P = M*A."""
 
-    rows: Int[Array, " P+R"]  # which row of x a sorted pair is
+    rows: Int[Array, " P+R"]  # the row of x of each sorted pair
     weights: Float[Array, " P+R"]
-    slots: Int[Array, "M A"]  # where each pair went
+    slots: Int[Array, "M A"]  # the sorted place of each pair
     bounds: Int[Array, " E+1"]  # expert e has the sorted pairs bounds[e] to bounds[e+1]
     used: Int[Array, " E"]  # the experts that have rows, then the others
     num_used: Int[Array, ""]
@@ -103,22 +104,22 @@ def _experts(limit: float, x: Array, ids: Array, shares: Array, weights: Weights
 
 
 def _experts_fwd(limit: float, *args: Any) -> tuple[Array, Any]:
-    # `perturbed` says whether a gradient is wanted: none is formed for what stays as it is.
+    # `perturbed` says whether a gradient is wanted; frozen weights get none.
     x, ids, shares, weights = jax.tree.map(lambda arg: arg.value, args)
     out, routes, hidden = _forward(x, ids, shares, weights, limit=limit, keep=True)
-    # None where it is False: residuals are arrays
+    # Residuals have to be arrays, so None stands for False.
     wanted = jax.tree.map(lambda arg: jnp.zeros(()) if arg.perturbed else None, args[3])
     return out, (x, ids, weights, wanted, routes, hidden)
 
 
 def _block_rows(pairs: int, num_experts: int) -> int:
-    """Choose R: half of the mean rows an expert, a power of two from 16 to 256 (measured)."""
+    """Return R: half of the mean rows per expert, as a power of two from 16 to 256 (measured)."""
     mean = max(pairs // num_experts, 1)
     return min(max(2 ** (mean.bit_length() - 2) if mean > 1 else 1, 16), 256)
 
 
 def _compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """On a CPU multiply in float32: narrow operands would be widened again in every block."""
+    """Return float32 on a CPU, which would widen narrower operands again in every block."""
     return jnp.dtype(jnp.float32) if chips.current().platform == "cpu" else dtype
 
 
@@ -129,7 +130,7 @@ def _dot(a: Array, b: Array, dims: tuple[int, int]) -> Array:
 
 
 def _inward(rows: Array, weight: Array | MXFP4) -> Array:
-    """Order `rows` as the decoded `weight` orders its last axis; on rows it is cheap."""
+    """Reorder `rows` like the last axis of the decoded `weight`; reordering rows is cheap."""
     return to_halves(rows) if isinstance(weight, MXFP4) else rows
 
 
@@ -141,7 +142,7 @@ def _outward(rows: Array, weight: Array | MXFP4) -> Array:
 def _take_expert(weights: Weights, e: Array, dtype: jnp.dtype) -> Expert:
     """Fetch expert `e`: matrices [2F, D] and [D, F] in `dtype`, biases in float32.
 
-    A packed matrix comes with its last axis in halves, even then odd (see `_inward`).
+    The last axis of a packed matrix comes in halves, even then odd elements (see `_inward`).
     """
 
     def take(weight: Array | MXFP4) -> Array:
@@ -158,7 +159,7 @@ def _take_expert(weights: Weights, e: Array, dtype: jnp.dtype) -> Expert:
 
 
 def _route(ids: Array, shares: Array, *, num_experts: int, block: int) -> Routes:
-    """Sort the pairs by expert; those of id E (masked or dropped) come last and belong to none."""
+    """Sort the pairs by expert; pairs of id E (masked or dropped) come last, with no expert."""
     pairs, active = ids.size, ids.shape[1]
     iota = jnp.arange(pairs, dtype=jnp.int32)
     sorted_ids, order = lax.sort((ids.reshape(-1), iota), num_keys=1, is_stable=True)
@@ -176,7 +177,7 @@ def _route(ids: Array, shares: Array, *, num_experts: int, block: int) -> Routes
 
 
 def _collect(sorted_rows: Array, slots: Array, scale: Array) -> Array:
-    """Sum over a of scale[:, a] * sorted_rows[slots[:, a]]; rows of scale 0 may hold anything."""
+    """Sum scale[:, a] * sorted_rows[slots[:, a]] over a; rows of scale 0 may hold anything."""
     total = jnp.zeros((slots.shape[0], sorted_rows.shape[1]), jnp.float32)
     for a in range(slots.shape[1]):
         weight = scale[:, a, None]
@@ -185,7 +186,7 @@ def _collect(sorted_rows: Array, slots: Array, scale: Array) -> Array:
 
 
 def _few(x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float) -> Array:
-    """Take the pairs one by one, as matrix-vector products that read the chosen experts only."""
+    """Take the pairs one by one, by matrix-vector products that read only the chosen experts."""
     num_experts, _, width = weights.gate_up_bias.shape
     active = ids.shape[1]
     adapters = low_rank.as_matrices(weights.adapters)
@@ -210,8 +211,9 @@ def _few(x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float)
 def _matvec(weight: Array | MXFP4, e: Array, vector: Array, routed: Array) -> Array:
     """Return expert `e`'s matrix times `vector` in float32; nothing is read unless `routed`.
 
-    A tile of rows at a time: a whole expert decoded, or copied, for one product costs ten times as
-    much on a CPU, in page faults. XLA for an accelerator fuses the whole: one tile.
+    On a CPU it takes a tile of rows at a time: to decode or copy a whole expert for one product
+    would cost ten times as much, because of page faults. On an accelerator XLA fuses the whole
+    product, so there is one tile.
     """
     columns = weight.shape[-1]
     flat = jax.tree.map(lambda w: w.reshape(w.shape[0], -1, *w.shape[weight.ndim - 1 :]), weight)
@@ -223,12 +225,12 @@ def _matvec(weight: Array | MXFP4, e: Array, vector: Array, routed: Array) -> Ar
             return part.astype(jnp.float32) @ vector
         even, odd = vector.reshape(columns // 32, 16, 2).transpose(2, 0, 1)
         terms = decode_nibbles(part.blocks & 15) * even + decode_nibbles(part.blocks >> 4) * odd
-        # sums of 16 as a product with ones: XLA:CPU does not vectorise the reduction
+        # A product with ones sums 16 terms, because XLA:CPU does not vectorise the reduction.
         sums = (terms.reshape(-1, 16) @ jnp.ones(16)).reshape(part.scales.shape)
         return jnp.sum(sums * decode_scales(part.scales), axis=-1)
 
     def step(i: Array, out: Array) -> Array:
-        at = jnp.minimum(i * tile, rows - tile)  # the last tile overlaps the one before
+        at = jnp.minimum(i * tile, rows - tile)  # the last tile may overlap the one before
 
         def cut(w: Array) -> Array:
             start = (e, at, *[0] * (w.ndim - 2))
@@ -243,7 +245,7 @@ def _matvec(weight: Array | MXFP4, e: Array, vector: Array, routed: Array) -> Ar
 def _forward(
     x: Array, ids: Array, shares: Array, weights: Weights, *, limit: float, keep: bool
 ) -> tuple[Array, Routes, Array | None]:
-    """Return the output, the routes, and if `keep` the sorted pairs' pre-activations [P+R, 2F]."""
+    """Return output and routes, and if `keep` the sorted pairs' pre-activations [P+R, 2F]."""
     num_experts, _, width = weights.gate_up_bias.shape
     block = _block_rows(ids.size, num_experts)
     dtype = _compute_dtype(x.dtype)
@@ -281,7 +283,7 @@ def _forward(
     y, *hidden = lax.fori_loop(0, routes.num_used, expert, init)
     routed = jnp.where(routes.slots < routes.bounds[-1], shares, 0)
     out = _collect(y, routes.slots, routed).astype(x.dtype)
-    # The name is for rematerialisation: a loop's results are kept only where they have one.
+    # The name is for rematerialisation, which keeps a loop's results only if they are named.
     return out, routes, checkpoint_name(hidden[0], "experts_hidden") if keep else None
 
 
@@ -298,7 +300,7 @@ def _experts_bwd(limit: float, saved: Any, d_out: Array) -> tuple[Array, None, A
         return clamped_swiglu(h[:, : double_width // 2], h[:, double_width // 2 :], limit=limit)
 
     def rows(at: Array, stop: Array, one: Expert) -> tuple[Array, Array, Expert]:
-        """Differentiate one block: of x, of the weights of the sum, and of the expert's four."""
+        """Return one block's gradients: of x, of the sum's weights, and of the expert's weights."""
         row = lax.dynamic_slice(routes.rows, (at,), (block,))
         inside = at + jnp.arange(block, dtype=jnp.int32) < stop
         share = jnp.where(inside, lax.dynamic_slice(routes.weights, (at,), (block,)), 0)[:, None]
@@ -328,13 +330,13 @@ def _experts_bwd(limit: float, saved: Any, d_out: Array) -> tuple[Array, None, A
 
 
 def _wanted(weights: Weights, wanted: Any) -> Expert:
-    """Return the weights whose gradient is wanted, None for the others and for packed ones."""
+    """Return the weights whose gradient is wanted; None for the others and for packed ones."""
     kept = _where_wanted(wanted, weights)
     return Expert(*(None if isinstance(w, MXFP4) else w for w in kept))
 
 
 def _where_wanted(like: Any, tree: Any) -> Any:
-    """Put None in a tree wherever there is None in another."""
+    """Return `tree` with None wherever `like` has None."""
     return jax.tree.map(
         lambda w, x: None if w is None else x, like, tree, is_leaf=lambda w: w is None
     )
@@ -346,7 +348,7 @@ def _backward_loops(
     """Run `rows` over every block, gather each expert's gradients, and undo the sorting."""
     block = routes.rows.shape[0] - routes.slots.size
     originals = like
-    # The gate and the up rows are one axis of 2F in the loops.
+    # The loops merge the gate and the up rows into one axis of 2F.
     like = like._replace(
         gate_up_weight=_merged(like.gate_up_weight),
         gate_up_bias=_merged(like.gate_up_bias),

@@ -1,4 +1,4 @@
-"""Fake quantisation: arrays that hold what MXFP4 would make of others, for training with it."""
+"""Fake quantisation: arrays rounded to the values of MXFP4, for quantisation-aware training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from gptoss_jax.types import MXFP4_BLOCK
 def quantise(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     """Return `decode(encode(x, "least_error"))` in the dtype of `x`, bit for bit, but faster.
 
-    No codes are made: values round where they are. Exact in float32 and bfloat16. What MXFP4 can
-    hold comes back as it is, so quantising again changes nothing. NaN stays NaN.
+    Values are rounded without forming codes. The result is exact in float32 and bfloat16. Values
+    that MXFP4 can hold do not change, so quantising again changes nothing. NaN stays NaN.
 
-    Raises ValueError on a last axis that is not a multiple of 32.
+    Raises:
+        ValueError: The last axis is not a multiple of 32.
     """
     if x.shape[-1] % MXFP4_BLOCK:
         raise ValueError(f"last axis of {x.shape} is not a multiple of {MXFP4_BLOCK}")
@@ -27,15 +28,15 @@ def quantise(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
 
 @jax.custom_vjp
 def straight_through(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-    """Return `quantise(x)`, whose gradient goes to `x` as if it were `x` (Bengio et al. 2013).
+    """Return `quantise(x)` with the gradient of the identity (Bengio et al. 2013).
 
-    Also where a value saturates: with scales of least error the largest of a block may be cut, from
-    below 8 units to 6. Estimators that learn a range stop the gradient of what is cut, since the
-    range gets one (PACT, LSQ). Here the range follows the block's largest value by itself: stopped,
-    the weight that matters most would stay where it is, and could neither come back into the range
-    nor grow until the scale follows it.
+    The gradient also passes where a value saturates: with "least_error" scales, the largest value
+    of a block may be cut from below 8 units to 6. Estimators that learn a range stop the gradient
+    of a cut value, because the range gets a gradient (PACT, LSQ). Here the range follows the
+    block's largest value by itself. Without a gradient, the weight that matters most would not
+    move: it could neither come back into the range nor grow until the scale follows it.
 
-    Source: arXiv:1308.3432, section 4. Forward alone keeps nothing for the backward pass.
+    Source: arXiv:1308.3432, section 4. The forward pass keeps nothing for the backward pass.
     """
     return quantise(x)
 

@@ -1,6 +1,7 @@
-"""Orders of packed weights that kernels read, each lossless and undone by `restore`.
+"""Layouts of packed weights for kernels; each is lossless, and `restore` undoes it.
 
-A weight [*lead, *rows, C] becomes `codes` and `scales`, arrays [*lead, matrix], N = prod(rows):
+A weight [*lead, *rows, C] becomes two arrays `codes` and `scales`. Each is [*lead, matrix] with a
+matrix as follows, where N = prod(rows):
 
 | layout | codes | scales |
 |---|---|---|
@@ -8,13 +9,14 @@ A weight [*lead, *rows, C] becomes `codes` and `scales`, arrays [*lead, matrix],
 | "columns" | uint8 [C'/2, N']: 32 rows are two blocks of C, low and high nibbles | [C''/32, N'] |
 | "int8" | int8 [C, N']: twice the value, and -128 for minus zero | [C''/32, N'] |
 | "fp4" | float4_e2m1fn [C, N'] | [C''/32, N'] |
-| "hopper" | what `hopper.pack` says | |
+| "hopper" | see `hopper.pack` | |
 
 "columns", "int8" and "fp4" are for TPUs, whose tiles have 32 rows of bytes and 128 columns. They
-are padded to such tiles, with zeros of scale 1, so that no compiler copies them: C' is a multiple
-of 64, C''/32 one of 32, and N' one of 128. Without the last, 128 experts would be an array's
-columns in memory by default, since that alone needs no padding, and every kernel's call would turn
-the whole stack over. It costs no memory: a matrix takes whole tiles in any case.
+are padded to whole tiles with zeros of scale 1, so that no compiler copies them: C' is a multiple
+of 64, C''/32 is a multiple of 32, and N' is a multiple of 128. If N' were not padded, XLA would by
+default store 128 experts as the columns of an array, since only that order needs no padding, and
+every call of a kernel would transpose the whole stack. The padding costs no memory: a matrix takes
+whole tiles in any case.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from gptoss_jax.types import MXFP4, MXFP4_BLOCK, Relaid
 
 LAYOUTS = ("planes", "columns", "int8", "fp4", "hopper")
 SCALE_ROWS, WIDTH = 32, 128  # a TPU's tile of bytes
-EXACT = (2, 252)  # scale bytes under which all 16 codes are normal, finite numbers in float32
+EXACT = (2, 252)  # range of scale bytes for which all codes are normal and finite in float32
 ONE = 127  # the scale byte of 2**0
 TWICE = (0, 1, 2, 3, 4, 6, 8, 12)  # magnitudes of e2m1, doubled
 MINUS_ZERO = -128  # in "int8"
@@ -45,10 +47,14 @@ E2M1 = jnp.float4_e2m1fn
 def relayout(packed: MXFP4, layout: str, *, row_axes: int = 1) -> Relaid:
     """Return `packed` in `layout`; the `row_axes` axes before the last one become the matrix's N.
 
-    A weight with two axes or more before its matrix is relaid slice by slice of the first, so that
-    a stack of layers needs no more temporary memory than a layer does. Numpy arrays give numpy
-    arrays. A block whose scale byte is not in `EXACT` is refused unless its 32 values are zeros:
-    UserError. The bytes of a traced array can't be looked at.
+    A weight with two or more axes before its matrix is relaid in slices of the first axis, so that
+    a stack of layers needs no more temporary memory than one layer does. Numpy arrays give numpy
+    arrays.
+
+    Raises:
+        UserError: A block has a scale byte outside `EXACT` and its 32 values are not all zeros. The
+            bytes of a traced array can't be checked.
+        ValueError: `layout` is not known, or `row_axes` doesn't fit the shape.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: use one of {', '.join(map(repr, LAYOUTS))}")
@@ -63,7 +69,7 @@ def relayout(packed: MXFP4, layout: str, *, row_axes: int = 1) -> Relaid:
 
 
 def restore(relaid: Relaid) -> MXFP4:
-    """Return the weight in the order of the checkpoint, as it was before `relayout`."""
+    """Return the weight in the checkpoint's layout, as it was before `relayout`."""
     columns, layout = relaid.columns, relaid.layout
     width = int(np.prod(relaid.rows))
 
@@ -84,7 +90,7 @@ def restore(relaid: Relaid) -> MXFP4:
 
 
 def decode(relaid: Relaid, dtype: jnp.dtype) -> Float[Array, "*lead *rows C"]:
-    """Return the array that `relaid` stands for, as `ops.mxfp4.decode` would."""
+    """Return the decoded array, as `ops.mxfp4.decode` does."""
     codes, scales, columns = jnp.asarray(relaid.codes), jnp.asarray(relaid.scales), relaid.columns
     if relaid.layout == "hopper":
         from gptoss_jax.ops.mxfp4 import hopper
@@ -126,7 +132,7 @@ def _columns(blocks: Array, scales: Array) -> tuple[Array, Array]:
 def _int8(blocks: Array, scales: Array) -> tuple[Array, Array]:
     code = _unpack_rows_last(blocks).astype(jnp.int8)
     m = code & 7
-    # 0 to 3 as they are, then (2 or 3) << 1 and (2 or 3) << 2; a table of 16 is slow on a TPU.
+    # 0 to 3 stay; above them (2 or 3) << 1 and (2 or 3) << 2. A table of 16 is slow on a TPU.
     twice = jnp.where(m < 4, m, (2 + (m & 1)) << jnp.maximum((m >> 1) - 1, 0))
     signed = jnp.where(code > 8, -twice, twice)
     return jnp.where(code == 8, jnp.int8(MINUS_ZERO), signed), _scale_rows(scales)
@@ -139,7 +145,7 @@ def _fp4(blocks: Array, scales: Array) -> tuple[Array, Array]:
 
 
 def _rows_last(blocks: UInt8[Array, "*n N B 16"]) -> UInt8[Array, "*n B 16 W"]:
-    """Turn the bytes first: a TPU that interleaves nibbles along its lanes runs out of memory."""
+    """Move rows last before unpacking: a TPU can't interleave nibbles along lanes in its memory."""
     return _pad(jnp.moveaxis(blocks, -3, -1), WIDTH, 0)
 
 
@@ -168,7 +174,7 @@ def _pad(x: Array, multiple: int, value: int) -> Array:
 
 
 def _nibbles(codes: Array, layout: str, width: int, columns: int) -> UInt8[Array, "*lead N C"]:
-    """Return the codes of e2m1 in the order of the array."""
+    """Return the e2m1 codes in the array's own order."""
     if layout == "planes":
         return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
     codes = codes[..., :width].swapaxes(-1, -2)
@@ -176,7 +182,7 @@ def _nibbles(codes: Array, layout: str, width: int, columns: int) -> UInt8[Array
         bytes_ = codes.reshape(*codes.shape[:-1], -1, 1, MXFP4_BLOCK)
         pairs = jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=-2)
         return pairs.reshape(*codes.shape[:-1], -1)[..., :columns]
-    if layout == "fp4":  # not by its bits: XLA:CPU of jax 0.12 fails to turn them into integers
+    if layout == "fp4":  # not from its bits: XLA:CPU of jax 0.12 can't convert them to integers
         values = codes.astype(jnp.float32)
         twice, negative = jnp.abs(2 * values).astype(jnp.int32), jnp.signbit(values)
     else:
@@ -193,7 +199,7 @@ def _scales(scales: Array, layout: str, width: int, columns: int) -> UInt8[Array
 
 
 def _by_slice(function: Callable[..., Any], *arrays: Any, lead: int) -> Any:
-    """Apply a function of matrices to arrays with `lead` axes before them, the first in turn."""
+    """Apply a function of matrices to arrays with `lead` leading axes, slice by slice."""
     if isinstance(arrays[0], np.ndarray) and lead:
         run = jax.jit(function)
         outs: list[np.ndarray] = []
@@ -214,12 +220,12 @@ def _by_slice(function: Callable[..., Any], *arrays: Any, lead: int) -> Any:
 def _refuse_inexact(packed: MXFP4) -> None:
     if isinstance(packed.scales, Tracer) or not packed.scales.size:
         return
-    with jax.ensure_compile_time_eval():  # these bytes are known, if a trace is under way or not
+    with jax.ensure_compile_time_eval():  # the bytes are concrete, even during a trace
         scales = packed.scales
         outside = (scales < EXACT[0]) | (scales > EXACT[1])
         if not bool(outside.any()):
             return
-        # Whatever its scale, a block of zeros is zeros; -0 is code 8.
+        # A block of zeros decodes to zeros under any scale but 255; code 8 is -0.
         outside &= ((packed.blocks & 0x77) != 0).any(axis=-1) | (scales == 255)
         if not bool(outside.any()):
             return

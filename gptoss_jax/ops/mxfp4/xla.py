@@ -1,4 +1,4 @@
-"""MXFP4 by arithmetic on bits, which vectorises where a table of 16 does not, and the encoder."""
+"""MXFP4 encoder, and a decoder by arithmetic on bits, which vectorises better than a table."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK
 
 HALF = 0x3F000000  # the bits of 0.5 in float32
-SLICE_VALUES = 1 << 24  # of a host array, encoded at a time
-TOP = 252  # the largest scale byte that is chosen
-GAIN_ONE = 1 << 22  # what 1 is as an integer, where errors are compared: 32 times 4 of it fit
+SLICE_VALUES = 1 << 24  # values of a host array that are encoded at a time
+TOP = 252  # the largest scale byte that the encoder chooses
+GAIN_ONE = 1 << 22  # fixed-point 1 for comparing errors: a block's sum, at most 32 * 4, fits int32
 
 
 def decode_nibbles(nibbles: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     """Return the e2m1 values of codes 0 to 15, in float32.
 
-    The three low bits in place of an exponent's last two and a mantissa's first give the value
-    but for codes 0 and 1: there e2m1 is subnormal, and a float32 subnormal would be flushed.
+    The three low bits become the last two bits of the exponent and the first bit of the mantissa.
+    Codes 0 and 1 are an exception: they are subnormal in e2m1, and XLA would flush a float32
+    subnormal to zero.
     """
     code = nibbles.astype(jnp.uint32)
     magnitude = code & 7
@@ -33,12 +34,12 @@ def decode_nibbles(nibbles: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 def decode_scales(scales: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
-    """Return 2**(scale - 127) in float32 from its bits; 0 gives zero and 255 infinity."""
+    """Return 2**(scale - 127) in float32, built from its bits; 0 gives zero and 255 infinity."""
     return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def decode(packed: MXFP4, dtype: jnp.dtype) -> Float[Array, "... C"]:
-    """Decode in the order of the array."""
+    """Decode to the array's own order."""
     blocks, scales = jnp.asarray(packed.blocks), jnp.asarray(packed.scales)
     nibbles = jnp.stack([blocks & 15, blocks >> 4], axis=-1)
     values = decode_nibbles(nibbles) * decode_scales(scales)[..., None, None]
@@ -46,7 +47,7 @@ def decode(packed: MXFP4, dtype: jnp.dtype) -> Float[Array, "... C"]:
 
 
 def decode_halves(packed: MXFP4, dtype: jnp.dtype) -> Float[Array, "... C"]:
-    """Decode with the even elements first, then the odd ones: ten times as fast on a CPU."""
+    """Decode the last axis with even elements first, then odd ones: ten times as fast on a CPU."""
     scale = decode_scales(packed.scales)[..., None]
 
     def half(nibbles: Array) -> Array:
@@ -67,7 +68,7 @@ def from_halves(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
 
 
 def encode(x: Float[Array, "... C"] | np.ndarray, *, search: bool) -> MXFP4:
-    """Encode on the device; a numpy array slice by slice, into numpy arrays."""
+    """Encode on the device; encode a numpy array slice by slice, into numpy arrays."""
     if not isinstance(x, np.ndarray):
         return _encode_blocks(x.reshape(*x.shape[:-1], -1, MXFP4_BLOCK), search=search)
     flat = x.reshape(-1, MXFP4_BLOCK)
@@ -92,11 +93,12 @@ def _encode_blocks(x: Float[Array, "... 32"], *, search: bool) -> MXFP4:
 
 
 def in_units(x: Float[Array, "... 32"]) -> tuple[Float[Array, "... 32"], Int[Array, "..."]]:
-    """Return blocks in units of their OCP scale, below 8 in size, and these scales' bytes.
+    """Return blocks in units of their OCP scale, and the scales' bytes; units are below 8 in size.
 
-    Byte 1 at least: a block of the smallest normal numbers then keeps its values, which byte 0,
-    itself a subnormal, would not; and zeros decode to zeros under any byte. `TOP` at most: above it
-    8 units would overflow float32. In the units nothing does.
+    Scale bytes are at least 1, so that a block of the smallest normal numbers keeps its values:
+    byte 0 is a subnormal scale and would lose them. Zeros decode to zeros under any byte. Scale
+    bytes are at most `TOP`: above it 8 units would overflow float32. The values in units never
+    overflow.
     """
     x = x.astype(jnp.float32)
     amax = jnp.max(jnp.abs(x), axis=-1)
@@ -112,23 +114,25 @@ def nearest(
 
     The values are in the same units.
 
-    Only one whose largest value is above 6 units can gain by that: up to 6 units twice the scale
-    has no value that the scale lacks. Half the scale would cut the largest value by a quarter or
-    more, and loses (in none of 1.6 million random blocks of four distributions did it gain).
+    Only a block whose largest value is above 6 units can gain from a doubled scale: up to 6 units,
+    the doubled scale has no value that the scale lacks. Half the scale would cut the largest value
+    by a quarter or more, and is worse (of 1.6 million random blocks of four distributions, none
+    gained).
 
-    The two errors are compared by their difference: a product with a power of two for each element,
-    added up as integers, so that every compiler, backend and order of summation chooses alike, and
-    a model is exported with the very weights that it was trained with. Equal ones keep the scale.
+    The two errors are compared by their difference. Each element's difference is multiplied by a
+    power of two and rounded, and the sum is over integers. So every compiler, backend and order of
+    summation makes the same choice, and a model is exported with exactly the weights that it was
+    trained with. Equal errors keep the scale.
     """
     single, double = _to_nearest(unit), 2 * _to_nearest(unit / 2)
-    gain = (single - double) * (single + double - 2 * unit)  # of the squared error; at most 4
+    gain = (single - double) * (single + double - 2 * unit)  # in squared error; at most 4
     gain = jnp.sum(jnp.round(gain * GAIN_ONE).astype(jnp.int32), axis=-1)
     is_double = (gain > 0) & (base < TOP)
     return jnp.where(is_double[..., None], double, single), is_double
 
 
 def _to_nearest(unit: Array) -> Array:
-    """Return the nearest e2m1 values, ties to the even code, saturating at 6; -0 stays."""
+    """Return the nearest e2m1 values, ties to the even code, saturating at 6; -0 stays -0."""
     size = jnp.abs(unit)
     step = jnp.where(size < 2, 0.5, jnp.where(size < 4, 1.0, 2.0))
     # An even code is an even multiple of its step.
@@ -136,7 +140,7 @@ def _to_nearest(unit: Array) -> Array:
 
 
 def _rescale(x: Array, scale: Array) -> Array:
-    """Return x * 2**(127 - scale) by two factors: one alone may be subnormal and be flushed."""
+    """Return x * 2**(127 - scale) by two factors: a single one may be subnormal, and flushed."""
     first = (127 - scale) // 2
     second = 127 - scale - first
     for part in (first, second):

@@ -1,1 +1,1 @@
-"""Several processes as one run: what they agree on (`processes`), how they find each other."""
+"""Several processes as one run: how they work together (`processes`) and start (`launchers`)."""

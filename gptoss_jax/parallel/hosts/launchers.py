@@ -1,4 +1,4 @@
-"""What starts a run's processes: Cloud TPU, Slurm, Kubernetes, Open MPI, or a person with flags."""
+"""Find what launched a run's processes: Cloud TPU, Slurm, Kubernetes, Open MPI, or flags."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 
 
 def find(config: DistributedConfig, environ: Mapping[str, str]) -> str | None:
-    """Name what started this process as one of several, "flags" too; None if nothing did.
+    """Return the launcher that started this process as one of several, or "flags".
+
+    None means that the process runs alone.
 
     Raises:
-        UserError: flags that are incomplete or make no sense, or as `detect`.
+        UserError: The flags are incomplete or invalid, or as `detect` raises.
     """
     given = {f: getattr(config, f) for f in ("coordinator", "num_processes", "process_id")}
     missing = [f"--distributed.{f.replace('_', '-')}" for f, v in given.items() if v is None]
@@ -34,22 +36,22 @@ def find(config: DistributedConfig, environ: Mapping[str, str]) -> str | None:
     number, i = given["num_processes"], given["process_id"]
     if not 0 <= i < number:
         raise UserError(
-            f"--distributed.process-id is {i}: of {number} processes it is one of 0 to {number - 1}"
+            f"--distributed.process-id is {i}: for {number} processes give one of 0 to {number - 1}"
         )
     host, _, port = given["coordinator"].rpartition(":")
     if not (host and port.isdigit() and 0 < int(port) < 65_536):
-        raise UserError(f"--distributed.coordinator {given['coordinator']}: it is HOST:PORT")
+        raise UserError(f"--distributed.coordinator {given['coordinator']}: give it as HOST:PORT")
     return "flags"
 
 
 def detect(environ: Mapping[str, str]) -> str | None:
-    """Name what started this process as one of several; None if nothing did.
+    """Return the launcher that started this process as one of several; None if it runs alone.
 
-    It goes by variables, so that a process alone never waits; only where there are TPU chips it
-    asks the machine's metadata server, for 2 seconds at most.
+    It reads environment variables, so that a process alone never waits. Only on a machine with TPU
+    chips it asks the metadata server, for at most 2 seconds.
 
     Raises:
-        UserError: JAX can't join the processes without a package that is not there.
+        UserError: JAX needs a package to join the processes, and it is not installed.
     """
     if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environ and not _has("mpi4py"):
@@ -59,8 +61,8 @@ def detect(environ: Mapping[str, str]) -> str | None:
                 "$OMPI_COMM_WORLD_SIZE --distributed.process-id $OMPI_COMM_WORLD_RANK"
             )
         return "Open MPI"
-    # Both: an interactive shell, and a batch script before `srun`, have the job's number of tasks
-    # in their environment, and are one task.
+    # A number of tasks is not enough: an interactive shell, or a batch script before `srun`, has
+    # the job's number of tasks in its environment, but is a single task.
     step = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if step > 1 and "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
         return "Slurm"
@@ -87,7 +89,7 @@ def _has(module: str) -> bool:
 
 
 def _tpu_processes(environ: Mapping[str, str]) -> int | None:
-    """Return how many hosts the TPU of this machine has; None if it has no TPU that is used."""
+    """Return the number of hosts of this machine's TPU; None if it uses no TPU."""
     platforms = environ.get("JAX_PLATFORMS")
     if (platforms and "tpu" not in platforms) or not _has("libtpu"):
         return None
@@ -95,7 +97,7 @@ def _tpu_processes(environ: Mapping[str, str]) -> int | None:
     named = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     if named is not None:  # Google Kubernetes Engine
         return slices * len(named.split(","))
-    if "TPU_SKIP_MDS_QUERY" in environ:  # JAX sets it where there are no chips
+    if "TPU_SKIP_MDS_QUERY" in environ:  # JAX sets it if there are no chips
         return None
     try:
         hosts, about = (_metadata(key) for key in ("worker-network-endpoints", "tpu-env"))
@@ -112,11 +114,12 @@ def _metadata(key: str) -> str:
 
 
 def options(kind: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return what `jax.distributed.initialize` has to be told beside what it finds by itself."""
+    """Return the arguments of `jax.distributed.initialize` that it does not find by itself."""
     if kind == "Open MPI" and "OMPI_MCA_orte_hnp_uri" not in environ:
         return {"cluster_detection_method": "mpi4py"}
-    # By itself JAX gives each task of Slurm the one GPU of its number. A task a node has them all,
-    # and a task to which Slurm shows one GPU finds it as number 0.
+    # By default JAX gives each Slurm task only the GPU with the task's number. That is wrong for
+    # one task per node, which has all GPUs, and for a task to which Slurm shows one GPU, which is
+    # number 0.
     nodes = _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     whole = nodes == _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if kind == "Slurm" and (whole or environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()):

@@ -1,18 +1,21 @@
-"""Several processes as one run: how they find each other, agree, stop, and end together.
+"""Several processes as one run: they find each other, agree, stop and end together.
 
-It is `jax.distributed`. What is added: whether it is wanted at all, so that a process alone never
-waits for others; one line for what goes wrong; and that where one process ends with an error, or is
-killed, the others end too. They watch JAX's key-value store for that, and JAX's own heartbeats find
-what died without a word. All of it is for one thread of each process, in the same order on all.
+This module uses `jax.distributed` and adds:
+- It decides whether there are several processes at all, so that a process alone never waits.
+- An error is reported in one line.
+- If one process ends with an error or is killed, the others end too. They watch JAX's key-value
+  store for errors, and JAX's heartbeats find processes that died silently.
 
-Three things here are not public, and jax 0.10 to 0.12 have nothing public in their place:
-- The client of the key-value store, from `jax._src`. `multihost_utils` passes arrays by programs on
-  the devices: it can't be asked from a second thread, nor before there are devices, and waits for a
-  process that has failed.
-- The handler of SIGABRT, by ctypes. JAX calls `abort` where a process has lost another, in a thread
-  of its own; a handler in Python runs in the main thread alone, which waits for the others.
-- pickle, between the processes of one run alone: what is passed are exceptions, which callers catch
-  by their type, paths, records and arrays.
+Call these functions from one thread of each process, in the same order on all processes.
+
+Three methods here are unusual, because jax 0.10 to 0.12 have no public way:
+- The client of the key-value store comes from `jax._src`. `multihost_utils` passes arrays by
+  programs on the devices: it can't be used from a second thread or before there are devices, and it
+  waits for a process that has failed.
+- The handler of SIGABRT is set by ctypes. If a process has lost another, JAX calls `abort` in a
+  thread of its own. A Python handler would run only in the main thread, which waits for the others.
+- pickle is used only between the processes of one run. It passes exceptions, which callers catch by
+  their type, and paths, records and arrays.
 """
 
 from __future__ import annotations
@@ -40,11 +43,11 @@ from gptoss_jax.parallel.hosts import launchers
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead
-_DAY_MS = 24 * 3600 * 1000  # JAX ends the process long before, where another is gone
+HEARTBEAT_SECONDS = 30  # JAX considers a process dead after this time without a heartbeat
+_DAY_MS = 24 * 3600 * 1000  # a timeout: JAX ends the process long before if another is gone
 _GO_ON = "the same command goes on from the newest checkpoint"
-_ENDED = "gptoss_jax/ended"  # key of what the first process to fail said
-# What collectives and JAX's services say when a process at the other end is gone.
+_ENDED = "gptoss_jax/ended"  # key of the message from the first process that failed
+# Error messages of collectives and of JAX's services when another process is gone.
 _LOST = re.compile(
     r"Gloo .* failed|Connection (closed|reset)|Socket closed|NCCL|coordination service"
 )
@@ -63,9 +66,9 @@ class _End(NamedTuple):
 
 
 _job: _Job | None = None  # None: this process is alone
-_calls = 0  # of what all processes call in the same order
-_ending = threading.Lock()  # who has it says why this process ends
-_last: tuple[str | None, int] = (None, 1)  # what that is, and the exit code
+_calls = 0  # number of calls that all processes make in the same order
+_ending = threading.Lock()  # its holder reports why this process ends
+_last: tuple[str | None, int] = (None, 1)  # the reported message, and the exit code
 
 
 def index() -> int:
@@ -74,12 +77,12 @@ def index() -> int:
 
 
 def count() -> int:
-    """Return how many processes the run has."""
+    """Return the number of processes of the run."""
     return _job.processes if _job else 1
 
 
 def is_first() -> bool:
-    """Say whether this is the process that logs, prints and writes."""
+    """Return whether this is the process that logs, prints and writes."""
     return index() == 0
 
 
@@ -88,13 +91,14 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def start(config: DistributedConfig) -> Iterator[None]:
-    """Join the processes of this run, if it has several, before JAX looks for devices.
+    """Join the processes of this run, if it has several. Call it before JAX looks for devices.
 
-    An exception that leaves the `with` on one of them ends all of them within seconds, with one
-    line that says which process it was; a process that dies without a word within a minute.
+    If an exception leaves the `with` block on one process, all processes end within seconds, with
+    one line that names the process. If a process dies silently, the others end within a minute.
 
     Raises:
-        UserError: not all of the three flags, or the others were not found in `wait_seconds`.
+        UserError: Some but not all of the three flags are given, or the other processes were not
+            found in `wait_seconds`.
     """
     global _job
     kind = launchers.find(config, os.environ)
@@ -121,14 +125,14 @@ def start(config: DistributedConfig) -> Iterator[None]:
 
 
 def _initialize(config: DistributedConfig, kind: str) -> None:
-    """Connect, or end: where JAX gives up it aborts the process, so this gives up before it."""
+    """Connect, or end the process: JAX aborts it on a timeout, so this gives up earlier."""
     options = launchers.options(kind, os.environ)
     if kind == "flags":
         options = {
             "coordinator_address": config.coordinator,
             "num_processes": config.num_processes,
             "process_id": config.process_id,
-            "cluster_detection_method": "deactivate",  # else it looks for `local_device_ids`
+            "cluster_detection_method": "deactivate",  # or JAX would look for `local_device_ids`
         }
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -143,16 +147,16 @@ def _initialize(config: DistributedConfig, kind: str) -> None:
             shutdown_timeout_seconds=600,  # the first process writes its report meanwhile
         )
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the processes of this run can't be joined ({kind}): {said}") from None
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the processes of this run can't be joined ({kind}): {message}") from None
     finally:
         timer.cancel()
 
 
 def unwinding(_kind: Any, error: BaseException | None, _trace: Any) -> None:
-    """Fail in 20 seconds, whatever is still being closed: for an `ExitStack`'s `push`.
+    """Fail after 20 seconds, even if something is still being closed: for an `ExitStack`'s `push`.
 
-    Where an error ends one of several processes, what it closes may wait for the others.
+    If an error ends one of several processes, closing its resources may wait for the others.
     """
     if _job and error is not None:
         timer = threading.Timer(20, _fail, args=(_job, error))
@@ -162,7 +166,7 @@ def unwinding(_kind: Any, error: BaseException | None, _trace: Any) -> None:
 
 def _give_up(config: DistributedConfig) -> None:
     where, number = config.coordinator or "the coordinator", config.num_processes
-    text = f"not all {number or ''} processes came in {config.wait_seconds} s".replace("  ", " ")
+    text = f"not all {number or ''} processes joined in {config.wait_seconds} s".replace("  ", " ")
     if config.coordinator and config.process_id:
         host, _, port = config.coordinator.rpartition(":")
         try:
@@ -192,7 +196,7 @@ def _watch(job: _Job, over: threading.Event) -> None:
         silent = 0
         if ended and ended.process != job.process and not over.is_set():
             if not _ending.acquire(blocking=False):
-                return  # the main thread has found it too
+                return  # the main thread already reports an error
             _follow(job, ended)
 
 
@@ -206,23 +210,23 @@ def _read_end(job: _Job) -> _End | None:
 
 
 def _follow(job: _Job, ended: _End) -> NoReturn:
-    """End because another process did; the first one repeats what it said."""
+    """End because another process did; the first process repeats its message."""
     text = f"process {ended.process}: {ended.text}" if job.process == 0 else None
     _leave(job, text, ended.code)
 
 
 def _fail(job: _Job, error: BaseException) -> None:
-    """Tell the others that this process fails, and end it; not for an exit without an error."""
+    """Tell the others that this process failed, and end it; do nothing on an exit without error."""
     global _last
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return
     if not _ending.acquire(blocking=False):
-        time.sleep(60)  # the watcher is at it
+        time.sleep(60)  # the watcher already ends this process
     code, text = _describe(job, error)
-    said = isinstance(error, SystemExit)  # by whoever raised it
-    _last = (None if said else f"{_me(job.process)}{text}", code)
+    reported = isinstance(error, SystemExit)  # whoever raised it has printed the message
+    _last = (None if reported else f"{_me(job.process)}{text}", code)
     if job.process:
-        time.sleep(1)  # what all of them find, the first one says
+        time.sleep(1)  # so that the first process reports an error that all have
     try:
         job.client.key_value_set_bytes(_ENDED, pickle.dumps((job.process, code, text)))
     except Exception:
@@ -236,7 +240,7 @@ def _fail(job: _Job, error: BaseException) -> None:
 
 
 def _describe(job: _Job, error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the line for an exception."""
+    """Return the exit code and a one-line message for an exception."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -244,10 +248,10 @@ def _describe(job: _Job, error: BaseException) -> tuple[int, str]:
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
         return code, f"ended with exit code {code}"
-    said = (str(error).strip().splitlines() or [""])[0][:200]
+    message = (str(error).strip().splitlines() or [""])[0][:200]
     if _is_lost(error):
-        return 1, f"another of the {job.processes} processes is gone ({said}); {_GO_ON}"
-    return 1, f"{type(error).__name__}: {said}"
+        return 1, f"another of the {job.processes} processes is gone ({message}); {_GO_ON}"
+    return 1, f"{type(error).__name__}: {message}"
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -255,7 +259,7 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def _leave(job: _Job, text: str | None, code: int) -> NoReturn:
-    """Wait until all that live know, and end; the first process last, for it serves them."""
+    """Wait until all live processes know, and end; the first process ends last, as the server."""
     with contextlib.suppress(Exception):
         job.client.wait_at_barrier("gptoss_jax/leave", 10_000)
     if job.process == 0:
@@ -264,7 +268,7 @@ def _leave(job: _Job, text: str | None, code: int) -> NoReturn:
 
 
 def _exit(text: str | None, code: int) -> NoReturn:
-    """End at once: Python's own end would wait for processes that are gone."""
+    """End immediately: Python's normal exit would wait for processes that are gone."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     if text is not None:
@@ -275,7 +279,7 @@ def _exit(text: str | None, code: int) -> NoReturn:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-    """Say in a line what JAX's report is about: it aborts a process that has lost another."""
+    """Explain JAX's report in one line: JAX aborts a process that has lost another."""
     if not _ending.acquire(blocking=False):
         _exit(*_last)
     text = "JAX could not join the processes of this run"
@@ -294,7 +298,7 @@ def _handle_abort() -> None:
 def from_first(do: Callable[[], T]) -> T:
     """Return on every process what `do()` returns on the first, or raise what it raises there.
 
-    For what is read from a disk and decided by: no two processes see another state of it.
+    Use it for decisions that depend on a disk, so that all processes see the same state of it.
     """
     if _job is None:
         return do()
@@ -310,9 +314,9 @@ def from_first(do: Callable[[], T]) -> T:
 
 
 def together(do: Callable[[], T]) -> T:
-    """Call `do()` on every process, and return what it returns; all wait for all.
+    """Call `do()` on every process, and return its own result on each; all wait for all.
 
-    Where it raises on some, all raise what the one of the lowest number does.
+    If `do()` raises on some processes, all raise the exception of the lowest-numbered one.
     """
     if _job is None:
         return do()
@@ -331,9 +335,9 @@ def together(do: Callable[[], T]) -> T:
 
 
 def same(values: Mapping[str, Any], what: str) -> None:
-    """Refuse `values` that are not those of the first process. Raises UserError on all.
+    """Raise UserError on all processes if `values` differ from those of the first process.
 
-    `what` is what they belong to, such as "the config".
+    `what` names the values in the error, such as "the config".
     """
     if _job is None:
         return
@@ -361,7 +365,7 @@ def _tried(do: Callable[[], Any]) -> tuple[bool, Any]:
 def _packed(ok: bool, value: Any) -> bytes:
     try:
         packed = pickle.dumps((ok, value))
-        pickle.loads(packed)  # some exceptions can be written, and not read
+        pickle.loads(packed)  # some exceptions can be pickled, but not unpickled
         return packed
     except Exception:
         if ok:
@@ -376,10 +380,10 @@ def _next_key() -> str:
 
 
 def stop_now(iteration: int) -> bool:
-    """Say whether all processes stop after this iteration, since one of them was sent SIGTERM.
+    """Return whether all processes stop after this iteration, because one of them got SIGTERM.
 
-    For a run of several processes, once an iteration on each: it looks at a number, and waits for
-    the others only once, when the signal came, until all know at which iteration to stop. JAX takes
-    SIGTERM itself for this, from the beginning on.
+    In a run of several processes, call it once per iteration on each. Normally it only reads a
+    number. After the signal it waits once, until all processes know at which iteration to stop. For
+    this, JAX itself handles SIGTERM from the start.
     """
     return multihost_utils.reached_preemption_sync_point(iteration)
