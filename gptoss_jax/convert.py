@@ -12,6 +12,7 @@ programs read which layout. If a config file built the model of the run (`make_m
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from gptoss_jax.weights.names import Form
 
 
-def main(argv: list[str]) -> None:
-    """Run the command."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command's arguments."""
     parser = Parser(command_name("convert"), description="Convert a checkpoint to another layout.")
     parser.add_argument("source", metavar="SRC", help="checkpoint folder of any layout, or workdir")
     parser.add_argument("destination", metavar="DST", help="new folder")
@@ -53,7 +54,12 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="write weights even if they keep less than 0.9 of their update",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    args = parse(argv)
     # Imported late: JAX takes a second, and --help need not wait for it.
     from gptoss_jax.config import command_line
     from gptoss_jax.loading.convert import convert

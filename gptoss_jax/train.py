@@ -156,13 +156,11 @@ def run(
             on_mesh = dataclasses.replace(config, model=model.config)
             params = start_adapters.put(on_mesh, params, given_adapters[1], make_model=make_model)
         state = setup.first_state(config, model, optimizer, params, factors=factors)
-        # Place the state as restored arrays are placed, so that a new and a resumed run compile the
-        # same program.
+        # Place it as restored arrays are, so that new and resumed runs compile the same program.
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
         if base is not None:
             frozen = patterns.frozen_paths(factors)
-            # The user's own model may have parameters that --init lacks. Checkpoints hold them, so
-            # they are no part of the base.
+            # Checkpoints hold what a user's own model has and --init lacks: it is not in the base.
             frozen = [path for path in frozen if not from_init or path in from_init]
             base = frozen_base.measure(
                 base, state.params, frozen_paths=frozen, expert_padding=padding

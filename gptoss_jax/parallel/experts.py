@@ -69,11 +69,10 @@ def experts(
 ) -> Float[Array, "B T D"]:
     """Return `ops.moe.experts` of global arrays that are sharded over the current mesh.
 
-    `weights` are the four weights of that op, in any form that it takes, and may include its
-    `adapters`. They are sharded as their rows in the table of parameters say. A stack of layers has
-    the axis of layers in front, not split. `Relaid` weights can only be split by expert. `row_axes`
-    are the mesh axes of B and T, by default `ROWS` and "context"; along the other axes rows are the
-    same on all devices.
+    `weights` are the four weights of that op, in any of its forms, and may include its `adapters`.
+    They are sharded as the table of parameters says. A stack has the axis of layers in front, not
+    split. `Relaid` weights can only be split by expert. `row_axes` are the mesh axes of B and T, by
+    default `ROWS` and "context"; along the other axes rows are the same on all devices.
 
     `exchange` says how rows reach their experts:
     - "all_gather" brings all rows of the axis to each of its shards, and sums their results in

@@ -52,8 +52,8 @@ def relayout(packed: MXFP4, layout: str, *, row_axes: int = 1) -> Relaid:
     arrays.
 
     Raises:
-        UserError: A block has a scale byte outside `EXACT` and its 32 values are not all zeros. The
-            bytes of a traced array can't be checked.
+        UserError: A block has a scale byte outside `EXACT`, and the byte is 255 or a value of the
+            block is not 0. The bytes of a traced array can't be checked.
         ValueError: `layout` is not known, or `row_axes` doesn't fit the shape.
     """
     if layout not in LAYOUTS:
