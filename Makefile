@@ -7,8 +7,9 @@ DEMO := runs/demo
 AOT := .venv-aot
 AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3) python3.12)
 
-# Each process takes a run of neighbours, so that a file's fixtures are made once.
-TESTS := -m pytest -n 2 --dist worksteal
+# Each process takes neighbours, so that the fixtures of a file are made once. The slowest tests are
+# listed at the end.
+TESTS := -m pytest -n 2 --dist worksteal --durations 30 --durations-min 5
 
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
