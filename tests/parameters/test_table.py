@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from gptoss_jax.config import LoRAConfig, ModelConfig
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
+from gptoss_jax.model.initial import init_params
 from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.weights.names import tensors
@@ -107,3 +109,17 @@ def test_a_model_has_what_its_rows_say(fields: dict):
     wanted = adapters.shapes(config)
     assert set(lora) == {f"{path}/{part}" for path in wanted for part in "ab"}
     assert all(lora[f"{path}/a"].shape == shapes.a for path, shapes in wanted.items())
+
+
+def test_random_parameters_begin_as_their_rows_say():
+    """Norms at one and biases at zero, so that a new layer changes little; the rest is drawn."""
+    config = dataclasses.replace(MODEL, qk_norm=True, init_std=0.5)
+    params = flatten(init_params(Transformer(config), seed=3))
+    for path, leaf in params.items():
+        name, leaf = path.split("/")[-1], np.asarray(leaf, np.float32)
+        if "norm" in path:
+            np.testing.assert_array_equal(leaf, 1, err_msg=path)
+        elif name.endswith("bias"):
+            np.testing.assert_array_equal(leaf, 0, err_msg=path)
+        elif name != "sinks":
+            assert 0.3 < leaf.std() < 0.7 and abs(leaf.mean()) < 0.2, path

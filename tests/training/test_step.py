@@ -25,17 +25,20 @@ CONFIG = OptimizerConfig(learning_rate=0.02, warmup_steps=3)
 
 
 @cache
-def make(*, accumulate=1, dtype="float32", z_loss=0.0, on_nan="stop"):
+def make(*, accumulate=1, dtype="float32", z_loss=0.0, on_nan="stop", ema=0.0):
     """Return (model, optimizer, step); the same one for the same arguments, compiled once."""
     model, optimizer = Toy(dtype), make_optimizer(CONFIG, 10)
     objective = partial(loss_fn, z_loss=z_loss)
-    step = make_train_step(model, optimizer, objective, accumulate=accumulate, on_nan=on_nan)
+    step = make_train_step(
+        model, optimizer, objective, accumulate=accumulate, on_nan=on_nan, ema=ema
+    )
     return model, optimizer, step
 
 
 def run(steps=2, **options):
     model, optimizer, step = make(**options)
-    state = init_state(model, optimizer, None, seed=4)
+    average = options.get("ema", 0) > 0
+    state = init_state(model, optimizer, None, seed=4, average=average)
     seen = []
     for i in range(steps):
         state, metrics = step(state, toy_batch(4, 9, seed=i))
@@ -53,6 +56,16 @@ def test_accumulation_is_one_big_batch():
         np.testing.assert_allclose(a.router.z_loss, b.router.z_loss, rtol=1e-5)
         np.testing.assert_allclose(a.router.load, b.router.load, rtol=1e-5)
         assert a.tokens == b.tokens
+
+
+def test_the_average_follows_the_parameters_of_each_step():
+    """Steps count from 0: decays 1/10, 2/11, 3/12 after the first three steps."""
+    start = init_state(Toy(), make_optimizer(CONFIG, 10), None, seed=4).params
+    params = [run(steps, ema=0.9)[0].params for steps in (1, 2, 3)]
+    want = jax.device_get(start)
+    for decay, after in zip((1 / 10, 2 / 11, 3 / 12), params, strict=True):
+        want = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), want, after)
+    chex.assert_trees_all_close(run(3, ema=0.9)[0].ema, want, rtol=1e-5, atol=1e-6)
 
 
 # Its "update" is the gradient, as the optimizer gets it.
