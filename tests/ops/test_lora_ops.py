@@ -258,6 +258,25 @@ def test_low_rank_products(inputs_: tuple[int, ...], outputs: tuple[int, ...]) -
     assert lora.product(x.astype(jnp.bfloat16), adapter, jnp.float32).dtype == jnp.float32
 
 
+def test_the_sum_is_rounded_once_to_the_weight_s_dtype() -> None:
+    """W + A B: in W's dtype, and in float32 where W is packed."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 3), (3, 5)))
+    weight = rng.normal(size=(5, 64)).astype(np.float32)
+    added = (np.asarray(a, np.float64) @ np.asarray(b, np.float64)).T
+    for dtype in (jnp.float32, jnp.bfloat16):
+        narrow = jnp.asarray(weight, dtype)
+        got = lora.fold(narrow, LowRank(a, b))
+        assert got.dtype == dtype
+        want = np.asarray(narrow, np.float64) + added
+        digits = 2.0**-8 if dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=digits, atol=1e-5)
+    packed = mxfp4.encode(jnp.asarray(weight))
+    got = lora.fold(packed, LowRank(a, b))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.asarray(decode(packed)) + added, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_of_a_table() -> None:
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((11, 3), (3, 7)))
