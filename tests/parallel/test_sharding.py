@@ -134,7 +134,7 @@ def test_a_kernels_layout_is_refused_where_it_can_not_be_split(tmp_path: Path):
     model = Transformer(dataclasses.replace(MODEL, experts="mxfp4"))
     params = init_params(model, seed=2)
     weights.save(tmp_path / "a", model, params)
-    with pytest.raises(UserError, match=r"over mesh\.expert alone, and the mesh has tensor"):
+    with pytest.raises(UserError, match=r"over mesh\.expert only, and the mesh has tensor"):
         loading.load(tmp_path / "a", mesh_of(tensor=2), layout="planes")
     _, spread = loading.load(tmp_path / "a", mesh_of(expert=2), jnp.float32, layout="planes")
     want = loading.load(tmp_path / "a", None, jnp.float32, layout="planes")[1]
