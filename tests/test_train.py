@@ -261,13 +261,13 @@ def test_no_weights_to_start_from_is_one_line(files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_demo_learns(tmp_path):
-    """From about nothing to most held-out answers, as `make demo` runs it, in fewer steps."""
+    """From about nothing to nine held-out answers of ten, as `make demo` runs it, in fewer steps."""
     command = [sys.executable, "-m", "gptoss_jax.train", "--config", "configs/tiny.py"]
-    command += ["--train.steps", "300", "--train.eval_questions", "64"]
+    command += ["--train.steps", "600"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     subprocess.run([*command, "--workdir", str(tmp_path / "demo")], check=True, env=environment)
     scores = [r["exact_match"] for r in metrics.read(tmp_path / "demo") if "exact_match" in r]
-    assert scores[0] < 0.05 and scores[-1] >= 0.8, scores
+    assert scores[0] < 0.05 and scores[-1] >= 0.9, scores

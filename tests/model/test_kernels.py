@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,18 +83,20 @@ def test_a_train_step_takes_relaid_experts():
     for layout in (None, "columns"):
         copies = jax.tree.map(jnp.copy, relaid(params, layout))
         state = init_state(model, optimizer, copies)
+        # With little optimisation (--quick) the compiler sums another order of columns in another
+        # order: with what users have, both have the same bits.
+        options: Any = {"xla_backend_optimization_level": 3}
+        if jax.__version__.startswith("0.10."):  # others do not know it
+            options["xla_cpu_use_fusion_emitters"] = True
+        compiled = step.lower(state, batch).compile(options)  # pyright: ignore
         for _ in range(2):
-            state, metrics = step(state, batch)
+            state, metrics = compiled(state, batch)
         states.append((state, metrics))
     (plain, a), (other, b) = states
-    # The compiler may sum over another order of columns in another order: a thousandth of the two
-    # steps of 0.01 is left for that.
-    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
-    np.testing.assert_allclose(
+    assert a.loss == b.loss
+    np.testing.assert_array_equal(
         plain.params["layers"]["attention"]["q_weight"],
         other.params["layers"]["attention"]["q_weight"],
-        rtol=0,
-        atol=2e-5,
     )
     sizes = [sum(x.size for x in jax.tree.leaves(s.opt_state)) for s in (plain, other)]
     assert sizes[0] == sizes[1]
