@@ -263,7 +263,7 @@ def test_no_weights_to_start_from_is_one_line(files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_demo_learns(tmp_path):
-    """From about nothing to nine held-out answers of ten, as `make demo` runs it, in fewer steps."""
+    """From about nothing to nine held-out answers of ten: `make demo` in fewer steps."""
     command = [sys.executable, "-m", "gptoss_jax.train", "--config", "configs/tiny.py"]
     command += ["--train.steps", "600"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
