@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +36,9 @@ def run_entry(main: Callable[[list[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        # What the error cut short (a save on a full disk) is reported by Python on leaving: the
+        # error's line is to be the last.
+        warnings.simplefilter("ignore")
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

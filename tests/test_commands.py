@@ -111,3 +111,22 @@ def test_a_config_file_finds_its_neighbours_from_the_console_script(tmp_path):
     done = python(str(script), "inspect", "--config", "mine.py", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: there is no data.train: give --data.train FILE\n"
+
+
+def test_nothing_is_reported_after_an_error():
+    """Orbax's coroutines, which an error leaves behind, would be: "sys:1: RuntimeWarning"."""
+    code = """
+from gptoss_jax.errors import UserError, run_entry
+
+left = []
+
+async def save(): ...
+
+def main(argv):
+    left.append(save())
+    raise UserError("the disk is full")
+
+run_entry(main)
+"""
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (2, "error: the disk is full\n")
