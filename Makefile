@@ -10,6 +10,8 @@ AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 # Each process takes neighbours, so that the fixtures of a file are made once. The slowest tests are
 # listed at the end.
 TESTS := -m pytest -n 2 --dist worksteal --durations 30 --durations-min 5
+# Which cases of each slow test run; empty: all. .ci/run gives "--every 2 --part K".
+CASES ?=
 
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -37,11 +39,11 @@ test: $(VENV)/installed
 	$(RUN) $(TESTS) --quick -m "not slow and not aot and not exhaustive"
 
 slow: $(VENV)/installed
-	$(RUN) $(TESTS) --quick -m slow
+	$(RUN) $(TESTS) --quick -m slow $(CASES)
 
 # jax 0.11.2 with the compilers for TPU and H200, on Python 3.12 where there is one.
 test-aot: $(AOT)/installed
-	$(AOT)/bin/python $(TESTS) -m aot tests/aot
+	$(AOT)/bin/python $(TESTS) -m aot tests/aot $(CASES)
 
 # Does it fit? make plan ARGS="--config configs/20b_v5e_4x8.py --target v5e:4x8"
 plan: $(AOT)/installed

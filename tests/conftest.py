@@ -35,7 +35,14 @@ def pytest_addoption(parser):
         type=int,
         default=1,
         metavar="N",
-        help="of a test's cases only every N-th; all of those that some versions of JAX skip",
+        help="of a test's cases only every N-th, and one at least; all that some JAX skips",
+    )
+    parser.addoption(
+        "--part",
+        type=int,
+        default=0,
+        metavar="K",
+        help="which ones --every takes: the parts 0 to N-1 are all cases together",
     )
     parser.addoption(
         "--quick",
@@ -71,12 +78,15 @@ def pytest_pycollect_makeitem(collector, name, obj):
 
 @pytest.hookimpl(trylast=True)  # after the marks were looked at
 def pytest_collection_modifyitems(config, items):
-    every, seen, kept, left_out = config.getoption("--every"), Counter(), [], []
-    for item in items:
-        test = item.nodeid.partition("[")[0]
+    every, part = config.getoption("--every"), config.getoption("--part")
+    if every == 1:
+        return
+    tests = [item.nodeid.partition("[")[0] for item in items]
+    cases, seen, kept, left_out = Counter(tests), Counter(), [], []
+    for item, test in zip(items, tests, strict=True):
         of_some = item.get_closest_marker("skipif") is not None
-        (kept if of_some or seen[test] % every == 0 else left_out).append(item)
+        taken = seen[test] % every == part % min(every, cases[test])
+        (kept if of_some or taken else left_out).append(item)
         seen[test] += 1
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
