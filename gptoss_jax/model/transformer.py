@@ -65,6 +65,8 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Return the logits, float32."""
+        if self.is_initializing():  # `setup` declares the layers: to run them only takes time
+            return self.to_logits(self.final_norm(self.embedding()[tokens]))
         out = self.run(tokens, segment_ids=segment_ids, positions=positions)
         return self.to_logits(out.hidden)
 
