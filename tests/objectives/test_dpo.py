@@ -250,7 +250,8 @@ def test_a_mesh_gives_the_same(model, params):
 
 @pytest.mark.slow
 def test_the_tiny_config_comes_to_prefer_the_chosen_answers(tmp_path):
-    options = "--train.steps 25 --train.eval_every 25 --train.eval_batches 4 --train.log_every 5"
+    options = "--train.steps 30 --train.eval_every 30 --train.eval_batches 8 --train.log_every 5 "
+    options += "--data.sequence_length 320"  # a pair
     args = ["--config", "configs/tiny_dpo.py", "--workdir", str(tmp_path), *options.split()]
     train.main(args)
     records = metrics.read(tmp_path)
