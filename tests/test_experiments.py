@@ -196,23 +196,23 @@ def test_what_is_trained_for_mxfp4_loses_nothing_by_it(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_an_experiment_runs_what_is_not_complete_and_names_what_fails(tmp_path: Path):
-    options = ["sinks", "--steps", "3", "--seeds", "1", "--out", str(tmp_path), "--variants", "off"]
-    command = [sys.executable, "experiments/run.py", *options]
+def test_an_experiment_runs_stops_and_goes_on(tmp_path: Path):
+    options = ["sinks", "--steps", "3", "--seeds", "1", "--variants", "learned", "off"]
+    command = [sys.executable, "experiments/run.py", *options, "--out", str(tmp_path)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "[1/1] off, seed 1" in first.stdout and "held-out loss" in first.stdout
-    # What is complete is not run again.
-    times = (tmp_path / "off-seed1-steps3" / "metrics.jsonl").stat().st_mtime_ns
-    command.append("learned")
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "1 of 2 runs are complete already" in second.stdout
-    assert "[2/2] learned, seed 1" in second.stdout
-    assert (tmp_path / "off-seed1-steps3" / "metrics.jsonl").stat().st_mtime_ns == times
+    assert "[2/2] off, seed 1" in first.stdout and "held-out loss" in first.stdout
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["variants"]["off"]["options"] == ["--model.sinks", "off"]
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    # A run that was stopped goes on, and nothing else is run again.
+    path = tmp_path / "off-seed1-steps3" / run.RECORD
+    path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
+    times = (tmp_path / "learned-seed1-steps3" / "metrics.jsonl").stat().st_mtime_ns
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "1 of 2 runs are complete already" in second.stdout
+    assert (tmp_path / "learned-seed1-steps3" / "metrics.jsonl").stat().st_mtime_ns == times
     # One that fails is named, with what its log ends in.
     (tmp_path / "off-seed1-steps3" / run.RECORD).unlink()
     (tmp_path / "off-seed1-steps3" / "checkpoints").rename(tmp_path / "kept")

@@ -65,8 +65,6 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Return the logits, float32."""
-        if self.is_initializing():  # `setup` declares the layers: to run them only takes time
-            return self.to_logits(self.final_norm(self.embedding()[tokens]))
         out = self.run(tokens, segment_ids=segment_ids, positions=positions)
         return self.to_logits(out.hidden)
 
@@ -124,7 +122,10 @@ class Transformer(nn.Module):
             ) is not None:
                 x = x + rows_of(tokens, adapter, residual)
         layers = adapters.join(self.variables["params"])
-        if cache is None and not isinstance(_a_stack(layers), tuple):
+        if self.is_initializing():
+            # `setup` has declared the layers, so they need not run: it would take most of the time.
+            stats, captured = {f.name: jnp.zeros(()) for f in dataclasses.fields(RouterStats)}, {}
+        elif cache is None and not isinstance(_a_stack(layers), tuple):
             x, stats, captured = scan.scanned(c, layers, x, sequence, capture=capture)
         else:
             x, cache, stats, captured = scan.unrolled(

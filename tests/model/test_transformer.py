@@ -14,8 +14,9 @@ import pytest
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
+from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.ops import mxfp4
-from gptoss_jax.parameters.tree import split_layers
+from gptoss_jax.parameters.tree import flatten, split_layers
 from gptoss_jax.types import MXFP4
 
 TINY = ModelConfig(
@@ -350,3 +351,21 @@ def test_wrong_shapes_are_refused():
     params["layers"]["router"]["bias"] = jnp.zeros((3, 6))
     with pytest.raises(Exception, match="bias"):
         model.forward(params, tokens(1, 4))
+
+
+def test_a_part_of_one_s_own_is_declared_where_run_uses_it():
+    """The layers do not run while parameters are declared; all else does."""
+
+    class Own(Transformer):
+        def setup(self):
+            super().setup()
+            self.second_norm = RMSNorm(self.config, "final_norm/scale")
+
+        def run(self, *args, **options):
+            out = super().run(*args, **options)
+            return out.replace(hidden=self.second_norm(out.hidden))
+
+    shapes = flatten(Own(TINY).abstract_params())
+    assert shapes.keys() - flatten(Transformer(TINY).abstract_params()).keys() == {
+        "second_norm/scale"
+    }
