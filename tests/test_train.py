@@ -264,6 +264,7 @@ def test_no_weights_to_start_from_is_one_line(files, tmp_path):
     ("steps", "answers"),
     [
         pytest.param(200, 0.25, marks=pytest.mark.slow),
+        pytest.param(600, 0.9, marks=pytest.mark.slow),
         pytest.param(800, 0.95, marks=pytest.mark.exhaustive),  # `make demo`
     ],
 )
