@@ -36,8 +36,8 @@ def run_entry(main: Callable[[list[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        # What the error cut short (a save on a full disk) is reported by Python on leaving: the
-        # error's line is to be the last.
+        # As it exits, Python would warn of what the error cut short, such as Orbax's save on a full
+        # disk. The error's line must be the last one.
         warnings.simplefilter("ignore")
         sys.exit(2)
     except KeyboardInterrupt:

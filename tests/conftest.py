@@ -42,7 +42,7 @@ def pytest_addoption(parser):
         type=int,
         default=0,
         metavar="K",
-        help="which ones --every takes: the parts 0 to N-1 are all cases together",
+        help="which cases --every takes, 0 to N-1; the N parts together are all cases",
     )
     parser.addoption(
         "--quick",
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config, items):
     tests = [item.nodeid.partition("[")[0] for item in items]
     cases, seen, kept, left_out = Counter(tests), Counter(), [], []
     for item, test in zip(items, tests, strict=True):
-        # Some versions of JAX skip these: a tier that thins out the others takes half of them.
+        # Other versions of JAX skip these cases, so at least every second one runs.
         n = min(every, 2) if item.get_closest_marker("skipif") else every
         taken = seen[test] % n == part % min(n, cases[test])
         (kept if taken else left_out).append(item)

@@ -109,7 +109,7 @@ def plot(workdir: str | Path) -> Path:
 
     records = read(workdir)
     figure = Figure(figsize=(15, 7))
-    # By hand: to find these, `layout="constrained"` would take as long as all else here.
+    # Fixed margins, because layout="constrained" takes as long as drawing all the rest.
     figure.subplots_adjust(0.06, 0.07, 0.98, 0.955, wspace=0.38, hspace=0.3)
     losses, answers, load, rates, routing, speed = figure.subplots(2, 3).flat
 
