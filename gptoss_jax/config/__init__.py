@@ -33,6 +33,12 @@ class DataConfig:
     on_long: Literal["truncate", "refuse"] = "truncate"
     # What to do with a record that can't be read or rendered.
     on_bad_record: Literal["stop", "skip"] = "stop"
+    # Columns of records that are passed over without a word, and keys of messages, as messages.KEY.
+    # A key of a message that nothing reads is else refused.
+    ignore: tuple[str, ...] = ()
+    # Whether a text that spells Harmony's special tokens, such as <|start|>, is meant as plain
+    # text. If not, a whole rendered chat is trained as a chat, and any other text is refused.
+    plain_special_tokens: bool = False
     # Messages that count in the loss: roles or role/channel pairs, each with =FACTOR if its weight
     # is not 1, such as assistant/final assistant/analysis=0.3. A pair overrides its role. All of a
     # plain text counts.

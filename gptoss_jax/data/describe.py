@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, DataConfig
 from gptoss_jax.data import questions
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.examples import Examples, Stats, open_examples, open_sources
@@ -89,6 +89,8 @@ def _summarise(examples: Examples, survey: _Survey) -> str:
         parts.append(f"{about}{round(stats.untrained * scale):,} left out with nothing to train")
     if examples.records.skipped:
         parts.append(examples.records.skip_summary())
+    if examples.records.unused:
+        parts.append(f"columns not used: {', '.join(sorted(examples.records.unused))}")
     return "; ".join(parts)
 
 
@@ -124,9 +126,19 @@ def fingerprint(config: Config) -> dict[str, Any]:
             "data.pack_window": data.pack_window,
             "model.vocab_size": config.model.vocab_size,
             "train.seed": config.train.seed,
+            **_if_set(data),
             **mixture,
         },
     }
+
+
+def _if_set(data: DataConfig) -> dict[str, Any]:
+    """Return the settings that runs of before did not have, where they say something."""
+    settings = {
+        "data.ignore": list(data.ignore),
+        "data.plain_special_tokens": data.plain_special_tokens,
+    }
+    return {name: value for name, value in settings.items() if value}
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from gptoss_jax.data import hub
 from gptoss_jax.errors import UserError
 
-SUFFIXES = (".jsonl", ".parquet", ".txt")
-_FORMATS = ".jsonl, .parquet or .txt"
+IN_FOLDERS = (".jsonl", ".parquet", ".txt")  # a .json beside data is often a description of it
+SUFFIXES = (*IN_FOLDERS, ".json")
+_FORMATS = ".jsonl, .json, .parquet or .txt"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def entries(patterns: Sequence[str], *, field: str = "data.train") -> list[Entry
     """Find the files of each entry, and give each entry a name.
 
     In a glob, `**` crosses folders. A folder is searched recursively for .jsonl, .parquet and .txt;
-    hidden files are left out. The files of a glob or folder are sorted. An entry without a name
+    hidden files are left out, and so are .json files, which describe data as often as they hold it. The files of a glob or folder are sorted. An entry without a name
     gets the name of its file, folder or data set, plus a number if that name is taken. Raises
     `UserError` if an entry matches no file or a file of another format, or if two entries were
     given the same name.
@@ -75,7 +76,7 @@ def _derive_name(place: str) -> str:
         place = re.split("[@:]", place.removeprefix("hf:"))[0]
     else:
         place = str(Path(place).expanduser().resolve()) if set(place) <= set("./") else place
-        place = re.sub(r"\.(jsonl|parquet|txt)$", "", place)
+        place = re.sub(r"\.(jsonl?|parquet|txt)$", "", place)
     parts = [re.sub(r"[^A-Za-z0-9_-]+", "_", part).strip("_") for part in place.split("/")]
     return next((part for part in reversed(parts) if part), "data")
 
@@ -83,10 +84,12 @@ def _derive_name(place: str) -> str:
 def _find(pattern: str, field: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
+        found = [p for p in sorted(path.rglob("*")) if p.suffix in IN_FOLDERS and p.is_file()]
         found = [p for p in found if not any(s[0] == "." for s in p.parts[len(path.parts) :])]
         if not found:
-            raise UserError(f"{field}: the folder {pattern} holds no {_FORMATS} file")
+            raise UserError(
+                f"{field}: the folder {pattern} holds no {' or '.join(IN_FOLDERS)} file"
+            )
     elif path.is_file():
         found = [path]
     elif glob.has_magic(pattern):

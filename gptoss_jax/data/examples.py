@@ -15,7 +15,7 @@ from gptoss_jax.config import Config, DataConfig
 from gptoss_jax.data import preferences
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.packing import Segment
-from gptoss_jax.data.sources import Record, Records, Stamp, progress, stamp
+from gptoss_jax.data.sources import Reading, Record, Records, Stamp, progress, stamp
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
@@ -112,7 +112,12 @@ class Examples:
     def _encode(self, record: Record) -> tuple[list[int], list[float]]:
         fields = record.fields
         if "messages" in fields:
-            return harmony.render(fields["messages"], **self._options(fields))
+            options = self._options(fields)
+            return harmony.render(fields["messages"], given=fields.get("given", 0), **options)
+        if harmony.is_spelled(fields["text"]) and not self.config.plain_special_tokens:
+            return harmony.read_rendering(
+                fields["text"], train_on=self.config.train_on, tokenizer=self._encoding
+            )
         tokens = self._encoding.encode_ordinary(fields["text"])
         if record.ends:
             tokens.append(self._end)
@@ -264,7 +269,7 @@ def _open(
             field=field,
             stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
             skip_bad=config.on_bad_record == "skip",
-            pairs=records == "pairs",
+            reading=Reading(records == "pairs", config.ignore, config.plain_special_tokens),
             whole=records == "questions",  # a reward function may read any column
         )
         room = CACHE_TOKENS // len(groups)

@@ -1,9 +1,9 @@
 """Read rows of parquet files as records, by row group, so that no whole file is in memory.
 
-The columns are the fields of a JSONL record: `messages` (a list of structs), with optional `tools`
-and `reasoning`; or `text`; or the fields of a pair (`data/preferences.py`). Other columns are read
-only if a reward function is to see them. In Arrow, each struct of a column has the fields of all
-structs of that column. Fields that are null are therefore dropped, at any depth.
+The columns are those of a JSONL record, in any format of `data/formats.py`; rows may differ in
+format. Other columns are read only if a reward function is to see them. In Arrow, each struct of a
+column has the fields of all structs of that column. Fields that are null are therefore dropped, at
+any depth.
 
 Reading a row decodes its whole row group, unless the previous row was in the same group. So files
 of many GiB are best written with row groups of some thousand rows.
@@ -19,10 +19,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptoss_jax.data import preferences
+from gptoss_jax.data import formats
 from gptoss_jax.errors import UserError
 
-CHAT, TEXT = ("messages", "tools", "reasoning"), ("text",)
 _AT_ONCE = 256  # rows turned into Python objects together
 
 
@@ -32,6 +31,7 @@ class Layout:
 
     metadata: Any  # pyarrow.parquet.FileMetaData
     columns: tuple[str, ...]
+    left_out: tuple[str, ...]  # columns that nothing reads
     ends: tuple[int, ...]  # the number of rows up to the end of each row group
 
     @property
@@ -51,8 +51,8 @@ class Layout:
         return bisect_right(self.ends, row)
 
 
-def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False, whole: bool = False) -> Layout:
-    """Read the footer of a file and choose its columns: all if `whole`, else those of a record.
+def read_layout(file: BinaryIO, path: Path, reading: Any, *, whole: bool = False) -> Layout:
+    """Read the footer of a file and choose its columns: all if `whole`, else those of a format.
 
     Raises `UserError` if it is not a parquet file, or if its columns do not make a record.
     """
@@ -60,21 +60,17 @@ def read_layout(file: BinaryIO, path: Path, *, pairs: bool = False, whole: bool 
         from pyarrow.parquet import ParquetFile
 
         opened = ParquetFile(file)
-        metadata, names = opened.metadata, opened.schema_arrow.names
-    wanted = CHAT if "messages" in names else TEXT
-    what = "messages (a chat; tools and reasoning beside it, if any) or text"
-    missing = not {*CHAT[:1], *TEXT} & set(names)
-    if pairs:
-        wanted, what = preferences.FIELDS, "chosen and rejected, and a prompt (objective.name dpo)"
-        missing = not set(preferences.SIDES) <= set(names)
-    columns = tuple(names if whole else (name for name in wanted if name in names))
-    if missing:
+        metadata, names = opened.metadata, list(map(str, opened.schema_arrow.names))
+    readers = formats.PAIRS if reading.pairs else formats.READERS
+    if not any(set(reader.needs) <= set(names) for reader in readers):
+        what = "; or ".join(" and ".join(reader.needs) for reader in readers)
         raise UserError(
-            f"{path}: its columns are {', '.join(map(str, names[:12])) or 'none'}; a record has "
-            f"{what}"
+            f"{path}: its columns are {', '.join(names[:12]) or 'none'}; a record has {what}"
         )
+    columns = tuple(name for name in names if whole or name in formats.COLUMNS)
+    left_out = [name for name in names if name not in columns and name not in reading.ignore]
     groups = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-    return Layout(metadata, columns, tuple(accumulate(groups)))
+    return Layout(metadata, columns, tuple(left_out), tuple(accumulate(groups)))
 
 
 def read_rows(file: BinaryIO, layout: Layout, path: Path) -> Iterator[dict[str, Any] | ValueError]:

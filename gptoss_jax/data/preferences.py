@@ -20,12 +20,11 @@ import numpy as np
 
 from gptoss_jax import harmony
 from gptoss_jax.data.packing import Segment
+from gptoss_jax.errors import UserError
 
 Message = dict[str, Any]
 
 SIDES = ("chosen", "rejected")
-FIELDS = ("prompt", "messages", *SIDES, "tools", "reasoning")
-
 _ANSWERS = ("assistant", "tool")  # roles of the message that an answer can begin with
 
 
@@ -64,9 +63,9 @@ def check(record: dict[str, Any], check_chat: Callable[[dict[str, Any]], None]) 
     for name, answer in zip(SIDES, pair[1:], strict=True):
         try:
             check_chat({**record, "messages": [*pair.prompt, *answer]})
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             raise ValueError(f"the chat with {name}: {error}") from None
-        if not any(message["role"] == "assistant" for message in answer):
+        if not any(message.get("role") == "assistant" for message in answer):
             raise ValueError(f"{name} has no message of the assistant")
 
 

@@ -143,7 +143,7 @@ class Questions:
                 )
             return None
         texts = [m["content"] for m in messages if m["role"] == "user" and m.get("content")]
-        return Asked(prompt, texts[-1] if texts else "", fields, record.where)
+        return Asked(prompt, texts[-1] if texts else "", record.columns, record.where)
 
 
 def describe(config: Config) -> str:

@@ -1,8 +1,7 @@
 """Read records from files: check each record, and index where it lies.
 
-A `.jsonl` file has one record per line: a chat `{"messages": [...], "tools"?, "reasoning"?}` or
-`{"text": ...}`; or, if pairs are asked for, a pair (`data/preferences.py`). A `.parquet` file has
-one record per row, with the same fields. A `.txt` file is one document, however long. For random
+A `.jsonl` file has one record per line, a `.json` file a list of them, a `.parquet` file one per
+row: in any format of `data/formats.py`. A `.txt` file is one document, however long. For random
 access it is cut at line ends into stretches: chunks of about `stretch_bytes`, each one record.
 
 `Records` keeps 16 bytes per record in memory, not the record itself: each read opens the file and
@@ -11,120 +10,119 @@ seeks. If a file's size or time of change is not as it was at indexing, the run 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
+import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptoss_jax.data import parquet, preferences
+from gptoss_jax import harmony
+from gptoss_jax.data import formats, parquet, preferences
 from gptoss_jax.errors import UserError
-from gptoss_jax.harmony import CHANNELS, EFFORTS, ROLES
+from gptoss_jax.harmony import EFFORTS
+from gptoss_jax.harmony.dialects import kind
 
 PROGRESS_FROM = 256 << 20  # bytes; a pass over less data shows no progress bar
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record. `where` is `file:line` for messages; in parquet, the line is the row from 1."""
+    """One record. `where` is `file:line` for messages; in parquet, the line is the row from 1.
+
+    `fields` are those of a chat, a text or a pair (`data/formats.py`), `columns` those of the file.
+    """
 
     where: str
     fields: dict[str, Any]
+    columns: dict[str, Any]
     ends: bool = True  # whether its document ends here: False for a stretch of a .txt but the last
 
 
-def parse(line: bytes, *, pairs: bool = False) -> dict[str, Any]:
-    """Read one line of JSONL as a record; raise `ValueError` with a phrase for what is wrong."""
+@dataclass(frozen=True)
+class Reading:
+    """How records are read: what kind they are, and what of them is passed over."""
+
+    pairs: bool = False
+    ignore: tuple[str, ...] = ()  # columns; keys of messages as messages.KEY
+    plain_special_tokens: bool = False  # a text that spells Harmony's special tokens is plain text
+
+    def read(self, columns: Any) -> formats.Read:
+        """Return a record in one of the three forms, its messages with Harmony's fields alone.
+
+        Raises ValueError, with a phrase for the reason, if it is none of them.
+        """
+        if not isinstance(columns, dict):
+            raise ValueError(f"{kind(columns)}, not an object with messages or text")
+        read = formats.read(columns, pairs=self.pairs, ignore=self.ignore)
+        own = (name for name in self.ignore if name.startswith("messages."))
+        keys = [name.removeprefix("messages.") for name in own]
+        chats = {"messages": read.fields.get("messages")}
+        if self.pairs:
+            chats = preferences.split(read.fields)._asdict()
+        elif "text" in read.fields:
+            return read
+        try:
+            for name, chat in chats.items():
+                read.fields[name] = harmony.read_messages(chat, name, ignore=keys)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return read
+
+    def check(self, columns: Any) -> formats.Read:
+        """Return what `read` does; raise ValueError also for what can't be rendered."""
+        read = self.read(columns)
+        try:
+            if self.pairs:
+                preferences.check(read.fields, self._check_chat)
+            elif "messages" in read.fields:
+                self._check_chat(read.fields)
+            elif harmony.is_spelled(read.fields["text"]) and not self.plain_special_tokens:
+                harmony.read_rendering(read.fields["text"])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return read
+
+    def _check_chat(self, fields: dict[str, Any]) -> None:
+        """Check all that the renderer needs, so that it refuses nothing during training."""
+        messages, effort = fields["messages"], fields.get("reasoning") or EFFORTS[0]
+        harmony.check(messages, fields.get("tools"), effort)
+        where = "" if self.plain_special_tokens else _spelled(messages, "messages")
+        if where:
+            raise ValueError(
+                f"{where} spells one of Harmony's special tokens: give the chat as messages, each "
+                "with its own text, or set data.plain_special_tokens if they are meant as text"
+            )
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """Read one line of JSONL; raise `ValueError` with a phrase for what is wrong."""
     try:
-        record = json.loads(line.decode("utf-8-sig").rstrip())
+        return json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise ValueError(f"not JSON that can be read ({error})") from None
-    check(record, pairs=pairs)
-    return record
 
 
-def check(record: Any, *, pairs: bool = False) -> None:
-    """Raise `ValueError`, with a phrase for the reason, unless this is a record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{_kind(record)}, not an object with messages or text")
-    if pairs:
-        preferences.check(record, _check_chat)
-    elif "messages" in record:
-        _check_chat(record)
-    elif "chosen" in record:
-        raise ValueError("lacks messages (a chat) or text; a pair is for objective.name dpo")
-    elif "text" not in record:
-        raise ValueError("lacks messages (a chat) or text")
-    elif not isinstance(record["text"], str):
-        raise ValueError(f"text is {_kind(record['text'])}, not a string")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", bytes: "bytes"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _expect(ok: bool, problem: str) -> None:
-    if not ok:
-        raise ValueError(problem)
-
-
-def _check_chat(record: dict[str, Any]) -> None:
-    """Check what the renderer needs: records of large data are first rendered during training."""
-    messages, tools, effort = (record.get(k) for k in ("messages", "tools", "reasoning"))
-    if not isinstance(messages, list):
-        raise ValueError(f"messages is {_kind(messages)}, not a list")
-    _expect(len(messages) > 0, "messages is empty")
-    _expect(
-        tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)),
-        "tools is not a list of objects",
-    )
-    _expect(
-        effort is None or effort in EFFORTS,
-        f"reasoning is {effort!r}: it is one of {', '.join(EFFORTS)}",
-    )
-    for i, message in enumerate(messages):
-        _check_message(message, f"messages[{i}]")
-
-
-def _check_message(message: Any, name: str) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f"{name} is {_kind(message)}, not an object")
-    role, content, channel = (message.get(k) for k in ("role", "content", "channel"))
-    thinking, calls = message.get("thinking"), message.get("tool_calls")
-    _expect("role" in message, f"{name} lacks role")
-    _expect(role in ROLES, f"{name}.role is {role!r}: it is one of {', '.join(ROLES)}")
-    _expect(
-        channel is None or channel in CHANNELS,
-        f"{name}.channel is {channel!r}: it is one of {', '.join(CHANNELS)}",
-    )
-    _expect(
-        thinking is None or isinstance(thinking, str),
-        f"{name}.thinking is {_kind(thinking)}, not a string",
-    )
-    if calls is not None and not isinstance(calls, list):
-        raise ValueError(f"{name}.tool_calls is {_kind(calls)}, not a list")
-    for i, call in enumerate(calls or []):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{name}.tool_calls[{i}] lacks name")
-        _expect(
-            isinstance(function.get("arguments"), str | dict),
-            f"{name}.tool_calls[{i}] lacks arguments (JSON text or an object)",
-        )
-    _expect(content is not None or bool(calls), f"{name} lacks content")
-    _expect(
-        content is None or isinstance(content, str),
-        f"{name}.content is {_kind(content)}, not a string",
-    )
+def _spelled(value: Any, where: str) -> str:
+    """Return where a text in `value` spells a special token of Harmony; "" if none does."""
+    if isinstance(value, str):
+        return where if harmony.is_spelled(value) else ""
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = ((f"{where}.{k}", v) for k, v in value.items() if k not in ("ids", "content_type"))
+    elif isinstance(value, list):
+        items = ((f"{where}[{i}]", v) for i, v in enumerate(value))
+    return next(filter(None, (_spelled(v, place) for place, v in items)), "")
 
 
 Stamp = tuple[int, int]  # size in bytes, and time of change in ns
@@ -152,16 +150,18 @@ class Records:
         field: str,
         stretch_bytes: int,
         skip_bad: bool = False,
-        pairs: bool = False,
+        reading: Reading | None = None,
         whole: bool = False,
     ) -> None:
         """Index `files`, a list from `entries.resolve`; `field` names them in messages.
 
-        Records of parquet files have all columns if `whole`, else only the columns of a chat, a
-        text or a pair. Records of .jsonl files always have all fields.
+        Records of parquet files have all columns if `whole`, else only those that a format reads.
+        Records of .json and .jsonl files always have all columns.
         """
         self.files = list(files)
-        self.pairs = pairs
+        self.reading = reading = reading or Reading()
+        self.pairs = pairs = reading.pairs
+        self.unused: Counter[str] = Counter()  # columns that nothing reads, and in how many records
         self.skipped = 0
         self.first_skipped = ""
         self._skip_bad = skip_bad
@@ -170,7 +170,9 @@ class Records:
         for k, path in enumerate(self.files):
             if path.suffix == ".parquet":
                 with self._open(k) as file:
-                    self._layouts[k] = parquet.read_layout(file, path, pairs=pairs, whole=whole)
+                    layout = parquet.read_layout(file, path, reading, whole=whole)
+                self._layouts[k] = layout
+                self.unused.update(dict.fromkeys(layout.left_out, layout.metadata.num_rows))
             elif path.suffix == ".txt" and pairs:
                 raise UserError(f"{path}: plain text, and objective.name dpo trains on pairs")
         self._group: tuple[int, int, Any] = (-1, -1, None)  # file, row group, and its table
@@ -188,6 +190,8 @@ class Records:
                 with self._open(k) as file:
                     if path.suffix == ".jsonl":
                         self._index_jsonl(path, file, advance)
+                    elif path.suffix == ".json":
+                        self._index_json(path, file, advance)
                     elif path.suffix == ".parquet":
                         self._index_parquet(k, file, advance)
                     else:
@@ -203,12 +207,35 @@ class Records:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 try:
-                    parse(line, pairs=self.pairs)
+                    self._check(parse(line))
                     self._add(offset, len(line), number)
                 except ValueError as error:
                     self.bad(f"{path}:{number}", str(error))
             offset += len(line)
             advance(len(line))
+
+    def _check(self, columns: Any) -> None:
+        self.unused.update(self.reading.check(columns).unused)
+
+    def _index_json(self, path: Path, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        """Index a list of records, each by the place of its object in the file."""
+        try:
+            data = file.read()
+            mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+            for offset, size, line, value in _items(data[mark:].decode()):
+                try:
+                    self._check(value)
+                    self._add(mark + offset, size, line)
+                except ValueError as error:
+                    self.bad(f"{path}:{line}", str(error))
+                advance(size)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); a .json "
+                "file is a list of records, and one with a record a line is called .jsonl"
+            ) from None
 
     def _index_parquet(self, k: int, file: BinaryIO, advance: Callable[[int], None]) -> None:
         path, layout = self.files[k], self._layouts[k]
@@ -217,7 +244,7 @@ class Records:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                check(row, pairs=self.pairs)
+                self._check(row)
                 self._add(0, 0, number)
             except ValueError as error:
                 self.bad(f"{path}:{number}", str(error))
@@ -280,17 +307,20 @@ class Records:
         k = self._file(i)
         with self._open(k) as file:
             if k in self._layouts:
-                return Record(self.where(i), self._read_row(k, file, self._lines[i] - 1))
+                return self._record(i, self._read_row(k, file, self._lines[i] - 1))
             file.seek(self._offsets[i])
             data = file.read(self._sizes[i])
         try:
             if self.running(i):
                 ends = i + 1 == len(self) or self._file(i + 1) != k
                 fields = {"text": data.decode("utf-8-sig")}
-                return Record(self.where(i), fields, ends=ends)
-            return Record(self.where(i), parse(data, pairs=self.pairs))
+                return Record(self.where(i), fields, fields, ends=ends)
+            return self._record(i, parse(data))
         except ValueError as error:  # the file changed within one clock tick and kept its size
             raise _changed(self.where(i), str(error)) from None
+
+    def _record(self, i: int, columns: dict[str, Any]) -> Record:
+        return Record(self.where(i), self.reading.read(columns).fields, columns)
 
     def _read_row(self, k: int, file: BinaryIO, row: int) -> dict[str, Any]:
         path, layout = self.files[k], self._layouts[k]
@@ -340,6 +370,30 @@ def _changed(where: str | Path, how: str) -> UserError:
         f"{where}: changed while it was in use ({how}); put it back as it was and start again, "
         "which goes on from the last checkpoint"
     )
+
+
+def _items(text: str) -> Iterator[tuple[int, int, int, Any]]:
+    """Yield offset and size in bytes, line and value of each item of a JSON list."""
+    decode, place, offset, line = json.JSONDecoder().raw_decode, 0, 0, 1
+    begin = re.compile(r"\s*\[\s*(\]\s*\Z)?").match(text)
+    if begin is None:
+        raise json.JSONDecodeError("Expecting a list", text, 0)
+    at = begin.end()
+    if begin[1] is not None:
+        return
+    while True:
+        value, end = decode(text, at)
+        offset += len(text[place:at].encode())
+        line += text.count("\n", place, at)
+        size = len(text[at:end].encode())
+        yield offset, size, line, value
+        place, offset, line = end, offset + size, line + text.count("\n", at, end)
+        after = re.compile(r"\s*(,\s*|\]\s*\Z)").match(text, end)
+        if after is None:
+            raise json.JSONDecodeError("Expecting , or the end of the list", text, end)
+        if after[1][0] == "]":
+            return
+        at = after.end()
 
 
 def _stretch(file: Any, offset: int, size: int) -> bytes:

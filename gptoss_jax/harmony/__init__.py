@@ -37,14 +37,17 @@ rendered instead of the other fields (remove "ids" from a message whose text you
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.channels import CHANNELS as CHANNELS
 from gptoss_jax.harmony.channels import ROLES as ROLES
-from gptoss_jax.harmony.channels import parse_train_on, weight_of
+from gptoss_jax.harmony.channels import Weights, parse_train_on, weight_of
+from gptoss_jax.harmony.dialects import read_messages as read_messages
 from gptoss_jax.harmony.messages import EFFORTS as EFFORTS
 from gptoss_jax.harmony.messages import Message, Part, check_effort, expand
 from gptoss_jax.harmony.messages import check as check
@@ -59,6 +62,11 @@ if TYPE_CHECKING:
 
 _IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 _KNOWLEDGE_CUTOFF = "2024-06"
+_SPECIAL = (
+    *("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
+    *("<|constrain|>", "<|return|>", "<|call|>"),
+)
+_SPELLED = re.compile("|".join(map(re.escape, _SPECIAL)))
 
 
 def render(
@@ -87,7 +95,8 @@ def render(
 
     The weight is always 0 for the `<|end|>` of an earlier final answer (there the model should
     sample `<|return|>`), for the `<|end|>` that was added to a sampled turn that broke off, for the
-    first `given` messages, and for the generated system message.
+    first `given` messages, and for the generated system message. A message's own "weight"
+    multiplies it.
 
     Raises UserError that names the message and the field.
     """
@@ -97,9 +106,17 @@ def render(
     before = parts[: len(expand(messages[:given], tools, encoding.n_vocab))] if given else []
     turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
     parts = _drop_analysis(parts[:turn]) + parts[turn:]
-
     tokens = list(_system(encoding, reasoning, date, bool(tools)))
-    weights = [0.0] * len(tokens)
+    more, weights = _weigh(parts, encoding, trained, before)
+    return tokens + more, [0.0] * len(tokens) + weights
+
+
+def _weigh(
+    parts: list[Part], encoding: tiktoken.Encoding, trained: Weights, before: list[Part]
+) -> tuple[list[int], list[float]]:
+    """Render messages for training; those in `before` have weight 0."""
+    tokens: list[int] = []
+    weights: list[float] = []
     end, end_of_turn = special_id(encoding, "<|end|>"), special_id(encoding, "<|return|>")
     goes_on = False
     for rendered in _render_parts(parts, encoding, to_answer=False):
@@ -107,7 +124,7 @@ def render(
         final = part.role == "assistant" and part.channel == "final"
         if final and part.ids is None and part is parts[-1]:
             body[-1] = end_of_turn
-        weight = weight_of(trained, part.role, part.channel)
+        weight = weight_of(trained, part.role, part.channel) * part.weight
         if any(part is other for other in before):
             weight = 0.0
         tokens += head + body
@@ -116,6 +133,51 @@ def render(
             weights[-1] = 0.0
         goes_on = part.role == "assistant" and not final and rendered.goes_on
     return tokens, weights
+
+
+def is_spelled(text: str) -> bool:
+    """Say whether a text spells one of Harmony's special tokens, such as `<|start|>`."""
+    return _SPELLED.search(text) is not None
+
+
+def read_rendering(
+    text: str,
+    *,
+    train_on: Sequence[str] = ("assistant",),
+    tokenizer: tiktoken.Encoding | None = None,
+) -> tuple[list[int], list[float]]:
+    """Return ids and loss weights of a text that is a whole chat, already rendered as Harmony.
+
+    The ids are those that the text spells, with its own system message. The weights are those of
+    `render`. A final answer at the very end ends in `<|return|>`, even if the text has `<|end|>`.
+
+    Raises:
+        UserError: the text is not a row of whole messages, each `<|start|>...<|message|>...<|end|>`
+            (or `<|call|>`, or `<|return|>` at the end of a turn).
+    """
+    encoding = tokenizer or get_tokenizer()
+    ids = encoding.encode(text.strip(), allowed_special=set(_SPECIAL), disallowed_special=())
+    start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
+    parts: list[Part] = []
+    parsed = parse(ids, encoding, after_prompt=False)
+    for i, message in enumerate(parsed):
+        header, whole = message.header, message.ids
+        begins = whole[:1] == (start,) and message.span != (len(whole),) * 2
+        if not begins or message.stop is None or len(whole) != message.span[1] + 1:
+            raise UserError(
+                f"spells Harmony's special tokens, and its message {i + 1} is no whole one: give a "
+                "chat as messages, or set data.plain_special_tokens if the tokens are meant as text"
+            )
+        author = header.name or "" if header.role == "tool" else ""
+        final = header.role == "assistant" and header.channel == "final"
+        if final and i + 1 == len(parsed) and whole[-1] == end:
+            whole = (*whole[:-1], special_id(encoding, "<|return|>"))
+        parts.append(
+            Part(header.role, message.content, author, header.channel, header.recipient, ids=whole)
+        )
+    if not parts:
+        raise UserError("holds no message")
+    return _weigh(parts, encoding, parse_train_on(train_on), [])
 
 
 def render_prompt(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from numbers import Integral
 from typing import Any
 
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import dialects
 from gptoss_jax.harmony.parser import CHANNELS, CONSTRAIN, INSTRUCTIONS, ROLES
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, check_ids
 from gptoss_jax.harmony.tools import render_tools
@@ -36,6 +38,7 @@ class Part:
     recipient: str | None = None
     content_type: str | None = None
     ids: tuple[int, ...] | None = None  # the sampled ids; None if the message was not sampled
+    weight: float = 1.0  # multiplies the loss weight of its role and channel
 
     @property
     def calls(self) -> bool:
@@ -45,14 +48,28 @@ class Part:
 
 @dataclass
 class _Calls:
-    """The calls so far: the calls without a result yet (id and recipient), and all recipients."""
+    """The calls so far: the calls without a result yet (id and recipient), and all recipients.
 
+    `declared` has the parameters of each declared tool, by its name.
+    """
+
+    declared: dict[str, Any]
     waiting: list[tuple[Any, str]] = field(default_factory=list)
     recipients: set[str] = field(default_factory=set)
 
     def add(self, call_id: Any, recipient: str) -> None:
         self.waiting.append((call_id, recipient))
         self.recipients.add(recipient)
+
+    def recipient(self, name: str) -> str:
+        """Return a function's name with its namespace.
+
+        What is declared is a function, even with a dot in its name. Another name with a dot has its
+        namespace.
+        """
+        if name in self.declared:
+            return f"functions.{name}"
+        return name if "." in name else f"functions.{name}"
 
 
 def check(
@@ -78,7 +95,9 @@ def check_effort(reasoning: Any) -> None:
 
 
 def expand(
-    messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, vocab_size: int
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    vocab_size: int,
 ) -> list[Part]:
     """Turn JSON messages into Harmony messages.
 
@@ -86,13 +105,13 @@ def expand(
     """
     if isinstance(messages, str | dict) or not isinstance(messages, Sequence) or not messages:
         raise UserError("messages is empty or no list")
-    if tools is not None and not isinstance(tools, list | tuple):
-        raise UserError("tools is no list")
-    tools_text = render_tools(list(tools)) if tools else ""
+    functions = dialects.read_tools(tools)
+    tools_text = render_tools(functions) if functions else ""
     parts: list[Part] = []
-    calls = _Calls()
-    for i, message in enumerate(messages):
+    calls = _Calls(dialects.declared_arguments(functions))
+    for i, given in enumerate(messages):
         where = f"messages[{i}]"
+        message = dialects.read_message(given, where)
         role = _check_message(message, where)
         if role == "assistant":
             new = _expand_assistant(message, where, calls)
@@ -111,8 +130,18 @@ def expand(
             parts.append(Part("developer", tools_text))
         if "ids" in message:
             new = [_with_ids(new, message["ids"], where, vocab_size=vocab_size)]
+        if "weight" in message:
+            weight = _weight(message["weight"], where)
+            new = [dataclasses.replace(part, weight=weight) for part in new]
         parts += new
     return parts
+
+
+def _weight(value: Any, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise UserError(f"{where}.weight is {value!r}: it must be a number, and not negative")
+    return float(value)
 
 
 def _with_ids(new: list[Part], ids: Any, where: str, *, vocab_size: int) -> Part:
@@ -127,10 +156,8 @@ def _with_ids(new: list[Part], ids: Any, where: str, *, vocab_size: int) -> Part
     return dataclasses.replace(new[0], ids=tuple(ids))
 
 
-def _check_message(message: Any, where: str) -> str:
+def _check_message(message: Message, where: str) -> str:
     """Return the role of a message; refuse fields that its role does not have."""
-    if not isinstance(message, dict):
-        raise UserError(f"{where} is {_kind(message)}: it must be an object")
     role = message.get("role")
     if role not in ROLES:
         problem = f"is {role!r}" if "role" in message else "is missing"
@@ -146,17 +173,12 @@ def _check_message(message: Any, where: str) -> str:
     return role
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
 def _text(message: Message, name: str, where: str) -> str:
     value = message.get(name)
     if value is None:
         raise UserError(f"{where}.{name} is missing")
     if not isinstance(value, str):
-        raise UserError(f"{where}.{name} is {_kind(value)}: it must be text")
+        raise UserError(f"{where}.{name} is {dialects.kind(value)}: it must be text")
     return value
 
 
@@ -192,29 +214,29 @@ def _expand_assistant(message: Message, where: str, calls: _Calls) -> list[Part]
         if recipient is not None:
             calls.add(None, recipient)
     for j, call in enumerate(tool_calls):
-        call_id, part = _read_call(call, f"{where}.tool_calls[{j}]")
+        call_id, part = _read_call(call, f"{where}.tool_calls[{j}]", calls)
         calls.add(call_id, str(part.recipient))
         parts.append(part)
     return parts
 
 
-def _read_call(call: Any, where: str) -> tuple[Any, Part]:
+def _read_call(call: Any, where: str, calls: _Calls) -> tuple[Any, Part]:
     """Return the id of a tool call, and the message that makes it."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise UserError(f"{where} is no object with a name and arguments")
+    function = dialects.read_call(call, where)
     name = _word(function, "name", where)
     arguments = function.get("arguments")
     if not isinstance(arguments, str | dict):
         raise UserError(f"{where}.arguments is missing, or neither JSON text nor an object")
+    recipient = calls.recipient(name)
     if isinstance(arguments, dict):
+        schema = calls.declared.get(recipient.removeprefix("functions."))
+        arguments = dialects.without_null_arguments(arguments, schema)
         arguments = json.dumps(arguments, ensure_ascii=False)
     content_type: str | None = f"{CONSTRAIN}json"
     if "content_type" in function:
         content_type = function["content_type"] and _word(function, "content_type", where)
-    return call.get("id"), Part(
-        "assistant", arguments, "", "commentary", _qualify(name), content_type
-    )
+    part = Part("assistant", arguments, "", "commentary", recipient, content_type)
+    return function.get("id"), part
 
 
 def _expand_tool(message: Message, where: str, calls: _Calls) -> Part:
@@ -226,7 +248,7 @@ def _expand_tool(message: Message, where: str, calls: _Calls) -> Part:
     call_id = message.get("tool_call_id")
     if message.get("name") is not None:
         name = _word(message, "name", where)
-        author = name if name in calls.recipients else _qualify(name)
+        author = name if name in calls.recipients else calls.recipient(name)
     else:
         author = next((n for i, n in calls.waiting if call_id is None or i == call_id), None)
     if author is None:
@@ -236,8 +258,3 @@ def _expand_tool(message: Message, where: str, calls: _Calls) -> Part:
     if at is not None:
         del calls.waiting[at]
     return Part("tool", content, author, message.get("channel") or "commentary", "assistant")
-
-
-def _qualify(name: str) -> str:
-    """Return a function's name with its namespace; a name that has one stays as it is."""
-    return name if "." in name else f"functions.{name}"

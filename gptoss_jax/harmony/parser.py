@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.harmony.channels import CHANNELS as CHANNELS
 from gptoss_jax.harmony.channels import ROLES as ROLES
+from gptoss_jax.harmony.dialects import read_tools
 from gptoss_jax.harmony.tokenizer import decode, get_tokenizer, special_id, token_bytes
 from gptoss_jax.harmony.tools import render_tools
 
@@ -317,9 +318,10 @@ def to_messages(
     becomes commentary in a call, and final elsewhere.
     """
     tools_text = render_tools(tools) if tools else ""
+    declared = {tool.get("name") for tool in read_tools(tools)}
     messages: list[dict[str, Any]] = []
     for item in parsed:
-        message = _to_message(item, tools_text)
+        message = _to_message(item, tools_text, declared)
         if keep_ids:
             messages.append(message | {"ids": list(item.ids)})
         elif item.ids and not (messages and _join(messages[-1], message)):
@@ -348,7 +350,7 @@ def _join(last: dict[str, Any], message: dict[str, Any]) -> bool:
     return True
 
 
-def _to_message(item: ParsedMessage, tools_text: str) -> dict[str, Any]:
+def _to_message(item: ParsedMessage, tools_text: str, declared: set[Any]) -> dict[str, Any]:
     header = item.header
     message: dict[str, Any] = {"role": header.role, "content": item.content}
     channel = header.channel
@@ -368,7 +370,8 @@ def _to_message(item: ParsedMessage, tools_text: str) -> dict[str, Any]:
     namespace, _, function = (header.recipient or "").partition(".")
     if namespace == "functions" and function and channel == "commentary":
         del message["content"]
-        name = header.recipient if "." in function else function
+        dotted = "." in function and function not in declared
+        name = header.recipient if dotted else function
         call = {"name": name, "arguments": item.content}
         if header.content_type != f"{CONSTRAIN}json":
             call["content_type"] = header.content_type

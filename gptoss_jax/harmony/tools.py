@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import dialects
 
 Schema = Any  # a JSON schema: a dict; any other JSON value is treated as an empty schema
 
@@ -18,16 +19,13 @@ Schema = Any  # a JSON schema: a dict; any other JSON value is treated as an emp
 def render_tools(tools: list[dict[str, Any]]) -> str:
     """Return the `# Tools` section for function tools.
 
-    A tool is `{"name", "description"?, "parameters"?}`, or an object with that as its "function".
-    Parameters are a JSON schema. Raises UserError that names the tool and the field.
+    A tool is `{"name", "description"?, "parameters"?}`, an object with that as its "function", or
+    another form that `dialects.read_tools` reads. Parameters are a JSON schema. Raises UserError
+    that names the tool and the field.
     """
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
-    for i, tool in enumerate(tools):
-        function, where = tool, f"tools[{i}]"
-        if isinstance(tool, dict) and "function" in tool:
-            function, where = tool["function"], f"{where}.function"
-        if not isinstance(function, dict):
-            raise UserError(f"{where} is no object with a name")
+    for i, function in enumerate(dialects.read_tools(tools)):
+        where = f"tools[{i}]"
         name = function.get("name")
         description = function.get("description") or ""
         parameters = function.get("parameters")
@@ -35,8 +33,6 @@ def render_tools(tools: list[dict[str, Any]]) -> str:
             raise UserError(f"{where}.name is missing or no text")
         if not isinstance(description, str):
             raise UserError(f"{where}.description is no text")
-        if not (parameters is None or isinstance(parameters, dict)):
-            raise UserError(f"{where}.parameters is no JSON schema")
         lines += [f"// {line}" for line in _lines(description)]
         argument = "" if parameters is None else f"_: {render_type(parameters, '')}"
         lines += [f"type {name} = ({argument}) => any;", ""]

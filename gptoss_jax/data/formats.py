@@ -1,0 +1,288 @@
+"""Read the formats of records that data sets have, as one of three: a chat, a text or a pair.
+
+`READERS` is the table of formats, in the order in which they are tried. `read` returns a record as
+
+    {"messages": [...], "tools"?, "reasoning"?, "given"?}     a chat; the first `given` messages are
+                                                              the prompt, which is not trained
+    {"text": ...}                                             plain text
+    {"prompt": [...], "chosen": ..., "rejected": ...}         a pair (`data/preferences.py`)
+
+and the names of the columns that it did not use. Messages and tools stay in the dialect that they
+came in: `harmony.dialects` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gptoss_jax.harmony import EFFORTS
+
+Fields = dict[str, Any]
+
+SIDES = ("chosen", "rejected")
+EFFORT = ("reasoning", "reasoning_effort")  # columns that name the reasoning effort
+# Columns that a chat template would render, and that are not read here: to leave one out would
+# train another chat than the data set has.
+RENDERED = (
+    *("model_identity", "builtin_tools", "documents", "system_prompt", "developer_prompt"),
+    *("add_generation_prompt", "continue_final_message", "response_schema"),
+)
+
+
+class Read(NamedTuple):
+    """A record in one of the three forms, and its columns that nothing reads."""
+
+    fields: Fields
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One format: the columns that it needs, those that it may have, and how it is read."""
+
+    name: str
+    needs: tuple[str, ...]
+    may_have: tuple[str, ...]
+    read: Callable[[Fields], Fields]
+
+
+def read(record: Fields, *, pairs: bool = False, ignore: Collection[str] = ()) -> Read:
+    """Read a record of any format; with `pairs`, one of chosen and rejected.
+
+    `ignore` has columns that are passed over and not reported.
+
+    Raises:
+        ValueError: no format has these columns, two columns contradict each other, or a column
+            would change what is rendered and is not read.
+    """
+    there = {k: v for k, v in record.items() if v is not None and k not in ignore}
+    for name in RENDERED:
+        if there.get(name):
+            raise ValueError(
+                f"{name} would change what is rendered, and is not read: put it into a message of "
+                f"role system, or pass it over with data.ignore {name}"
+            )
+    for reader in PAIRS if pairs else READERS:
+        if all(name in there for name in reader.needs):
+            used = {*reader.needs, *reader.may_have, *_COMMON}
+            unused = tuple(name for name in there if name not in used)
+            return Read(_with_common(reader.read(there), there), unused)
+    if pairs:
+        raise ValueError("lacks chosen and rejected: objective.name dpo trains on pairs of answers")
+    if "chosen" in there:
+        raise ValueError("lacks messages (a chat) or text; a pair is for objective.name dpo")
+    names = ", ".join(map(repr, list(there)[:8])) or "none"
+    raise ValueError(
+        f"lacks messages (a chat) or text; its columns are {names}, and the formats that are read "
+        f"are {'; '.join(' and '.join(r.needs) for r in READERS)}"
+    )
+
+
+_COMMON = ("tools", "functions", "system", "chat_template_kwargs", *EFFORT)
+
+
+def _with_common(fields: Fields, there: Fields) -> Fields:
+    """Add what every format of a chat may have: tools, a system message, the reasoning effort."""
+    if "text" in fields:
+        return fields
+    tools = [name for name in ("tools", "functions") if there.get(name)]
+    if len(tools) > 1:
+        raise ValueError("has tools and functions: leave out one of them")
+    if tools:
+        fields["tools"] = _json(there[tools[0]], tools[0])
+    effort = _effort(there)
+    if effort is not None:
+        fields["reasoning"] = effort
+    if there.get("system"):
+        _add_system(fields, there["system"])
+    return fields
+
+
+def _effort(there: Fields) -> Any:
+    options = there.get("chat_template_kwargs") or {}
+    if isinstance(options, str):
+        options = _json(options, "chat_template_kwargs")
+    if not isinstance(options, dict):
+        raise ValueError("chat_template_kwargs is no object")
+    options = {k: v for k, v in options.items() if v is not None}
+    for name in options:
+        if name not in EFFORT:
+            raise ValueError(f"chat_template_kwargs.{name} is not read")
+    found = [there.get(name) for name in EFFORT] + [options.get(name) for name in EFFORT]
+    efforts = {value if isinstance(value, str) else repr(value) for value in found if value}
+    if len(efforts) > 1:
+        raise ValueError(f"names several reasoning efforts: {', '.join(sorted(efforts))}")
+    effort = efforts.pop() if efforts else None
+    if effort is not None and effort not in EFFORTS:
+        raise ValueError(f"reasoning is {effort!r}: it is one of {', '.join(EFFORTS)}")
+    return effort
+
+
+def _add_system(fields: Fields, text: Any) -> None:
+    """Put a column `system` before the messages, unless they begin with the same text."""
+    if not isinstance(text, str):
+        raise ValueError("system is no text")
+    whole_pair = "messages" not in fields and "prompt" not in fields
+    sides = [fields[name] for name in SIDES] if whole_pair else []
+    name = "messages" if "messages" in fields else "prompt"
+    chats = sides or [fields[name]]
+    chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
+    for messages in chats:
+        first = messages[0] if isinstance(messages, list) and messages else None
+        if isinstance(first, dict) and first.get("role") in ("system", "developer"):
+            if first.get("content") != text:
+                raise ValueError("has a column system and a system message that differs from it")
+            return
+    new = [
+        [{"role": "system", "content": text}, *messages] if isinstance(messages, list) else messages
+        for messages in chats
+    ]
+    if sides:
+        fields.update(zip(SIDES, new, strict=True))
+    else:
+        fields[name] = new[0]
+    if "given" in fields:
+        fields["given"] += 1
+
+
+# --- Formats ---------------------------------------------------------------------------------
+
+
+def _chat(there: Fields) -> Fields:
+    messages = _json(there["messages"], "messages")
+    if _is_sharegpt(messages):
+        return _sharegpt({"conversations": messages})
+    return {"messages": messages}
+
+
+def _sharegpt(there: Fields) -> Fields:
+    """Read {"from": "human", "value": ...}; or messages, which some data sets keep there."""
+    turns = _json(there.get("conversations", there.get("conversation")), "conversations")
+    if not _is_sharegpt(turns):
+        return {"messages": turns}
+    messages: list[Fields] = []
+    for i, turn in enumerate(turns):
+        where = f"conversations[{i}]"
+        given = {k: v for k, v in turn.items() if v is not None}
+        speaker, value = given.pop("from", None), given.pop("value", None)
+        role = _SPEAKERS.get(speaker if isinstance(speaker, str) else "")
+        if role is None:
+            raise ValueError(
+                f"{where}.from is {speaker!r}: it is one of {', '.join(sorted(_SPEAKERS))}"
+            )
+        message = {**given, "role": role}
+        if speaker == "function_call":
+            call = _json(value, f"{where}.value")
+            message["tool_calls"] = call if isinstance(call, list) else [call]
+        elif value is not None:
+            message["content"] = value
+        messages.append(message)
+    return {"messages": messages}
+
+
+_SPEAKERS = {
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+}
+
+
+def _is_sharegpt(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(m, dict) and m.get("from") is not None for m in messages)
+        and not any(m.get("role") is not None for m in messages)
+    )
+
+
+def _prompt_completion(there: Fields) -> Fields:
+    """Read TRL's and OpenAI's prompt and completion: the loss counts the completion alone."""
+    prompt = _messages(there["prompt"], "user", "prompt")
+    completion = _messages(there["completion"], "assistant", "completion")
+    return {"messages": [*prompt, *completion], "given": len(prompt)}
+
+
+def _alpaca(there: Fields) -> Fields:
+    """Read Alpaca's instruction, input and output; `history` has earlier pairs of both."""
+    instruction, more = _text(there, "instruction"), there.get("input") or ""
+    if not isinstance(more, str):
+        raise ValueError("input is no text")
+    messages: list[Fields] = []
+    for i, pair in enumerate(there.get("history") or []):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise ValueError(f"history[{i}] is no pair of a question and an answer")
+        asked, answered = pair
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answered})
+    question = f"{instruction}\n\n{more}" if more else instruction
+    messages += [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": _text(there, "output")},
+    ]
+    return {"messages": messages}
+
+
+def _plain(there: Fields) -> Fields:
+    return {"text": _text(there, "text")}
+
+
+def _pair(there: Fields) -> Fields:
+    kept = ("prompt", "messages", *SIDES)
+    return {name: _json_list(there[name], name) for name in kept if name in there}
+
+
+READERS = (
+    Reader("chat", ("messages",), (), _chat),
+    Reader("ShareGPT", ("conversations",), (), _sharegpt),
+    Reader("ShareGPT", ("conversation",), (), _sharegpt),
+    Reader("prompt and completion", ("prompt", "completion"), (), _prompt_completion),
+    Reader("Alpaca", ("instruction", "output"), ("input", "history"), _alpaca),
+    Reader("text", ("text",), (), _plain),
+)
+PAIRS = (Reader("pair", SIDES, ("prompt", "messages"), _pair),)
+# All columns that some format reads: what is read of a parquet file.
+COLUMNS = tuple(
+    dict.fromkeys(
+        name
+        for reader in (*READERS, *PAIRS)
+        for name in (*reader.needs, *reader.may_have, *_COMMON, *RENDERED)
+    )
+)
+
+
+def _text(there: Fields, name: str) -> str:
+    if not isinstance(there[name], str):
+        raise ValueError(f"{name} is no text")
+    return there[name]
+
+
+def _messages(value: Any, role: str, name: str) -> list[Fields]:
+    value = _json_list(value, name)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{name} is neither text nor a message nor a list of messages")
+    return messages
+
+
+def _json_list(value: Any, name: str) -> Any:
+    """Return a list that is written as JSON text, which is how some tables hold messages."""
+    if isinstance(value, str) and value.lstrip().startswith('[{"'):
+        return _json(value, name)
+    return value
+
+
+def _json(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is text, and not JSON ({error})") from None

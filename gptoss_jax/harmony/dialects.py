@@ -1,0 +1,326 @@
+"""Read messages and tools as other programs write them, and refuse what nothing here would read.
+
+`read_message` and `read_tool` return the fields that `gptoss_jax.harmony` describes. A key whose
+meaning is known becomes the field that means the same. A key that has no meaning in a rendering is
+passed over. Any other key is refused by its name, because a text under a key that nobody reads
+would be left out of the chat without a word. A key whose value is null counts as absent: a file
+that was written from an Arrow table has one wherever another row had a value.
+
+The dialects are those of OpenAI's chat completions (with `reasoning_content` or `reasoning`, as
+vLLM, DeepSeek and OpenRouter answer), of the older `function_call`, and of MCP and Anthropic for
+tools (`inputSchema`, `input_schema`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.errors import UserError
+
+FIELDS = frozenset(
+    [
+        *("role", "content", "thinking", "tool_calls", "channel", "recipient", "content_type"),
+        *("name", "tool_call_id", "ids", "weight"),
+    ]
+)
+THINKING = ("thinking", "reasoning_content", "reasoning")  # all mean the analysis
+# Keys of answers as servers log them, which say nothing that a rendering has.
+_UNREAD = frozenset({"id", "object", "created", "index", "finish_reason", "logprobs", "status"})
+_EMPTY = ("annotations", "audio", "refusal", "function_call", "tool_calls", "images", "videos")
+_TEXTS = ("text", "input_text", "output_text")  # types of content parts that are text
+
+_CALL = frozenset({"id", "type", "index", "function", "name", "arguments", "content_type"})
+_TOOL = frozenset({"type", "function", "name", "description", "parameters"})
+# Keys of tools that say how to call or to cache them, and that Harmony's text has no place for.
+_UNREAD_OF_TOOLS = frozenset(
+    [
+        *("strict", "title", "annotations", "outputSchema", "output_schema", "cache_control"),
+        *("defer_loading", "return", "returns"),
+    ]
+)
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")
+_TYPES = {
+    "dict": "object",
+    "float": "number",
+    "double": "number",
+    "int": "integer",
+    "long": "integer",
+    "str": "string",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+}
+
+
+def read_messages(
+    messages: Any, where: str = "messages", *, ignore: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Return the messages of a chat with the fields of `gptoss_jax.harmony` alone.
+
+    Raises UserError as `read_message` does, or if `messages` is empty or no list.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError(f"{where} is {kind(messages) if messages else 'empty'}: it must be a list")
+    return [read_message(m, f"{where}[{i}]", ignore=ignore) for i, m in enumerate(messages)]
+
+
+def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """Return a message with the fields of `gptoss_jax.harmony` alone.
+
+    Args:
+        message: the message, in any of the dialects.
+        where: its place, for errors: "messages[2]".
+        ignore: keys to pass over.
+
+    Raises:
+        UserError: it is no object; it has a key that nothing reads; two keys contradict each other;
+            or a content part is no text.
+    """
+    if not isinstance(message, dict):
+        raise UserError(f"{where} is {kind(message)}: it must be an object")
+    given = {k: v for k, v in message.items() if v is not None and k not in ignore}
+    read: dict[str, Any] = {k: v for k, v in given.items() if k in FIELDS and k != "thinking"}
+    rest = [k for k in given if k not in FIELDS and k not in THINKING and k not in _UNREAD]
+    if read.get("tool_calls") == []:
+        del read["tool_calls"]
+    if isinstance(read.get("content"), list):
+        read["content"] = _join_parts(read["content"], f"{where}.content")
+    if (thinking := _thinking(given, where)) is not None:
+        read["thinking"] = thinking
+    for name in rest:
+        value = given[name]
+        if name == "function_call" and isinstance(value, dict):
+            if "tool_calls" in read:
+                raise UserError(f"{where} has tool_calls and function_call: leave out one of them")
+            read["tool_calls"] = [value]
+        elif name == "refusal" and isinstance(value, str) and value and not read.get("content"):
+            read["content"] = value  # the answer, where OpenAI's server declines
+        elif name in _EMPTY and value in ([], {}, ""):
+            continue
+        else:
+            raise UserError(
+                f"{where}.{name}: no field of a message; rename it if it means another one "
+                f"({', '.join(sorted(FIELDS))}), or pass it over with data.ignore "
+                f"messages.{name}"
+            )
+    if read.get("role") == "function":  # OpenAI's role of a result before there were tools
+        read["role"] = "tool"
+    return read
+
+
+def _thinking(given: Mapping[str, Any], where: str) -> str | None:
+    """Return the analysis, which several keys may hold, or None."""
+    found = {k: given[k] for k in THINKING if k in given}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise UserError(f"{where}.{name} is {kind(value)}: it must be text")
+    texts = {value for value in found.values() if value}
+    if len(texts) > 1:
+        names = " and ".join(name for name, value in found.items() if value)
+        raise UserError(f"{where} has different texts in {names}: leave out all but one")
+    return texts.pop() if texts else None
+
+
+def _join_parts(parts: list[Any], where: str) -> str:
+    """Join content parts, such as {"type": "text", "text": ...}, into one text."""
+    texts = []
+    for i, part in enumerate(parts):
+        if not isinstance(part, dict):
+            raise UserError(f"{where}[{i}] is {kind(part)}: it must be a part with a type and text")
+        part = {k: v for k, v in part.items() if v is not None}
+        text = part.get("text")
+        if part.get("type", "text") not in _TEXTS or not isinstance(text, str):
+            raise UserError(
+                f"{where}[{i}] is a part of type {part.get('type')!r}: only text is read "
+                "(GPT-OSS takes no images, sounds or files)"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def read_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a tool call as {"id"?, "name", "arguments", "content_type"?}, without null values.
+
+    Raises:
+        UserError: it is no object with a name, or has a key that nothing reads.
+    """
+    if not isinstance(call, dict):
+        raise UserError(f"{where} is no object with a name and arguments")
+    call = {k: v for k, v in call.items() if v is not None}
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        raise UserError(f"{where} is no object with a name and arguments")
+    function = {k: v for k, v in function.items() if v is not None}
+    for name in [*call, *function]:
+        if name not in _CALL:
+            raise UserError(
+                f"{where}.{name}: no field of a call; it has name and arguments, and an id"
+            )
+    read = {k: function[k] for k in ("name", "arguments") if k in function}
+    if "content_type" in (function | call):  # null there: a call without a content type
+        read["content_type"] = (function | call)["content_type"]
+    return read | ({"id": call["id"]} if "id" in call else {})
+
+
+# --- Tools -----------------------------------------------------------------------------------
+
+
+def read_tools(tools: Any, where: str = "tools") -> list[dict[str, Any]]:
+    """Return function tools as [{"name", "description"?, "parameters"?}]; [] for None.
+
+    `tools` may be JSON text, as data sets have it whose tables can't hold schemas.
+
+    Raises:
+        UserError: a tool lacks a name, its parameters are no schema whose meaning is clear, or it
+            has a key that nothing reads.
+    """
+    tools = _from_json(tools, where)
+    if tools is None:
+        return []
+    if not isinstance(tools, list | tuple):
+        raise UserError(f"{where} is {kind(tools)}: it must be a list")
+    return [read_tool(tool, f"{where}[{i}]") for i, tool in enumerate(tools) if tool is not None]
+
+
+def read_tool(tool: Any, where: str) -> dict[str, Any]:
+    """Return one tool as {"name", "description"?, "parameters"?}; see `read_tools`."""
+    if isinstance(tool, dict) and tool.get("type") not in (None, "function"):
+        raise UserError(
+            f"{where}.type is {tool['type']!r}: only functions are read; declare another tool in a "
+            "developer's message"
+        )
+    function = tool
+    if isinstance(tool, dict) and tool.get("function") is not None:
+        function, beside = tool["function"], set(tool) - {"type", "function"} - _UNREAD_OF_TOOLS
+        if beside:
+            raise UserError(f"{where}.{min(beside)}: no field of a tool beside its function")
+        where = f"{where}.function"
+    if not isinstance(function, dict):
+        raise UserError(f"{where} is no object with a name")
+    function = {k: v for k, v in function.items() if v is not None}
+    schemas = [name for name in _SCHEMAS if name in function]
+    if len(schemas) > 1:
+        raise UserError(f"{where} has {' and '.join(schemas)}: leave out all but one")
+    for name in function:
+        if name not in _TOOL and name not in schemas and name not in _UNREAD_OF_TOOLS:
+            raise UserError(
+                f"{where}.{name}: no field of a tool; it has name, description and parameters"
+            )
+    read = {k: function[k] for k in ("name", "description") if k in function}
+    if schemas:
+        read["parameters"] = _read_parameters(function[schemas[0]], f"{where}.{schemas[0]}")
+    return read
+
+
+def _read_parameters(value: Any, where: str) -> Any:
+    schema = _from_json(value, where)
+    if not isinstance(schema, dict):
+        raise UserError(f"{where} is no JSON schema")
+    schema = _without_nulls(schema)
+    known = {"type", "properties", "required", "oneOf", "anyOf", "allOf", "$ref", "$schema"}
+    if schema and not known & set(schema):
+        return _by_name(schema, where)
+    schema = _with_standard_types(schema)
+    if schema.get("type") == "object" and "properties" not in schema:
+        lost = [k for k, v in schema.items() if isinstance(v, dict) and _is_schema(v)]
+        if lost:
+            raise UserError(
+                f"{where} has {lost[0]!r} beside its type: put the parameters under properties"
+            )
+    return schema
+
+
+def _by_name(schema: dict[str, Any], where: str) -> dict[str, Any]:
+    """Read {"city": {"type": "string"}, ...}: parameters by name, without `properties`."""
+    properties, required = {}, []
+    for name, value in schema.items():
+        if not isinstance(value, dict) or not _is_schema(value):
+            raise UserError(
+                f"{where}.{name} is no JSON schema: parameters have a type and properties"
+            )
+        value, kind_of = dict(value), value.get("type")
+        needed = value.pop("required", None) if isinstance(value.get("required"), bool) else None
+        if isinstance(kind_of, str) and "," in kind_of:  # "str, optional"
+            value["type"], *more = (word.strip() for word in kind_of.split(","))
+            needed = False if "optional" in more else needed
+        properties[name] = _with_standard_types(value)
+        if needed if needed is not None else "default" not in value:
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _is_schema(value: dict[str, Any]) -> bool:
+    says = {"type", "description", "enum", "properties", "items", "oneOf", "anyOf"}
+    return bool(says & set(value))
+
+
+def _without_nulls(schema: Any, name: str = "") -> Any:
+    """Drop keys whose value is null, but for a default that the schema says may be null."""
+    if isinstance(schema, list):
+        return schema if name in ("enum", "examples") else [_without_nulls(item) for item in schema]
+    if not isinstance(schema, dict) or name == "default":
+        return schema
+    types = schema.get("type")
+    nullable = schema.get("nullable") is True or (isinstance(types, list) and "null" in types)
+    return {
+        k: _without_nulls(v, k)
+        for k, v in schema.items()
+        if v is not None or (k == "default" and nullable) or (k == "const" and len(schema) == 1)
+    }
+
+
+def _with_standard_types(schema: Any) -> Any:
+    """Replace the names of Python's types, in a schema and all schemas in it."""
+    if not isinstance(schema, dict):
+        return schema
+    read = dict(schema)
+    if isinstance(read.get("type"), str):
+        read["type"] = _TYPES.get(read["type"], read["type"])
+    if isinstance(read.get("properties"), dict):
+        read["properties"] = {k: _with_standard_types(v) for k, v in read["properties"].items()}
+    if "items" in read:
+        read["items"] = _with_standard_types(read["items"])
+    for name in ("oneOf", "anyOf", "allOf"):
+        if isinstance(read.get(name), list):
+            read[name] = [_with_standard_types(item) for item in read[name]]
+    return read
+
+
+def declared_arguments(tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return, of tools as `read_tools` returns them, each one's `parameters` by its name."""
+    return {tool["name"]: tool.get("parameters") or {} for tool in tools if "name" in tool}
+
+
+def without_null_arguments(arguments: Any, schema: Any) -> Any:
+    """Drop arguments that are null, but for those that the tool's schema declares, at any depth."""
+    if isinstance(arguments, list):
+        inner = schema.get("items") if isinstance(schema, dict) else None
+        return [without_null_arguments(item, inner) for item in arguments]
+    if not isinstance(arguments, dict):
+        return arguments
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    properties = properties if isinstance(properties, dict) else {}
+    return {
+        name: without_null_arguments(value, properties.get(name))
+        for name, value in arguments.items()
+        if value is not None or name in properties
+    }
+
+
+def _from_json(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UserError(f"{where} is text, and not JSON ({error})") from None
+
+
+def kind(value: Any) -> str:
+    """Name a JSON value's kind, for errors."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")

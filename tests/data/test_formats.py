@@ -1,0 +1,222 @@
+"""The formats of records: each is read as the chat that it is; what nobody reads is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptoss_jax import harmony
+from gptoss_jax.config import Config, DataConfig, ModelConfig
+from gptoss_jax.data import describe
+from gptoss_jax.data.examples import open_examples
+from gptoss_jax.errors import UserError
+
+Q, A = {"role": "user", "content": "sort 2 1"}, {"role": "assistant", "content": "1 2"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {"name": "sort", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
+CALL = {"name": "sort", "arguments": {"x": "2 1"}}
+
+FORMATS = {
+    "chat": ({"messages": [Q, A]}, [Q, A]),
+    "prompt and completion": ({"prompt": "sort 2 1", "completion": "1 2"}, [Q, A]),
+    "TRL's": ({"prompt": [SYSTEM, Q], "completion": [A]}, [SYSTEM, Q, A]),
+    "a column system": ({"messages": [Q, A], "system": "Be brief."}, [SYSTEM, Q, A]),
+    "a system that is there": ({"messages": [SYSTEM, Q, A], "system": "Be brief."}, [SYSTEM, Q, A]),
+    "ShareGPT": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "sort 2 1", "weight": None},
+                {"from": "gpt", "value": "1 2"},
+            ]
+        },
+        [SYSTEM, Q, A],
+    ),
+    "ShareGPT's column system": (
+        {
+            "system": "Be brief.",
+            "conversations": [
+                {"from": "human", "value": "sort 2 1"},
+                {"from": "gpt", "value": "1 2"},
+            ],
+        },
+        [SYSTEM, Q, A],
+    ),
+    "messages under conversations": ({"conversations": [Q, A]}, [Q, A]),
+    "Alpaca": ({"instruction": "sort 2 1", "input": "", "output": "1 2"}, [Q, A]),
+    "Alpaca with input": (
+        {"instruction": "sort", "input": "2 1", "output": "1 2", "system": "Be brief."},
+        [SYSTEM, {"role": "user", "content": "sort\n\n2 1"}, A],
+    ),
+    "Alpaca with history": (
+        {"instruction": "sort 2 1", "output": "1 2", "history": [["sort 2 1", "1 2"]]},
+        [Q, A, Q, A],
+    ),
+    "messages as JSON text": ({"messages": json.dumps([Q, A])}, [Q, A]),
+}
+
+
+def examples_of(folder: Path, *records, name: str = "a.jsonl", **options):
+    path = folder / name
+    text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
+    path.write_text(text)
+    config = Config(
+        model=ModelConfig(vocab_size=201_088),
+        data=DataConfig(train=(str(path),), sequence_length=512, **options),
+    )
+    return open_examples(config), config
+
+
+@pytest.mark.parametrize(("record", "chat"), FORMATS.values(), ids=FORMATS)
+def test_every_format_is_the_chat_that_it_is(record, chat, tmp_path):
+    examples, _ = examples_of(tmp_path, {**record, "reasoning_effort": "high"})
+    (segment,) = examples[0]
+    tokens, weights = harmony.render(chat, reasoning="high")
+    assert segment.tokens.tolist() == tokens
+    if "prompt" in record or "history" not in record:
+        assert segment.weights.tolist() == weights
+
+
+def test_a_completion_alone_is_trained(tmp_path):
+    prompt = [Q, A, Q]
+    examples, _ = examples_of(tmp_path, {"prompt": prompt, "completion": [A]})
+    (segment,) = examples[0]
+    assert segment.weights.tolist() == harmony.render([*prompt, A], given=3)[1]
+
+
+def test_calls_in_sharegpt(tmp_path):
+    turns = [
+        {"from": "human", "value": "sort 2 1"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "1 2"},
+        {"from": "gpt", "value": "1 2"},
+    ]
+    examples, _ = examples_of(tmp_path, {"conversations": turns, "tools": json.dumps([TOOL])})
+    ours = [
+        Q,
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "content": "1 2"},
+        A,
+    ]
+    assert examples[0][0].tokens.tolist() == harmony.render(ours, [TOOL])[0]
+
+
+@pytest.mark.parametrize(
+    "effort",
+    [
+        {"reasoning": "low"},
+        {"reasoning_effort": "low"},
+        {"chat_template_kwargs": {"reasoning_effort": "low"}},
+        {"reasoning": "low", "reasoning_effort": "low"},
+    ],
+)
+def test_the_reasoning_effort_has_several_names(effort, tmp_path):
+    examples, _ = examples_of(tmp_path, {"messages": [Q, A], **effort})
+    assert examples[0][0].tokens.tolist() == harmony.render([Q, A], reasoning="low")[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"messages": [Q, A], "model_identity": "You are Bo."}, "model_identity would change"),
+        ({"messages": [Q, A], "system_prompt": "Be brief."}, "system_prompt would change"),
+        ({"messages": [SYSTEM, Q, A], "system": "Rhyme."}, "system message that differs"),
+        ({"messages": [Q, A], "reasoning": "low", "reasoning_effort": "high"}, "several reasoning"),
+        ({"messages": [Q, A], "tools": [TOOL], "functions": [TOOL]}, "tools and functions"),
+        ({"messages": [Q, A], "chat_template_kwargs": {"date": "x"}}, "chat_template_kwargs.date"),
+        ({"messages": [Q, A | {"score": 3}]}, "messages[1].score: no field of a message"),
+        ({"messages": [Q, {"role": "assistant", "text": "1 2"}]}, "messages[1].text"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from is 'robot'"),
+        ({"question": "x", "answer": "y"}, "its columns are 'question', 'answer'"),
+        ({"prompt": "x"}, "its columns are 'prompt'"),
+        ({"instruction": "x", "output": 3}, "output is no text"),
+        ({"messages": "no JSON"}, "messages is text, and not JSON"),
+        ({"messages": [Q, A | {"content": "<|channel|>final"}]}, "messages[1].content spells one"),
+        ({"messages": [Q, A | {"thinking": "<|end|>"}]}, "messages[1].thinking spells one"),
+        ({"text": "<|start|>user<|message|>x"}, "spells Harmony's special tokens"),
+        ({"messages": [Q, A | {"name": "a b", "role": "tool"}]}, "it must be one word"),
+        ({"messages": [Q, {"role": "tool", "content": "x"}]}, "no tool call before it"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_line(record, named, tmp_path):
+    with pytest.raises(UserError) as error:
+        examples_of(tmp_path, {"messages": [Q, A]}, record)
+    assert "a.jsonl:2: " in str(error.value) and named in str(error.value)
+    examples, _ = examples_of(tmp_path, {"messages": [Q, A]}, record, on_bad_record="skip")
+    assert len(examples) == 1 and examples.records.skipped == 1
+
+
+def test_columns_that_nothing_reads_are_named_once(tmp_path):
+    records = [{"messages": [Q, A], "id": i, "source": "web", "none": None} for i in range(3)]
+    examples, config = examples_of(tmp_path, *records)
+    assert examples.records.unused == {"id": 3, "source": 3}
+    assert "columns not used: id, source" in describe(config)
+    examples, config = examples_of(tmp_path, *records, ignore=("id", "source"))
+    assert not examples.records.unused and "not used" not in describe(config)
+
+
+def test_a_key_of_messages_may_be_passed_over(tmp_path):
+    record = {"messages": [Q, A | {"score": 3}]}
+    examples, _ = examples_of(tmp_path, record, ignore=("messages.score",))
+    assert examples[0][0].tokens.tolist() == harmony.render([Q, A])[0]
+
+
+def test_a_rendered_chat_is_trained_as_a_chat_or_as_plain_text(tmp_path):
+    tokens, weights = harmony.render([Q, A])
+    encoding = harmony.tokenizer.get_tokenizer()
+    text = encoding.decode(tokens)
+    (segment,) = examples_of(tmp_path, {"text": text})[0][0]
+    assert (segment.tokens.tolist(), segment.weights.tolist()) == (tokens, weights)
+    (segment,) = examples_of(tmp_path, {"text": text}, plain_special_tokens=True)[0][0]
+    assert segment.tokens[:-1].tolist() == encoding.encode_ordinary(text)
+    assert segment.weights.all()
+    spelled = {"messages": [Q, A | {"content": "<|end|>"}]}
+    (segment,) = examples_of(tmp_path, spelled, plain_special_tokens=True)[0][0]
+    assert segment.tokens.tolist() == harmony.render(spelled["messages"])[0]
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def test_a_json_file_is_a_list_of_records(tmp_path):
+    records = [{"messages": [Q, A]}, {"text": "Grüße [1, 2]"}, {"prompt": "x", "completion": "y"}]
+    one, _ = examples_of(tmp_path, *records, name="a.json")
+    other, _ = examples_of(tmp_path, *records)
+    assert len(one) == 3
+    for i in range(3):
+        assert one.records[i].fields == other.records[i].fields
+        assert one[i][0].tokens.tolist() == other[i][0].tokens.tolist()
+    text = "\ufeff[\n" + ",\n\n".join(map(json.dumps, records)) + "\n]\n"
+    (tmp_path / "a.json").write_text(text)
+    config = DataConfig(train=(str(tmp_path / "a.json"),), sequence_length=512)
+    examples = open_examples(Config(model=ModelConfig(vocab_size=201_088), data=config))
+    assert [examples.records[i].fields for i in range(3)] == [
+        one.records[i].fields for i in range(3)
+    ]
+    assert [examples.records.where(i)[-2:] for i in range(3)] == [":2", ":4", ":6"]
+
+
+@pytest.mark.parametrize("text", ['{"messages": []}', '[{"text": "a"} {"text": "b"}]', '[{"text"'])
+def test_a_json_file_that_is_no_list_is_refused(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    config = DataConfig(train=(str(tmp_path / "a.json"),))
+    with pytest.raises(UserError, match=r"a\.json:1: not JSON"):
+        open_examples(Config(data=config))
+
+
+def test_parquet_rows_may_differ_in_format(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"messages": [Q, A], "text": None, "id": 1},
+        {"messages": None, "text": "plain", "id": 2},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    config = DataConfig(train=(str(tmp_path / "a.parquet"),), sequence_length=512)
+    examples = open_examples(Config(model=ModelConfig(vocab_size=201_088), data=config))
+    assert examples[0][0].tokens.tolist() == harmony.render([Q, A])[0]
+    assert examples.records[1].fields == {"text": "plain"}
+    assert set(examples.records.unused) == {"id"}
