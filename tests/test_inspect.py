@@ -16,6 +16,7 @@ from gptoss_jax.harmony import tokenizer
 VOCAB = 700
 LEGEND = (
     "[[trained]] (the loss counts these tokens; [0.3[these]] with weight 0.3)  other  <|special|>"
+    "  \u2039|spelled|\u203a (text that only looks like a special token)"
 )
 
 
@@ -29,7 +30,7 @@ def config_file(tmp_path):
         "from gptoss_jax.config import *\n"
         "def get_config():\n"
         f"    data = DataConfig(train=({str(tmp_path / 'a.jsonl')!r},), sequence_length=256,"
-        " batch_size=3, pack_window=4)\n"
+        " batch_size=3, pack_window=4, plain_special_tokens=True)\n"
         f"    return Config(model=ModelConfig(vocab_size={VOCAB}), data=data)\n"
     )
     return file
@@ -59,7 +60,7 @@ def test_a_batch_without_colours(config_file, tmp_path, capsys):
     assert rows[1].startswith("--- row 1, source b: 4 segments, ")
     # An escape is shown, not obeyed; text that spells a special token is plain text.
     assert rows[1].endswith(
-        "- segment 4: 19 tokens, 18 trained\na[[␛[31mb\n<|end|> & <b><|endoftext|>]]"
+        "- segment 4: 19 tokens, 18 trained\na[[␛[31mb\n\u2039|end|\u203a & <b><|endoftext|>]]"
     )
 
 
@@ -86,9 +87,12 @@ def test_a_page_stands_alone(config_file, tmp_path, capsys):
     assert out.strip() == str(page)
     text = page.read_text()
     assert text.startswith("<!DOCTYPE html>") and "http" not in text
-    assert "&lt;|end|&gt; &amp; &lt;b&gt;" in text and "\x1b" not in text and "<b>" not in text
+    assert "\u2039|end|\u203a &amp; &lt;b&gt;" in text and "\x1b" not in text and "<b>" not in text
     said = html.unescape(re.sub(r"<[^>]*>", "", text.split("<pre>")[1].split("</pre>")[0]))
-    assert "=== batch 0: 3 rows of 256" in said and "a␛[31mb\n<|end|> & <b><|endoftext|>" in said
+    assert (
+        "=== batch 0: 3 rows of 256" in said
+        and "a␛[31mb\n\u2039|end|\u203a & <b><|endoftext|>" in said
+    )
     with pytest.raises(UserError) as error:
         show(capsys, "--config", config_file, "--html", tmp_path / "no" / "page.html")
     assert str(error.value).startswith(f"--html {tmp_path / 'no' / 'page.html'}: No such file")

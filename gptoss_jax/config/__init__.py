@@ -43,6 +43,15 @@ class DataConfig:
     # is not 1, such as assistant/final assistant/analysis=0.3. A pair overrides its role. All of a
     # plain text counts.
     train_on: tuple[str, ...] = ("assistant",)
+    # Which of the assistant's turns in a chat are trained. A prompt leaves out the analysis of
+    # earlier turns (data.history). all: every turn but those whose analysis is left out: they would
+    # teach the model to answer without it. last: the last turn. split: every turn, each in a record
+    # of its own with what it saw before.
+    turns: Literal["all", "last", "split"] = "all"
+    # Which analysis of earlier turns is left out, in training and when the run is sampled from.
+    # harmony: as openai-harmony does, and servers that use it, such as vLLM. template: as the chat
+    # template does that OpenAI published, which transformers and llama.cpp use.
+    history: Literal["harmony", "template"] = "harmony"
     # Reasoning effort of a chat whose record does not name one.
     reasoning: Literal["low", "medium", "high"] = "medium"
     pack_window: int = 1_024  # records that are shuffled and packed into rows together

@@ -87,6 +87,11 @@ def _summarise(examples: Examples, survey: _Survey) -> str:
         parts.append(f"{about}{round(stats.cut * scale):,} truncated")
     if stats.untrained:
         parts.append(f"{about}{round(stats.untrained * scale):,} left out with nothing to train")
+    if stats.turns:
+        parts.append(
+            f"{about}{_plural(round(stats.turns * scale), 'answer')} not trained, as later turns "
+            "leave out their analysis (data.turns=split trains them)"
+        )
     if examples.records.skipped:
         parts.append(examples.records.skip_summary())
     if examples.records.unused:
@@ -138,6 +143,10 @@ def _if_set(data: DataConfig) -> dict[str, Any]:
         "data.ignore": list(data.ignore),
         "data.plain_special_tokens": data.plain_special_tokens,
     }
+    if data.turns != "all":
+        settings["data.turns"] = data.turns
+    if data.history != "harmony":
+        settings["data.history"] = data.history
     return {name: value for name, value in settings.items() if value}
 
 

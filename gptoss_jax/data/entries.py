@@ -38,10 +38,10 @@ def entries(patterns: Sequence[str], *, field: str = "data.train") -> list[Entry
     """Find the files of each entry, and give each entry a name.
 
     In a glob, `**` crosses folders. A folder is searched recursively for .jsonl, .parquet and .txt;
-    hidden files are left out, and so are .json files, which describe data as often as they hold it. The files of a glob or folder are sorted. An entry without a name
-    gets the name of its file, folder or data set, plus a number if that name is taken. Raises
-    `UserError` if an entry matches no file or a file of another format, or if two entries were
-    given the same name.
+    hidden files are left out, and so are .json files, which often only describe data. The files of
+    a glob or folder are sorted. An entry without a name gets the name of its file, folder or data
+    set, plus a number if that name is taken. Raises `UserError` if an entry matches no file or a
+    file of another format, or if two entries were given the same name.
     """
     if not patterns:
         raise UserError(f"{field} names no file: set it to {_FORMATS} files, globs or folders")

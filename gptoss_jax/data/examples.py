@@ -36,6 +36,7 @@ class Stats:
     trained: int  # tokens whose loss weight as a target is above 0
     cut: int  # records truncated
     untrained: int  # records left out because none of their tokens is trained
+    turns: int = 0  # turns of the assistant that are not trained, as their analysis is left out
 
 
 class Examples:
@@ -77,6 +78,7 @@ class Examples:
         self._cached_tokens = 0
         self._bad: set[int] = set()
         self._truncated: set[int] = set()
+        self._turns: dict[int, int] = {}  # untrained turns of each record that has some
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -86,7 +88,8 @@ class Examples:
         """Return the segments of record `i`: none if it has nothing to train, or is bad."""
         segments = self._cache.get(i)
         if segments is None:
-            segments = self._pair(i) if self.pairs else self.cut(i, self.tokenise(i))
+            whole = [] if self.pairs else self.tokenise(i)
+            segments = self._pair(i) if self.pairs else [s for w in whole for s in self.cut(i, w)]
             size = sum(len(s.tokens) for s in segments)
             if self._cached_tokens + size <= self._cache_tokens:
                 self._cached_tokens += size
@@ -98,23 +101,43 @@ class Examples:
         """Whether the records are pairs: both segments of a pair then share a row."""
         return self.records.pairs
 
-    def tokenise(self, i: int) -> Segment:
-        """Return all tokens of record `i` and their loss weights; no tokens if it is bad."""
+    def tokenise(self, i: int) -> list[Segment]:
+        """Return all tokens of record `i` and their loss weights; nothing if it is bad.
+
+        With `data.turns=split`, each turn of a chat is a segment of its own.
+        """
         record = self.records[i]
         try:
-            tokens, weights = self._encode(record)
+            found = self._encode(record, i)
         except UserError as error:  # the renderer refuses some records that indexing accepts
             self._bad.add(i)
             self.records.bad(record.where, str(error))
-            tokens, weights = [], []
-        return Segment(np.array(tokens, np.int32), np.array(weights, np.float32))
+            return []
+        return [Segment(np.array(t, np.int32), np.array(w, np.float32)) for t, w in found]
 
-    def _encode(self, record: Record) -> tuple[list[int], list[float]]:
+    def _encode(self, record: Record, i: int) -> list[tuple[list[int], list[float]]]:
         fields = record.fields
         if "messages" in fields:
-            options = self._options(fields)
-            return harmony.render(fields["messages"], given=fields.get("given", 0), **options)
-        if harmony.is_spelled(fields["text"]) and not self.config.plain_special_tokens:
+            options, given = self._options(fields), fields.get("given", 0)
+            if self.config.turns != "split":
+                self._count_turns(record, i)
+                return [harmony.render(fields["messages"], given=given, **options)]
+            chats = harmony.split_turns(fields["messages"])
+            return [harmony.render(chat, given=min(given, len(chat)), **options) for chat in chats]
+        return [self._encode_text(record)]
+
+    def _count_turns(self, record: Record, i: int) -> None:
+        if self.config.turns == "all":
+            count = harmony.count_untrained(
+                record.fields["messages"], record.fields.get("tools"), history=self.config.history
+            )
+            if count:
+                self._turns[i] = count
+
+    def _encode_text(self, record: Record) -> tuple[list[int], list[float]]:
+        fields = record.fields
+        spelled = harmony.spelled(fields["text"]) is not None
+        if spelled and not self.config.plain_special_tokens:
             return harmony.read_rendering(
                 fields["text"], train_on=self.config.train_on, tokenizer=self._encoding
             )
@@ -128,6 +151,8 @@ class Examples:
             "tools": fields.get("tools"),
             "reasoning": fields.get("reasoning") or self.config.reasoning,
             "train_on": self.config.train_on,
+            "turns": "all" if self.config.turns == "all" else "last",
+            "history": self.config.history,
             "tokenizer": self._encoding,
         }
 
@@ -210,7 +235,8 @@ class Examples:
                 advance(size)
         cut = sum(i in self._truncated for i in chosen)
         untrained -= sum(i in self._bad for i in chosen)
-        return Stats(len(chosen), tokens, trained, cut, untrained)
+        turns = sum(self._turns.get(i, 0) for i in chosen)
+        return Stats(len(chosen), tokens, trained, cut, untrained, turns)
 
 
 @dataclass(frozen=True)

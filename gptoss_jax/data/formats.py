@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptoss_jax.harmony import EFFORTS
+from gptoss_jax.harmony.dialects import kind
 
 Fields = dict[str, Any]
 
@@ -71,14 +72,13 @@ def read(record: Fields, *, pairs: bool = False, ignore: Collection[str] = ()) -
             unused = tuple(name for name in there if name not in used)
             return Read(_with_common(reader.read(there), there), unused)
     if pairs:
-        raise ValueError("lacks chosen and rejected: objective.name dpo trains on pairs of answers")
+        lacks = " and ".join(name for name in SIDES if name not in there)
+        raise ValueError(f"lacks {lacks}: objective.name dpo trains on pairs of answers")
     if "chosen" in there:
         raise ValueError("lacks messages (a chat) or text; a pair is for objective.name dpo")
-    names = ", ".join(map(repr, list(there)[:8])) or "none"
-    raise ValueError(
-        f"lacks messages (a chat) or text; its columns are {names}, and the formats that are read "
-        f"are {'; '.join(' and '.join(r.needs) for r in READERS)}"
-    )
+    names = ", ".join(map(str, list(there)[:8]))
+    columns = f"; its columns are {names} (docs/data.md lists the formats)" if names else ""
+    raise ValueError(f"lacks messages (a chat) or text{columns}")
 
 
 _COMMON = ("tools", "functions", "system", "chat_template_kwargs", *EFFORT)
@@ -88,7 +88,7 @@ def _with_common(fields: Fields, there: Fields) -> Fields:
     """Add what every format of a chat may have: tools, a system message, the reasoning effort."""
     if "text" in fields:
         return fields
-    tools = [name for name in ("tools", "functions") if there.get(name)]
+    tools = [name for name in ("tools", "functions") if there.get(name) not in (None, [], "")]
     if len(tools) > 1:
         raise ValueError("has tools and functions: leave out one of them")
     if tools:
@@ -258,7 +258,7 @@ COLUMNS = tuple(
 
 def _text(there: Fields, name: str) -> str:
     if not isinstance(there[name], str):
-        raise ValueError(f"{name} is no text")
+        raise ValueError(f"{name} is {kind(there[name])}: it must be text")
     return there[name]
 
 

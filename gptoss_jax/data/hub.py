@@ -26,12 +26,7 @@ from typing import Any
 
 from gptoss_jax.errors import UserError
 
-FORMATS = (
-    ".parquet",
-    ".jsonl",
-    ".json",
-    ".txt",
-)  # if a split has several formats, the first one is used
+FORMATS = (".parquet", ".jsonl", ".txt")  # if a split has several formats, the first one is used
 CONVERTED = "refs/convert/parquet"
 
 _SYNTAX = "hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT]"
@@ -101,8 +96,7 @@ def _choose(wanted: _Wanted, field: str) -> tuple[list[str], str]:
     if failed is not None:
         raise failed
     names = (
-        ", ".join(_spell(key) for key in sorted(available)[:12])
-        or "no .parquet, .jsonl, .json or .txt"
+        ", ".join(_spell(key) for key in sorted(available)[:12]) or "no .parquet, .jsonl or .txt"
     )
     config = f" of config {wanted.config}" if wanted.config else ""
     raise UserError(

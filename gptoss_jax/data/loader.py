@@ -253,6 +253,7 @@ def eval_questions(config: Config, limit: int) -> list[Question]:
                 messages,
                 tools=record.fields.get("tools"),
                 reasoning=record.fields.get("reasoning") or config.data.reasoning,
+                history=config.data.history,
                 tokenizer=encoding,
             )
         except UserError as error:

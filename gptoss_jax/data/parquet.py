@@ -86,7 +86,7 @@ def read_rows(file: BinaryIO, layout: Layout, path: Path) -> Iterator[dict[str, 
         if batch is None:
             return
         try:
-            yield from map(_drop_nulls, batch.to_pylist())
+            yield from map(drop_nulls, batch.to_pylist())
         except UnicodeDecodeError:
             for i in range(batch.num_rows):
                 try:
@@ -108,16 +108,17 @@ def read_group(file: BinaryIO, layout: Layout, path: Path, *, group: int) -> Any
 def read_row(table: Any, i: int) -> dict[str, Any]:
     """Return row `i` of a table or a batch. Raises `ValueError` for text that is not UTF-8."""
     try:
-        return _drop_nulls(table.slice(i, 1).to_pylist()[0])
+        return drop_nulls(table.slice(i, 1).to_pylist()[0])
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
 
 
-def _drop_nulls(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
+    """Drop the fields that are null, at any depth."""
     if isinstance(value, dict):
-        return {name: _drop_nulls(item) for name, item in value.items() if item is not None}
+        return {name: drop_nulls(item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_drop_nulls(item) for item in value]
+        return [drop_nulls(item) for item in value]
     return value
 
 

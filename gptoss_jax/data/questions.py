@@ -128,6 +128,7 @@ class Questions:
                 messages,
                 tools=fields.get("tools"),
                 reasoning=fields.get("reasoning") or config.data.reasoning,
+                history=config.data.history,
                 tokenizer=self._encoding,
             )
         except UserError as error:

@@ -1,13 +1,15 @@
 """Show packed batches as text: tokens that the loss counts are coloured, the others are dim.
 
 Without colours, tokens that count are in [[ ]]. A loss weight other than 1 is shown before them:
-[0.3[ ]]. Special tokens are shown by name, control characters by a symbol.
+[0.3[ ]]. Special tokens are shown by name, control characters by a symbol. A text that only spells
+a special token has single angle quotation marks in place of < and >.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,9 @@ FACTOR = "yellow"
 # Replaced because a terminal would obey them: C0 except tab and newline, DEL, and C1.
 _CONTROLS = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}
 _CONTROLS |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
+
+_OPEN, _CLOSE = "\u2039", "\u203a"  # of a text that spells a special token
+_SPELLED = re.compile(r"<(\|[a-z]\w*\|)>")
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -114,7 +119,7 @@ def _legend(plain: bool) -> Text:
     if plain:
         return Text(
             "[[trained]] (the loss counts these tokens; [0.3[these]] with weight 0.3)  other  "
-            "<|special|>"
+            f"<|special|>  {_OPEN}|spelled|{_CLOSE} (text that only looks like a special token)"
         )
     return Text.assemble(
         ("trained", TRAINED),
@@ -124,7 +129,7 @@ def _legend(plain: bool) -> Text:
         ("other", OTHER),
         " and ",
         ("<|special|>", SPECIAL),
-        ": it does not",
+        f": it does not; {_OPEN}|spelled|{_CLOSE}: text that only looks like a special token",
     )
 
 
@@ -159,6 +164,8 @@ def _segment(
         for is_special, run in itertools.groupby(spans, lambda x: x[1][0]):
             style = (OTHER, SPECIAL) if not is_trained else (TRAINED, TRAINED_SPECIAL)
             decoded = tokenizer.decode(encoding, [token for token, _ in run])
+            if not is_special:
+                decoded = _SPELLED.sub(rf"{_OPEN}\1{_CLOSE}", decoded)
             text.append(decoded.translate(_CONTROLS), style[is_special])
         if is_trained and plain:
             text.append("]]")

@@ -29,6 +29,10 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import EFFORTS
 from gptoss_jax.harmony.dialects import kind
 
+SPELLS = (
+    "spells one of Harmony's special tokens: give a chat as messages, each with its own text, or "
+    "set data.plain_special_tokens if the tokens are meant as text"
+)
 PROGRESS_FROM = 256 << 20  # bytes; a pass over less data shows no progress bar
 
 
@@ -83,7 +87,7 @@ class Reading:
                 preferences.check(read.fields, self._check_chat)
             elif "messages" in read.fields:
                 self._check_chat(read.fields)
-            elif harmony.is_spelled(read.fields["text"]) and not self.plain_special_tokens:
+            elif harmony.spelled(read.fields["text"]) is not None and not self.plain_special_tokens:
                 harmony.read_rendering(read.fields["text"])
         except UserError as error:
             raise ValueError(str(error)) from None
@@ -95,10 +99,7 @@ class Reading:
         harmony.check(messages, fields.get("tools"), effort)
         where = "" if self.plain_special_tokens else _spelled(messages, "messages")
         if where:
-            raise ValueError(
-                f"{where} spells one of Harmony's special tokens: give the chat as messages, each "
-                "with its own text, or set data.plain_special_tokens if they are meant as text"
-            )
+            raise ValueError(f"{where} {SPELLS}")
 
 
 def parse(line: bytes) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def parse(line: bytes) -> dict[str, Any]:
 def _spelled(value: Any, where: str) -> str:
     """Return where a text in `value` spells a special token of Harmony; "" if none does."""
     if isinstance(value, str):
-        return where if harmony.is_spelled(value) else ""
+        return "" if harmony.spelled(value) is None else where
     items: Iterable[tuple[str, Any]] = ()
     if isinstance(value, dict):
         items = ((f"{where}.{k}", v) for k, v in value.items() if k not in ("ids", "content_type"))
@@ -256,7 +257,12 @@ class Records:
         offset, number = 0, 1
         while part := _stretch(file, offset, stretch_bytes):
             try:
-                if not part.decode("utf-8-sig").isspace():
+                text = part.decode("utf-8-sig")
+                spelled = None if self.reading.plain_special_tokens else harmony.spelled(text)
+                if spelled is not None:
+                    line = number + text.count("\n", 0, spelled)
+                    self.bad(f"{path}:{line}", f"plain text that {SPELLS}")
+                elif not text.isspace():
                     self._add(offset, len(part), number)
             except UnicodeDecodeError as error:
                 line = number + part.count(b"\n", 0, error.start)

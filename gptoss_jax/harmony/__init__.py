@@ -45,7 +45,9 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.channels import CHANNELS as CHANNELS
+from gptoss_jax.harmony.channels import HISTORIES as HISTORIES
 from gptoss_jax.harmony.channels import ROLES as ROLES
+from gptoss_jax.harmony.channels import TURNS as TURNS
 from gptoss_jax.harmony.channels import Weights, parse_train_on, weight_of
 from gptoss_jax.harmony.dialects import read_messages as read_messages
 from gptoss_jax.harmony.messages import EFFORTS as EFFORTS
@@ -55,7 +57,7 @@ from gptoss_jax.harmony.parser import CONSTRAIN
 from gptoss_jax.harmony.parser import StreamParser as StreamParser
 from gptoss_jax.harmony.parser import parse as parse
 from gptoss_jax.harmony.parser import to_messages as to_messages
-from gptoss_jax.harmony.tokenizer import encode, get_tokenizer, special_id
+from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, encode, get_tokenizer, special_id
 
 if TYPE_CHECKING:
     import tiktoken
@@ -76,16 +78,23 @@ def render(
     date: str | None = None,
     *,
     train_on: Sequence[str] = ("assistant",),
+    turns: str = "all",
+    history: str = "harmony",
     given: int = 0,
     tokenizer: tiktoken.Encoding | None = None,
 ) -> tuple[list[int], list[float]]:
     """Render a whole chat for training: its ids, and the loss weight of each id as a target.
 
     The last turn (all messages after the last user message) keeps its analysis. Everything before
-    it is rendered as by `render_prompt`. So earlier analysis is dropped where Harmony drops it, and
-    the ids before the last turn are those of the prompt. A final answer at the very end ends in
+    it is rendered as by `render_prompt`. So earlier analysis is dropped where `history` drops it,
+    and the ids before the last turn are those of the prompt. A final answer at the very end ends in
     `<|return|>`, tool calls end in `<|call|>`, every other message ends in `<|end|>`. Sampled ids
     at the end stay as they are.
+
+    `turns` says which turns of the assistant are trained: with "last", only the last one. With
+    "all", every turn whose analysis is rendered, or that has none; a turn whose analysis is dropped
+    would teach the model to answer without it, and has weight 0 (`split_turns` makes a chat of each
+    turn instead).
 
     `train_on` has roles or role/channel pairs such as "assistant/final", with a weight if it is not
     1: "assistant/analysis=0.3" (see `channels.parse_train_on`). In an assistant's message, the
@@ -105,7 +114,9 @@ def render(
     trained = parse_train_on(train_on)
     before = parts[: len(expand(messages[:given], tools, encoding.n_vocab))] if given else []
     turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
-    parts = _drop_analysis(parts[:turn]) + parts[turn:]
+    kept = _drop_analysis(parts[:turn], history) + parts[turn:]
+    before += _untrained(parts, kept, turn, turns)
+    parts = kept
     tokens = list(_system(encoding, reasoning, date, bool(tools)))
     more, weights = _weigh(parts, encoding, trained, before)
     return tokens + more, [0.0] * len(tokens) + weights
@@ -135,9 +146,10 @@ def _weigh(
     return tokens, weights
 
 
-def is_spelled(text: str) -> bool:
-    """Say whether a text spells one of Harmony's special tokens, such as `<|start|>`."""
-    return _SPELLED.search(text) is not None
+def spelled(text: str) -> int | None:
+    """Return where a text spells one of Harmony's special tokens, such as `<|start|>`, or None."""
+    found = _SPELLED.search(text)
+    return None if found is None else found.start()
 
 
 def read_rendering(
@@ -158,11 +170,13 @@ def read_rendering(
     encoding = tokenizer or get_tokenizer()
     ids = encoding.encode(text.strip(), allowed_special=set(_SPECIAL), disallowed_special=())
     start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
+    between = special_id(encoding, "<|message|>")
     parts: list[Part] = []
     parsed = parse(ids, encoding, after_prompt=False)
     for i, message in enumerate(parsed):
         header, whole = message.header, message.ids
-        begins = whole[:1] == (start,) and message.span != (len(whole),) * 2
+        at = message.span[0] - 1
+        begins = whole[:1] == (start,) and whole[at : at + 1] == (between,)
         if not begins or message.stop is None or len(whole) != message.span[1] + 1:
             raise UserError(
                 f"spells Harmony's special tokens, and its message {i + 1} is no whole one: give a "
@@ -186,16 +200,22 @@ def render_prompt(
     reasoning: str = "medium",
     date: str | None = None,
     *,
+    history: str = "harmony",
     tokenizer: tiktoken.Encoding | None = None,
 ) -> list[int]:
     """Render a chat as a prompt: its ids, up to and including `<|start|>assistant`.
 
-    If the assistant's last message is a final answer, the analysis before the first final answer is
-    dropped, as in Harmony. Raises UserError that names the message and the field.
+    `history` says which analysis of earlier turns is left out:
+    - "harmony", openai-harmony's rule: if the assistant's last message is a final answer, the
+      analysis before the first final answer; else none.
+    - "template", the rule of the chat template that OpenAI published with the weights: all analysis
+      before the last final answer.
+
+    Raises UserError that names the message and the field.
     """
     encoding = tokenizer or get_tokenizer()
     tokens = list(_system(encoding, reasoning, date, bool(tools)))
-    parts = _drop_analysis(expand(messages, tools, encoding.n_vocab))
+    parts = _drop_analysis(expand(messages, tools, encoding.n_vocab), history)
     for rendered in _render_parts(parts, encoding, to_answer=True):
         tokens += rendered.head + rendered.body
     return [*tokens, special_id(encoding, "<|start|>"), *_short(encoding, "assistant")]
@@ -298,13 +318,63 @@ def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list
     return ids[:size], ids[size:]
 
 
-def _drop_analysis(parts: list[Part]) -> list[Part]:
-    """Drop the analysis before the first final answer if the assistant's last message is final.
-
-    The analysis of later turns stays, as in Harmony.
-    """
+def _drop_analysis(parts: list[Part], history: str) -> list[Part]:
+    """Drop the analysis that a prompt leaves out; see `render_prompt`."""
+    if history not in HISTORIES:
+        raise UserError(f"history is {history!r}: it is one of {', '.join(HISTORIES)}")
+    finals = [i for i, part in enumerate(parts) if part.channel == "final"]
     spoken = [part.channel for part in parts if part.role == "assistant"]
-    if not spoken or spoken[-1] != "final":
+    if not finals or (history == "harmony" and spoken[-1] != "final"):
         return parts
-    first = next(i for i, part in enumerate(parts) if part.channel == "final")
-    return [part for part in parts[:first] if part.channel != "analysis"] + parts[first:]
+    upto = finals[0] if history == "harmony" else finals[-1]
+    return [part for part in parts[:upto] if part.channel != "analysis"] + parts[upto:]
+
+
+def _untrained(parts: list[Part], kept: list[Part], last: int, turns: str) -> list[Part]:
+    """Return the messages of the assistant that `turns` leaves untrained; `last`: the last turn."""
+    if turns not in TURNS:
+        raise UserError(f"turns is {turns!r}: it is one of {', '.join(TURNS)}")
+    if turns == "last":
+        return [part for part in parts[:last] if part.role == "assistant"]
+    rendered = {id(part) for part in kept}
+    untrained: list[Part] = []
+    dropped = False  # analysis of the turn that is looked at
+    for part in parts:
+        dropped = part.role != "user" and (dropped or id(part) not in rendered)
+        if dropped and part.role == "assistant":
+            untrained.append(part)
+    return untrained
+
+
+def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return one chat for each turn of the assistant: what it saw, and the turn itself at the end.
+
+    Rendered with turns="last", each turn is trained with its own analysis, after a history as it is
+    when the model is asked.
+    """
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    after = [*roles[1:], "user"]
+    ends = [i for i, role in enumerate(roles) if role != "user" and after[i] == "user"]
+    found, begin = [], 0
+    for end in ends:
+        if "assistant" in roles[begin : end + 1]:
+            found.append(list(messages[: end + 1]))
+        begin = end + 1
+    return found or [list(messages)]
+
+
+def count_untrained(
+    messages: Sequence[Message], tools: Any = None, *, history: str = "harmony"
+) -> int:
+    """Count the turns that `render` leaves untrained because their analysis is dropped."""
+    parts = expand(messages, tools, VOCAB_SIZE)
+    turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
+    kept = _drop_analysis(parts[:turn], history) + parts[turn:]
+    untrained = {id(part) for part in _untrained(parts, kept, turn, "all")}
+    count, counted = 0, False
+    for part in parts:
+        if part.role == "user":
+            counted = False
+        elif id(part) in untrained and not counted:
+            count, counted = count + 1, True
+    return count

@@ -9,6 +9,10 @@ from gptoss_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("analysis", "commentary", "final")
+# Which analysis of earlier turns a prompt leaves out; see `harmony.render_prompt`.
+HISTORIES = ("harmony", "template")
+# Which answers of a chat are trained; see `harmony.render`.
+TURNS = ("all", "last")
 
 Weights = dict[tuple[str, str | None], float]  # by role and channel; None: all other channels
 

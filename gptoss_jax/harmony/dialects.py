@@ -41,6 +41,8 @@ _UNREAD_OF_TOOLS = frozenset(
     ]
 )
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
+_VALUES = ("default", "const", "enum", "examples")  # keys of a schema that hold values
+_NAMED = "properties"  # the key that holds schemas by name
 _TYPES = {
     "dict": "object",
     "float": "number",
@@ -61,8 +63,10 @@ def read_messages(
 
     Raises UserError as `read_message` does, or if `messages` is empty or no list.
     """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UserError(f"{where} is {kind(messages) if messages else 'empty'}: it must be a list")
+    if not isinstance(messages, list | tuple):
+        raise UserError(f"{where} is {kind(messages)}: it must be a list")
+    if not messages:
+        raise UserError(f"{where} is empty")
     return [read_message(m, f"{where}[{i}]", ignore=ignore) for i, m in enumerate(messages)]
 
 
@@ -83,6 +87,8 @@ def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> d
     given = {k: v for k, v in message.items() if v is not None and k not in ignore}
     read: dict[str, Any] = {k: v for k, v in given.items() if k in FIELDS and k != "thinking"}
     rest = [k for k in given if k not in FIELDS and k not in THINKING and k not in _UNREAD]
+    if not isinstance(read.get("tool_calls", []), list):
+        raise UserError(f"{where}.tool_calls is {kind(read['tool_calls'])}: it must be a list")
     if read.get("tool_calls") == []:
         del read["tool_calls"]
     if isinstance(read.get("content"), list):
@@ -148,6 +154,9 @@ def read_call(call: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(call, dict):
         raise UserError(f"{where} is no object with a name and arguments")
+    # null for the type of the arguments says that the call has none: nothing is dropped there.
+    typed = [one for one in (call, call.get("function")) if isinstance(one, dict)]
+    content_type = {k: one[k] for one in typed for k in ("content_type",) if k in one}
     call = {k: v for k, v in call.items() if v is not None}
     function = call.get("function", call)
     if not isinstance(function, dict):
@@ -158,9 +167,7 @@ def read_call(call: Any, where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}.{name}: no field of a call; it has name and arguments, and an id"
             )
-    read = {k: function[k] for k in ("name", "arguments") if k in function}
-    if "content_type" in (function | call):  # null there: a call without a content type
-        read["content_type"] = (function | call)["content_type"]
+    read = {k: function[k] for k in ("name", "arguments") if k in function} | content_type
     return read | ({"id": call["id"]} if "id" in call else {})
 
 
@@ -256,19 +263,41 @@ def _is_schema(value: dict[str, Any]) -> bool:
     return bool(says & set(value))
 
 
-def _without_nulls(schema: Any, name: str = "") -> Any:
-    """Drop keys whose value is null, but for a default that the schema says may be null."""
+def _without_nulls(schema: Any) -> Any:
+    """Drop keys of a schema, and of the schemas in it, whose value is null.
+
+    A default may be null, and is rendered so. But a table gives every schema the keys of all other
+    ones, so where another key is null, a null default says nothing.
+    """
+    keep = ("const",) if _has_null(schema) else ("const", "default")
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {k: v for k, v in value.items() if v is not None or k in keep}
+        of = dict.fromkeys(_VALUES, lambda v: v) | {_NAMED: named}
+        return {k: of.get(k, clean)(v) for k, v in kept.items()}
+
+    def named(schemas: Any) -> Any:
+        if not isinstance(schemas, dict):
+            return schemas
+        return {name: clean(one) for name, one in schemas.items() if one is not None}
+
+    return clean(schema)
+
+
+def _has_null(schema: Any) -> bool:
+    """Say whether a key of a schema, or of a schema in it, is null, apart from values."""
     if isinstance(schema, list):
-        return schema if name in ("enum", "examples") else [_without_nulls(item) for item in schema]
-    if not isinstance(schema, dict) or name == "default":
-        return schema
-    types = schema.get("type")
-    nullable = schema.get("nullable") is True or (isinstance(types, list) and "null" in types)
-    return {
-        k: _without_nulls(v, k)
-        for k, v in schema.items()
-        if v is not None or (k == "default" and nullable) or (k == "const" and len(schema) == 1)
-    }
+        return any(map(_has_null, schema))
+    if not isinstance(schema, dict):
+        return False
+    inner = (v for k, v in schema.items() if k not in (*_VALUES, _NAMED))
+    named = schema.get(_NAMED)
+    values = named.values() if isinstance(named, dict) else ()
+    return any(value is None or _has_null(value) for value in (*inner, *values))
 
 
 def _with_standard_types(schema: Any) -> Any:
@@ -322,5 +351,5 @@ def _from_json(value: Any, where: str) -> Any:
 
 def kind(value: Any) -> str:
     """Name a JSON value's kind, for errors."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", bytes: "bytes"}
     return "null" if value is None else names.get(type(value), "a number")

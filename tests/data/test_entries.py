@@ -36,12 +36,15 @@ def test_what_names_no_file(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_bytes(b"")
     for patterns, expected in {
-        (): "data.train names no file: set it to .jsonl, .parquet or .txt files, globs or folders",
+        (): (
+            "data.train names no file: set it to .jsonl, .json, .parquet or .txt files, globs or "
+            "folders"
+        ),
         ("a.jsonl",): "data.train: there is no file or folder a.jsonl",
         ("x/*.jsonl",): "data.train: no file matches x/*.jsonl",
-        ("empty",): "data.train: the folder empty holds no .jsonl, .parquet or .txt file",
-        ("a.csv",): "data.train: a.csv is not .jsonl, .parquet or .txt",
-        ("*.c?v",): "data.train: a.csv is not .jsonl, .parquet or .txt",
+        ("empty",): "data.train: the folder empty holds no .jsonl or .parquet or .txt file",
+        ("a.csv",): "data.train: a.csv is not .jsonl, .json, .parquet or .txt",
+        ("*.c?v",): "data.train: a.csv is not .jsonl, .json, .parquet or .txt",
     }.items():
         with pytest.raises(UserError) as error:
             resolve(patterns)

@@ -129,9 +129,9 @@ def test_the_reasoning_effort_has_several_names(effort, tmp_path):
         ({"messages": [Q, A | {"score": 3}]}, "messages[1].score: no field of a message"),
         ({"messages": [Q, {"role": "assistant", "text": "1 2"}]}, "messages[1].text"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from is 'robot'"),
-        ({"question": "x", "answer": "y"}, "its columns are 'question', 'answer'"),
-        ({"prompt": "x"}, "its columns are 'prompt'"),
-        ({"instruction": "x", "output": 3}, "output is no text"),
+        ({"question": "x", "answer": "y"}, "its columns are question, answer (docs"),
+        ({"prompt": "x"}, "its columns are prompt ("),
+        ({"instruction": "x", "output": 3}, "output is a number: it must be text"),
         ({"messages": "no JSON"}, "messages is text, and not JSON"),
         ({"messages": [Q, A | {"content": "<|channel|>final"}]}, "messages[1].content spells one"),
         ({"messages": [Q, A | {"thinking": "<|end|>"}]}, "messages[1].thinking spells one"),
@@ -177,6 +177,20 @@ def test_a_rendered_chat_is_trained_as_a_chat_or_as_plain_text(tmp_path):
     assert segment.tokens.tolist() == harmony.render(spelled["messages"])[0]
 
 
+def test_a_plain_file_that_spells_special_tokens_is_refused_by_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo <|channel|>\n")
+    for plain in (False, True):
+        data = DataConfig(train=(str(path),), sequence_length=64, plain_special_tokens=plain)
+        config = Config(model=ModelConfig(vocab_size=201_088), data=data)
+        if not plain:
+            with pytest.raises(UserError, match=r"a\.txt:2: plain text that spells one of Harmony"):
+                open_examples(config)
+            continue
+        ids = harmony.tokenizer.get_tokenizer().encode_ordinary(path.read_text())
+        assert open_examples(config)[0][0].tokens[:-1].tolist() == ids
+
+
 # --- Files -------------------------------------------------------------------------------------
 
 
@@ -189,8 +203,8 @@ def test_a_json_file_is_a_list_of_records(tmp_path):
         assert one.records[i].fields == other.records[i].fields
         assert one[i][0].tokens.tolist() == other[i][0].tokens.tolist()
     text = "\ufeff[\n" + ",\n\n".join(map(json.dumps, records)) + "\n]\n"
-    (tmp_path / "a.json").write_text(text)
-    config = DataConfig(train=(str(tmp_path / "a.json"),), sequence_length=512)
+    (tmp_path / "b.json").write_text(text)
+    config = DataConfig(train=(str(tmp_path / "b.json"),), sequence_length=512)
     examples = open_examples(Config(model=ModelConfig(vocab_size=201_088), data=config))
     assert [examples.records[i].fields for i in range(3)] == [
         one.records[i].fields for i in range(3)
@@ -220,3 +234,67 @@ def test_parquet_rows_may_differ_in_format(tmp_path):
     assert examples[0][0].tokens.tolist() == harmony.render([Q, A])[0]
     assert examples.records[1].fields == {"text": "plain"}
     assert set(examples.records.unused) == {"id"}
+
+
+# --- Turns ---------------------------------------------------------------------------------------
+
+
+def thought(text: str) -> dict[str, str]:
+    return {"role": "assistant", "thinking": f"Hm {text}", "content": text}
+
+
+CHAT = [Q, thought("one"), Q, thought("two"), Q, thought("three")]
+
+
+def trained(segment) -> str:
+    encoding = harmony.tokenizer.get_tokenizer()
+    ids = [t for t, w in zip(segment.tokens.tolist(), segment.weights, strict=True) if w]
+    return encoding.decode(ids)
+
+
+def answer(text: str, end: str = "<|return|>") -> str:
+    return (
+        f"<|channel|>analysis<|message|>Hm {text}<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{text}{end}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("history", "turns", "texts", "left"),
+    [
+        ("harmony", "all", [answer("two", "") + answer("three")], 1),
+        ("template", "all", [answer("three")], 2),
+        ("harmony", "last", [answer("three")], 0),
+        ("template", "split", [answer("one"), answer("two"), answer("three")], 0),
+        ("harmony", "split", [answer("one"), answer("two"), answer("three")], 0),
+    ],
+)
+def test_which_turns_are_trained(history, turns, texts, left, tmp_path):
+    options = {"history": history, "turns": turns}
+    examples, config = examples_of(tmp_path, {"messages": CHAT}, **options)
+    segments = examples[0]
+    assert [trained(segment) for segment in segments] == texts
+    assert examples.stats.turns == left
+    assert ("not trained, as later turns" in describe(config)) == bool(left)
+    # What is trained follows what the model is asked with.
+    for segment, messages in zip(
+        segments, ([Q], CHAT[:3], CHAT[:5])[-len(segments) :], strict=True
+    ):
+        prompt = harmony.render_prompt(messages, history=history)
+        assert segment.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_what_a_prompt_keeps_of_the_history():
+    encoding = harmony.tokenizer.get_tokenizer()
+    call = {"role": "assistant", "thinking": "Hm call", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "1 2"}
+
+    def kept(messages, history):
+        text = encoding.decode(harmony.render_prompt(messages, history=history))
+        return [word for word in ("one", "two", "call") if f"Hm {word}" in text]
+
+    asked = CHAT[:4]
+    assert kept([*asked, Q], "harmony") == ["two"]
+    assert kept([*asked, Q], "template") == []
+    assert kept([*asked, Q, call, result], "harmony") == ["one", "two", "call"]
+    assert kept([*asked, Q, call, result], "template") == ["call"]

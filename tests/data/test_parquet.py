@@ -108,7 +108,7 @@ def test_batches_are_those_of_jsonl(tmp_path):
         "empty": ([CHATS[0], {"messages": []}], "messages is empty"),
         "no content": (
             [CHATS[0], {"messages": [USER, {"role": "user"}]}],
-            "messages[1] lacks content",
+            "messages[1].content is missing",
         ),
         "reasoning": (
             [CHATS[2], {"messages": [USER], "reasoning": "hard"}],
@@ -117,10 +117,10 @@ def test_batches_are_those_of_jsonl(tmp_path):
         "text": ([{"text": "fine"}, {"text": None}], "lacks messages (a chat) or text"),
         "tools": (
             [{"messages": [USER], "tools": ["f"]}] * 2,
-            "tools is not a list of objects",
+            "tools[0] is no object with a name",
         ),
-        "kind": ([{"text": 3}] * 2, "text is a number, not a string"),
-        "bytes": ([{"text": b"x"}] * 2, "text is bytes, not a string"),
+        "kind": ([{"text": 3}] * 2, "text is a number: it must be text"),
+        "bytes": ([{"text": b"x"}] * 2, "text is bytes: it must be text"),
     }.values(),
     ids=str,
 )
@@ -132,7 +132,7 @@ def test_a_bad_row_is_named(tmp_path, rows, problem):
     assert str(error.value) == f"{file}:{number}: {problem}{ADVICE}"
     if number == 2:
         records = open_records(file, skip_bad=True)
-        assert len(records) == 1 and records[0].fields == rows[0]
+        assert len(records) == 1 and records[0].columns == parquet.drop_nulls(rows[0])
         assert records.skip_summary() == f"1 bad record left out, the first {file}:2: {problem}"
 
 
@@ -147,12 +147,12 @@ def test_text_that_is_not_utf8(tmp_path):
 
 
 def test_columns_that_make_no_record(tmp_path):
-    file = write(tmp_path / "a.parquet", [{"conversations": "x", "id": 3}])
+    file = write(tmp_path / "a.parquet", [{"dialogue": "x", "id": 3}])
     with pytest.raises(UserError) as error:
         open_records(file, skip_bad=True)
     assert str(error.value) == (
-        f"{file}: its columns are conversations, id; a record has messages (a chat; tools and "
-        "reasoning beside it, if any) or text"
+        f"{file}: its columns are dialogue, id; a record has messages; or conversations; or "
+        "conversation; or prompt and completion; or instruction and output; or text"
     )
 
 

@@ -109,8 +109,8 @@ def test_answers_may_think_call_tools_and_have_turns(tmp_path):
         "<|start|>assistant[0.25[<|channel|>analysis<|message|>Hm.<|end|>]]"
         "[[<|start|>assistant<|channel|>final<|message|>One.<|return|>]]"
     )
-    assert rejected.endswith(  # analysis of earlier turns is dropped, as in any chat
-        start + "[[<|channel|>final<|message|>No.]]<|end|><|start|>user<|message|>Do!<|end|>"
+    assert rejected.endswith(  # analysis of earlier turns is dropped, and they are not trained
+        start + "<|channel|>final<|message|>No.<|end|><|start|>user<|message|>Do!<|end|>"
         "<|start|>assistant[[<|channel|>final<|message|>Ok.<|return|>]]"
     )
 
@@ -238,10 +238,11 @@ BAD = {
         "one of chosen and rejected is a whole chat, the other an answer"
     ),
     '{"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": "b"}': (
-        "the chat with chosen: messages[1] lacks content"
+        "the chat with chosen: messages[1].content is missing"
     ),
     '{"prompt": "q", "chosen": "a", "rejected": [{"role": "tool", "content": "1"}]}': (
-        "rejected has no message of the assistant"
+        "the chat with rejected: messages[1].name is missing, and no tool call before it awaits a "
+        "result"
     ),
     json.dumps({"chosen": [user("a"), said("x")], "rejected": [user("b"), said("x")]}): (
         "chosen and rejected are whole chats that begin differently"
@@ -267,7 +268,7 @@ def test_data_of_the_other_kind_are_refused(tmp_path, pairs):
         data.train_batches(make_config(pairs, objective="sft"))
     table = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"messages": [[user("x")]]}), table)
-    with pytest.raises(UserError, match="a record has chosen and rejected, and a prompt"):
+    with pytest.raises(UserError, match="a record has chosen and rejected"):
         data.train_batches(make_config(table))
 
 

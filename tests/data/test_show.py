@@ -57,3 +57,13 @@ def test_a_weight_other_than_1_is_said(plain):
     assert head.plain == "- segment 1: 5 tokens, 3 trained"
     assert text.plain == ("a[0.3[bx]]y[[z]]" if plain else "a0.3bxyz")
     assert plain or [text.plain[s.start : s.end] for s in text.spans if s.style == show.FACTOR]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_text_that_spells_a_special_token_looks_unlike_it(plain):
+    encoding = tokenizer.get_tokenizer()
+    end = tokenizer.special_id(encoding, "<|end|>")
+    ids = np.array([*encoding.encode_ordinary("a <|end|> <|b"), end], np.int32)
+    batch = fill([[Segment(ids, np.zeros(len(ids), np.float32))]], 32)
+    *_, text = show.describe([batch], encoding, plain=plain)
+    assert text.plain == "a \u2039|end|\u203a <|b<|end|>"

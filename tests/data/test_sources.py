@@ -42,38 +42,44 @@ BAD_LINES = {
     b"null": "null, not an object with messages or text",
     b"3.5": "a number, not an object with messages or text",
     b"{}": "lacks messages (a chat) or text",
-    b'{"message": []}': "lacks messages (a chat) or text",
-    b'{"text": 7}': "text is a number, not a string",
-    b'{"text": ["a"]}': "text is a list, not a string",
+    b'{"message": []}': (
+        "lacks messages (a chat) or text; its columns are message (docs/data.md lists the formats)"
+    ),
+    b'{"text": 7}': "text is a number: it must be text",
+    b'{"text": ["a"]}': "text is a list: it must be text",
     b'{"messages": []}': "messages is empty",
-    b'{"messages": "hi"}': "messages is a string, not a list",
-    chat("hi"): "messages[0] is a string, not an object",
-    chat(USER, {"content": "x"}): "messages[1] lacks role",
+    b'{"messages": "hi"}': "messages is text, and not JSON (",
+    chat("hi"): "messages[0] is text: it must be an object",
+    chat(USER, {"content": "x"}): (
+        "messages[1].role is missing: it is one of system, developer, user, assistant, tool"
+    ),
     chat(USER, {"role": "bot", "content": "x"}): (
         "messages[1].role is 'bot': it is one of system, developer, user, assistant, tool"
     ),
     chat(USER, {"role": ["user"], "content": "x"}): (
         "messages[1].role is ['user']: it is one of system, developer, user, assistant, tool"
     ),
-    chat(USER, {"role": "assistant"}): "messages[1] lacks content",
-    chat(USER, {"role": "assistant", "thinking": "x"}): "messages[1] lacks content",
-    chat(
-        USER, {"role": "assistant", "content": [1]}
-    ): "messages[1].content is a list, not a string",
+    chat(USER, {"role": "assistant"}): "messages[1].content is missing",
+    chat(USER, {"role": "assistant", "thinking": "x"}): "messages[1].content is missing",
+    chat(USER, {"role": "assistant", "content": [1]}): (
+        "messages[1].content[0] is a number: it must be a part with a type and text"
+    ),
     chat(USER, {"role": "assistant", "content": "", "channel": "aside"}): (
         "messages[1].channel is 'aside': it is one of analysis, commentary, final"
     ),
     chat(USER, {"role": "assistant", "content": "", "thinking": True}): (
-        "messages[1].thinking is a boolean, not a string"
+        "messages[1].thinking is true or false: it must be text"
     ),
     chat(USER, {"role": "assistant", "tool_calls": {}}): (
-        "messages[1].tool_calls is an object, not a list"
+        "messages[1].tool_calls is an object: it must be a list"
     ),
-    chat(USER, {"role": "assistant", "tool_calls": [{}]}): "messages[1].tool_calls[0] lacks name",
+    chat(USER, {"role": "assistant", "tool_calls": [{}]}): (
+        "messages[1].tool_calls[0].name is missing"
+    ),
     chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}): (
-        "messages[1].tool_calls[0] lacks arguments (JSON text or an object)"
+        "messages[1].tool_calls[0].arguments is missing, or neither JSON text nor an object"
     ),
-    chat(USER, tools={}): "tools is not a list of objects",
+    chat(USER, tools={}): "tools is an object: it must be a list",
     chat(USER, reasoning="hard"): "reasoning is 'hard': it is one of low, medium, high",
 }
 
@@ -101,7 +107,7 @@ def test_good_lines_are_read_at_random(tmp_path):
     rows = [
         {"text": "naïve 日本 🙂", "note": None},
         {"messages": [USER, {**USER, "role": "assistant", "channel": None}]},
-        {"messages": [USER, call, {"role": "tool", "content": "1"}], "tools": [{}]},
+        {"messages": [USER, call, {"role": "tool", "content": "1"}], "tools": [{"name": "f"}]},
         {"text": ""},
         {"messages": [{"role": "system", "content": "x"}, USER], "reasoning": "low", "tools": None},
     ]
@@ -111,7 +117,7 @@ def test_good_lines_are_read_at_random(tmp_path):
     records = open_records(a, b)
     assert len(records) == 5 and records.skipped == 0 and records.skip_summary() == ""
     for i in random.Random(3).sample(range(5), 5):
-        assert records[i].fields == rows[i]
+        assert records[i].columns == rows[i]
     assert [records[i].where for i in (0, 2, 3, 4)] == [f"{a}:1", f"{a}:3", f"{b}:3", f"{b}:4"]
     assert not any(records.running(i) for i in range(5)) and all(r.ends for r in records)
 
@@ -169,13 +175,13 @@ def test_a_change_that_no_time_shows_is_noticed_by_what_it_leaves(tmp_path):
 def test_a_file_that_changes_while_it_is_indexed(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD * 3)
-    check = sources.check
+    check = sources.Reading.check
 
-    def meddle(record, **kind):
+    def meddle(reading, columns):
         file.write_bytes(GOOD * 4)
-        check(record, **kind)
+        return check(reading, columns)
 
-    monkeypatch.setattr(sources, "check", meddle)
+    monkeypatch.setattr(sources.Reading, "check", meddle)
     with pytest.raises(UserError, match="changed while it was in use"):
         open_records(file)
 

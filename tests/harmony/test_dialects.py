@@ -175,6 +175,19 @@ def test_parameters_by_name_say_which_are_needed():
     }
 
 
+def test_a_default_may_be_null_but_not_what_a_table_fills_in():
+    def parameters(**more):
+        properties = {"default": {"type": "string", "default": None}, "b": {"default": 3, **more}}
+        (tool,) = read_tools([{**TOOL, "parameters": {"properties": properties, "title": "x"}}])
+        return tool["parameters"]["properties"]
+
+    assert parameters() == {
+        "default": {"type": "string", "default": None},
+        "b": {"default": 3},
+    }
+    assert parameters(type=None) == {"default": {"type": "string"}, "b": {"default": 3}}
+
+
 @pytest.mark.parametrize(
     ("tool", "named"),
     [

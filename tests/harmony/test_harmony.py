@@ -126,12 +126,17 @@ def test_earlier_analysis_is_dropped_and_an_earlier_final_is_not_taught_to_end_i
     tokens, weights = render(messages)
     assert "Sum." not in text_of(tokens)
     assert "4<|end|><|start|>user" in text_of(tokens)
-    assert trained_text(tokens, weights) == (
-        "<|channel|>final<|message|>4 | <|channel|>analysis<|message|>Add.<|end|>"
+    last = (
+        "<|channel|>analysis<|message|>Add.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>6<|return|>"
     )
+    assert trained_text(tokens, weights) == last, "an answer without its analysis is not trained"
     prompt = render_prompt(messages[:3])
     assert tokens[: len(prompt)] == prompt
+    del messages[1]["thinking"]
+    same, weights = render(messages)
+    assert same == tokens
+    assert trained_text(tokens, weights) == f"<|channel|>final<|message|>4 | {last}"
 
 
 def test_tool_calls_are_trained_and_results_are_not():
@@ -238,11 +243,11 @@ CALL = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
         ([USER, {"role": "assistant"}], "messages[1].content is missing"),
         ([{"role": "user", "content": 5}], "messages[0].content is a number: it must be text"),
         ([USER | {"thinking": "x"}], "messages[0].thinking"),
-        ([USER | {"tool_calls": []}], "messages[0].tool_calls"),
+        ([USER | CALL | {"role": "user"}], "messages[0].tool_calls"),
         ([USER | {"channel": "final"}], "messages[0].channel"),
         ([USER, {"role": "assistant", "content": "", "channel": "x"}], "messages[1].channel"),
         ([USER, {"role": "assistant", "content": "", "thinking": 1}], "messages[1].thinking"),
-        ([USER, CALL | {"tool_calls": "f"}], "messages[1].tool_calls is no list"),
+        ([USER, CALL | {"tool_calls": "f"}], "messages[1].tool_calls is text: it must be a list"),
         ([USER, CALL | {"tool_calls": ["f"]}], "messages[1].tool_calls[0]"),
         ([USER, CALL | {"tool_calls": [{"name": "f"}]}], "tool_calls[0].arguments is missing"),
         ([USER, CALL | {"tool_calls": [{"arguments": "f"}]}], "tool_calls[0].name is missing"),
@@ -266,7 +271,7 @@ def test_bad_messages_are_named_in_one_line(messages, named):
         ([*TOOLS, {"type": "function", "function": "f"}], f"tools[{len(TOOLS)}].function"),
         ([{"name": "f", "description": 5}], "tools[0].description"),
         ([{"name": "f", "parameters": "x"}], "tools[0].parameters"),
-        ({"name": "f"}, "tools is no list"),
+        ({"name": "f"}, "tools is an object: it must be a list"),
     ],
 )
 def test_bad_tools_are_named(tools, named):

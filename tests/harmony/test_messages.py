@@ -55,7 +55,12 @@ def test_check_refuses_what_render_refuses(chat, at, field, value):
         ([USER], TOOLS, "huge", "reasoning is 'huge': it is one of low, medium, high"),
         ([USER], [{}], "low", "tools[0].name is missing"),
         ([{"role": "user", "content": None}], None, "low", "messages[0].content is missing"),
-        ([{"role": "user", "content": ["a"]}], None, "low", "messages[0].content is a list"),
+        (
+            [{"role": "user", "content": ["a"]}],
+            None,
+            "low",
+            "messages[0].content[0] is text: it must be a part",
+        ),
         ([USER, USER | {"content": True}], None, "low", "messages[1].content is true or false"),
     ],
 )
