@@ -31,6 +31,8 @@ VOCAB_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d
 NUM_RANKS = 199_998  # number of mergeable tokens, and the id of the first special token
 # Special tokens that a cut vocabulary keeps: ids 199,998 to 200,029, all of Harmony's among them.
 NUM_SPECIAL = 32
+# An embedding with more rows has all of OpenAI's ids that Harmony needs, so it is not a cut one.
+LAST_HARMONY_ID = 200_012  # <|call|>
 MIN_VOCAB_SIZE = 256 + NUM_SPECIAL  # all single bytes and the special tokens
 
 _SPECIAL_NAMES = {
@@ -104,24 +106,29 @@ def load_ranks(path: Path = VOCAB_FILE) -> dict[bytes, int]:
 def special_tokens(vocab_size: int = VOCAB_SIZE) -> dict[str, int]:
     """Return the special tokens of a vocabulary (name -> id) in the order of their ids.
 
-    A cut vocabulary ends in 32 special tokens, which are moved down together: the id is the
-    original id minus (200,030 - vocab_size). The name stays the original name, also in
-    `<|reserved_...|>`.
+    Where the embedding reaches the id of `<|call|>`, the ids are OpenAI's, even if its rows were
+    trimmed to those that the tokenizer uses. A smaller vocabulary is a cut one: it ends in 32
+    special tokens, which are moved down together, so the id is the original id minus
+    (200,030 - vocab_size). The name stays the original name, also in `<|reserved_...|>`.
     """
-    first = min(vocab_size - NUM_SPECIAL, NUM_RANKS)
-    shift = NUM_RANKS - first
+    shift = NUM_RANKS - _num_ranks(vocab_size)
     real_ids = range(NUM_RANKS, min(vocab_size, VOCAB_SIZE) + shift)
     return {_SPECIAL_NAMES.get(i, f"<|reserved_{i}|>"): i - shift for i in real_ids}
+
+
+def _num_ranks(vocab_size: int) -> int:
+    return NUM_RANKS if vocab_size > LAST_HARMONY_ID else vocab_size - NUM_SPECIAL
 
 
 @cache
 def get_tokenizer(vocab_size: int = VOCAB_SIZE) -> tiktoken.Encoding:
     """Return the tokenizer of a model with `vocab_size` rows in its embedding.
 
-    With 201,088 rows (or more, if the embedding is padded) it is exactly o200k_harmony. A smaller
-    tokenizer has the first vocab_size - 32 ranks, then 32 special tokens (see `special_tokens`).
-    These ranks are a complete BPE, because the parts of a token have lower ranks. Raises UserError
-    below 288, or as `load_ranks` does.
+    With 201,088 rows (or more, if the embedding is padded) it is exactly o200k_harmony; with at
+    least 200,013, it is that without the last ids. A smaller tokenizer has the first
+    vocab_size - 32 ranks, then 32 special tokens (see `special_tokens`). These ranks are a complete
+    BPE, because the parts of a token have lower ranks. Raises UserError below 288, or as
+    `load_ranks` does.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -129,7 +136,7 @@ def get_tokenizer(vocab_size: int = VOCAB_SIZE) -> tiktoken.Encoding:
             f"(256 bytes and {NUM_SPECIAL} special tokens)"
         )
     ranks = load_ranks()
-    count = min(vocab_size - NUM_SPECIAL, NUM_RANKS)
+    count = _num_ranks(vocab_size)
     if count < NUM_RANKS:
         ranks = {token: rank for token, rank in ranks.items() if rank < count}
     special = special_tokens(vocab_size)

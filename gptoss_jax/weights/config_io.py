@@ -86,9 +86,11 @@ _IGNORED = {
     "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
     "prefix", "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id",
     "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version",
-    "use_cache",
+    "model_name", "use_cache",
 }
 # fmt: on
+# Beginnings of fields that programs write to say what they did, in families.
+_IGNORED_FAMILIES = ("unsloth_", "_attn_implementation", "_unsloth_", "gptoss_jax_")
 _ROPE_HF = {
     "factor": "rope_factor",
     "beta_fast": "rope_beta_fast",
@@ -184,7 +186,11 @@ def _refuse_unknown(file: Path, raw: dict[str, Any], layout: Layout) -> None:
                 raise UserError(f"{file}: {name} is not {value!r}, the only value that is computed")
         known |= {*_FIXED, *_IGNORED, "layer_types", "rope_scaling", "rope_parameters"}
         known |= {"rope_theta", "quantization_config", "initial_context_length"}
-        raw = {name: value for name, value in raw.items() if name not in _IGNORED}
+        raw = {
+            name: value
+            for name, value in raw.items()
+            if name not in _IGNORED and not name.startswith(_IGNORED_FAMILIES)
+        }
     for name in raw:
         near = difflib.get_close_matches(name, sorted(known), 1)
         hint = f"did you mean {near[0]}?" if near else "if it changes nothing, remove it"

@@ -45,6 +45,8 @@ _PLAIN = {
     "layer_replication": None, "alora_invocation_tokens": None, "velora_config": None,
     "monteclora_config": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
 }  # fmt: skip
+# Endings of tensors of the base that PEFT saves beside an adapted embedding or lm_head.
+_OF_THE_BASE = (".base_layer.weight", ".base_layer.bias")
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -137,7 +139,9 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
     rank = max(a.shape[0] for a, _ in pairs.values())
     rslora, alpha = bool(raw.get("use_rslora")), _number(file, raw, "lora_alpha")
     config = LoRAConfig(rank=rank, alpha=alpha, rslora=rslora)
-    full = dataclasses.replace(config, targets=tuple(lora_adapters.adaptable()))
+    there = {path for path, _ in pairs}
+    own_paths = tuple(path for path in lora_adapters.adaptable() if path in there)
+    full = dataclasses.replace(config, targets=own_paths)
     shapes = lora_adapters.shapes(dataclasses.replace(model, lora=full, expert_padding=0))
     adapters: dict[str, np.ndarray] = {}
     layers: dict[str, list[int]] = {}
@@ -209,6 +213,8 @@ def _pairs(
         modules |= {module.format(n=n): (path, n) for n in layers}
     parts: dict[tuple[str, int | None], dict[str, np.ndarray]] = {}
     for name, entry in safetensors_io.read_header(file).items():
+        if name.endswith(_OF_THE_BASE):
+            continue
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match is None or match[1] not in modules:
             raise UserError(

@@ -64,22 +64,34 @@ def test_stop_ids_are_return_and_call():
     assert tokenizer.stop_ids(SMALL) == (1024 - 32 + 4, 1024 - 32 + 14)
 
 
-@pytest.mark.parametrize("size", [288, 289, 1024, 5003, 200_029, 200_030, 200_100, 201_087])
+@pytest.mark.parametrize("size", [288, 289, 1024, 5003, 200_012])
 def test_cut_vocabularies_hold_all_ids_and_any_text(size):
     encoding = tokenizer.get_tokenizer(size)
     assert encoding.n_vocab == size
     assert tokenizer.get_tokenizer(size) is encoding
     for text in [*TEXTS, "<|end|>", *random_texts(20)]:
         ids = tokenizer.encode(encoding, text)
-        assert max(ids, default=0) < min(size - 32, 199_998)
+        assert max(ids, default=0) < size - 32
         assert tokenizer.decode(encoding, ids) == text
     named = ["<|startoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>"]
     ids = [tokenizer.special_id(encoding, name) for name in named]
     assert ids == sorted(ids)
-    assert ids[0] == min(size - 32, 199_998)
+    assert ids[0] == size - 32
     for i in {0, 255, size // 2, size - 33, size - 32, size - 1}:
         assert "\ufffd" not in tokenizer.token_bytes(encoding, i).decode("utf-8", "ignore")
         assert len(tokenizer.token_bytes(encoding, i)) > 0
+
+
+@pytest.mark.parametrize("size", [200_013, 200_019, 200_030, 200_100, 201_087])
+def test_an_embedding_trimmed_to_the_tokenizer_has_openai_s_ids(size):
+    """As `resize_token_embeddings(len(tokenizer))` leaves it: 200,019 rows."""
+    encoding = tokenizer.get_tokenizer(size)
+    for text in TEXTS:
+        assert tokenizer.encode(encoding, text) == tokenizer.encode(WHOLE, text)
+    special = tokenizer.special_tokens(size)
+    assert max(special.values()) == size - 1
+    assert all(tokenizer.special_id(WHOLE, name) == i for name, i in special.items())
+    assert tokenizer.stop_ids(encoding) == (200_002, 200_012)
 
 
 def test_padded_embeddings_use_the_whole_vocabulary():

@@ -113,6 +113,24 @@ def test_layer_types_are_obeyed() -> None:
         )
 
 
+def test_what_tools_write_about_themselves_is_passed_over() -> None:
+    said = {
+        "unsloth_version": "2026.1",
+        "unsloth_fixed": True,
+        "model_name": "unsloth/gpt-oss-20b",
+        "_attn_implementation_autoset": True,
+    }
+    assert config_io.from_json(FILE, tiny.HF_CONFIG | said) == config_io.from_json(
+        FILE, tiny.HF_CONFIG
+    )
+
+
+@pytest.mark.parametrize("experts", [24, 25, 28])
+def test_other_numbers_of_experts_are_read(experts: int) -> None:
+    raw = tiny.HF_CONFIG | {"num_local_experts": experts}
+    assert config_io.from_json(FILE, raw)[0].num_experts == experts
+
+
 def rope(**fields) -> dict:
     return {"rope_scaling": tiny.ROPE | fields}
 

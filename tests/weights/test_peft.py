@@ -105,6 +105,28 @@ def test_there_and_back(tmp_path: Path, rslora) -> None:
         assert np.array_equal(flatten(back)[path], leaf), path
 
 
+def test_a_rank_must_fit_only_what_it_adapts(tmp_path: Path) -> None:
+    """20b's router has a side of 32, and attention may have a rank of 64."""
+    config, tree = adapted("q", "o", rank=E + 2)
+    write(tmp_path / "c", config, tree)
+    own, back = peft.read(tmp_path / "c", SIZES)
+    assert own == config.lora
+    for path, leaf in flatten(tree).items():
+        assert np.array_equal(flatten(back)[path], leaf), path
+    with pytest.raises(UserError, match=f"has a side of {E}"):
+        adapted("router", rank=E + 2)
+
+
+def test_the_base_s_own_lm_head_beside_its_adapter_is_passed_over(tmp_path: Path) -> None:
+    """PEFT saves it by default (save_embedding_layers)."""
+    config, tree = adapted("q", "unembedding")
+    tensors = write(tmp_path / "c", config, tree)
+    tensors["base_model.model.lm_head.base_layer.weight"] = np.ones((V, D), np.float32)
+    save_file(tensors, tmp_path / "c" / peft.WEIGHTS)
+    own, back = peft.read(tmp_path / "c", SIZES)
+    assert own == config.lora and flatten(back).keys() == flatten(tree).keys()
+
+
 def test_other_ranks_scales_and_layers_become_one(tmp_path: Path) -> None:
     """Ranks of 5 and 2, an alpha of its own, and layers 1 and 3 alone."""
     rng = np.random.default_rng(0)
