@@ -4,6 +4,11 @@ A sampler may give any ids, so nothing here raises, and no id is lost. The `ids`
 order, followed by the parser's `pending`, are exactly the ids processed. After `finish`, `pending`
 is empty. A message's content is the text of its `content_ids`; bytes that are not UTF-8 become
 U+FFFD. From a broken header we read what we can; the rest of it is only in the message's ids.
+
+What gpt-oss models are known to get wrong, and whose meaning is clear, is read as it was meant, and
+the header is marked `irregular`: `assistantfinal` and `assistantassistant` as a role, a channel's
+name as a role or without `<|channel|>`, `<|start|>` twice, and a function's call on another channel
+than commentary.
 """
 
 from __future__ import annotations
@@ -44,6 +49,8 @@ class Header:
     channel: str | None = None
     recipient: str | None = None
     content_type: str | None = None  # begins with `<|constrain|>` if that was sampled
+    # Not as Harmony writes it, but its meaning is clear.
+    irregular: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class StreamParser:
         self._header_ids: list[int] | None = [] if after_prompt else None  # None: not in a header
         self._role = "assistant" if after_prompt else None  # given by the prompt
         self._header: Header | None = None  # None: not in the content
+        self._doubled = False  # the message began with more than one <|start|>
         self._content_at = 0
         self._text: list[str] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -126,9 +134,14 @@ class StreamParser:
         """
         token = int(token)
         if token == self._start:
+            doubled = self._header_ids == []
+            if doubled and self.pending == [self._start]:
+                self._role, self._doubled = None, True
+                self.pending.append(token)
+                return []
             events = self._close(None)
             self.pending.append(token)
-            self._header_ids, self._role = [], None
+            self._header_ids, self._role, self._doubled = [], None, doubled
             return events
         self.pending.append(token)
         if self._header is not None:
@@ -141,7 +154,7 @@ class StreamParser:
             if token != self._message:
                 self._header_ids.append(token)
                 return []
-            self._header = parse_header(self._encoding, self._header_ids, self._role)
+            self._header = self._marked(parse_header(self._encoding, self._header_ids, self._role))
             self._header_ids, self._content_at = None, len(self.pending)
             return [MessageStart(self._header)]
         return []  # between two messages, where text has no place
@@ -163,6 +176,11 @@ class StreamParser:
             return [MessageStart(self._header), *self._add_text(text), *self._close(None)]
         return self._close(None)
 
+    def _marked(self, header: Header) -> Header:
+        """Return the header, irregular if the message began with more than one `<|start|>`."""
+        doubled, self._doubled = self._doubled, False
+        return dataclasses.replace(header, irregular=True) if doubled else header
+
     def _add_text(self, text: str) -> list[Event]:
         if not text:
             return []
@@ -179,6 +197,7 @@ class StreamParser:
             span = self._content_at, end
         elif self._header_ids is not None:
             header, content = parse_open_header(self._encoding, self._header_ids, self._role)
+            header = self._marked(header)
             span = end, end
             events.append(MessageStart(header))
             if content:
@@ -218,13 +237,20 @@ def parse_header(encoding: tiktoken.Encoding, ids: Iterable[int], role: str | No
     a function's name alone, is the recipient even without "to=".
     """
     before, after, constrained = _sections(encoding, ids)
-    words, name = _WORD.findall(before), None
+    words, name, meant = _WORD.findall(before), None, None
+    irregular = False
     if role is None:
-        role, name = _read_role(words.pop(0) if words else "assistant")
+        word = words.pop(0) if words else "assistant"
+        role, name = _read_role(word)
+        if (fused := _read_fused(word)) is not None:
+            role, name, meant, irregular = "assistant", None, fused or None, True
     elif words[:1] == [role]:  # the prompt gave the role, and the model wrote it again
         del words[0]
+    elif words and (fused := _read_fused(words[0])) is not None:
+        del words[0]
+        meant, irregular = fused or None, True
     behind = _WORD.findall(after or "")
-    channel = behind.pop(0) if behind and not behind[0].startswith("to=") else None
+    channel = behind.pop(0) if behind and not behind[0].startswith("to=") else meant
     typed = _WORD.findall(constrained or "")
     marked = [word for word in [*words, *behind, *typed] if word.startswith("to=")]
     words = [word for word in [*words, *behind] if not word.startswith("to=")]
@@ -237,7 +263,9 @@ def parse_header(encoding: tiktoken.Encoding, ids: Iterable[int], role: str | No
         content_type = words.pop()
     if recipient is None and words:
         recipient = words.pop()
-    return Header(role, name, channel, recipient, content_type)
+    called = recipient is not None and recipient.startswith("functions.")
+    irregular = irregular or (called and role == "assistant" and channel in ("analysis", "final"))
+    return Header(role, name, channel, recipient, content_type, irregular)
 
 
 def parse_open_header(
@@ -287,6 +315,17 @@ def _sections(
         decode(encoding, sections[mark]) if mark in sections else None for mark in marks
     )
     return decode(encoding, sections[-1]), after, constrained
+
+
+def _read_fused(word: str) -> str | None:
+    """Return the channel that a word in place of a role means; "" for none, None if it is no such.
+
+    It is a channel's name, or "assistant" directly before a channel's name or before itself.
+    """
+    rest = word.removeprefix("assistant")
+    if rest in CHANNELS:
+        return rest
+    return "" if rest == "assistant" else None
 
 
 def _read_role(word: str) -> tuple[str, str | None]:
@@ -368,7 +407,7 @@ def _to_message(item: ParsedMessage, tools_text: str, declared: set[Any]) -> dic
     if header.role != "assistant":
         return message
     namespace, _, function = (header.recipient or "").partition(".")
-    if namespace == "functions" and function and channel == "commentary":
+    if namespace == "functions" and function and channel:
         del message["content"]
         dotted = "." in function and function not in declared
         name = header.recipient if dotted else function

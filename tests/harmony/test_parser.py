@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from gptoss_jax import harmony
 from gptoss_jax.harmony import StreamParser, to_messages
 from gptoss_jax.harmony.parser import Header, MessageEnd, MessageStart, TextDelta
 from gptoss_jax.harmony.tokenizer import decode, get_tokenizer
@@ -168,3 +169,60 @@ def test_ids_that_the_tokenizer_lacks_are_no_error():
     parser, events = parse([*ids_of("<|channel|>final<|message|>"), 201_088, -1, 2**40])
     check(parser, events, parser.messages[0].ids)
     assert parser.messages[0].content == "\ufffd" * 3
+
+
+# --- What models get wrong -----------------------------------------------------------------------
+
+CALLED = " to=functions.f<|channel|>{} <|constrain|>json<|message|>{{}}<|call|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "headers"),
+    [
+        ("<|channel|>final<|message|>4<|return|>", [("final", False)]),
+        (
+            "<|channel|>analysis<|message|>x<|end|><|start|>assistantfinal<|message|>4<|return|>",
+            [("analysis", False), ("final", True)],
+        ),
+        (
+            "<|channel|>analysis<|message|>x<|end|>"
+            "<|start|>assistantassistant<|channel|>final<|message|>4<|return|>",
+            [("analysis", False), ("final", True)],
+        ),
+        ("assistant<|channel|>final<|message|>4<|return|>", [("final", False)]),
+        ("assistantfinal<|message|>4<|return|>", [("final", True)]),
+        ("final<|message|>4<|return|>", [("final", True)]),
+        (
+            "<|channel|>analysis<|message|>x<|end|><|start|>final<|message|>4<|return|>",
+            [("analysis", False), ("final", True)],
+        ),
+        (
+            "<|channel|>analysis<|message|>x<|end|>"
+            "<|start|><|start|>assistant<|channel|>final<|message|>4<|return|>",
+            [("analysis", False), ("final", True)],
+        ),
+        ("<|start|>assistant<|channel|>final<|message|>4<|return|>", [("final", True)]),
+    ],
+)
+def test_what_is_clear_is_read_as_it_was_meant(text, headers):
+    ids = ids_of(text)
+    found = [message for message in harmony.parse(ids) if message.ids]
+    assert [(m.header.channel, m.header.irregular) for m in found] == headers
+    assert all(m.header.role == "assistant" and m.header.recipient is None for m in found)
+    assert found[-1].content == "4" and found[-1].header.content_type is None
+    assert [i for m in found for i in m.ids] == ids
+    (message,) = to_messages(found)
+    assert message == {"role": "assistant", "content": "4"} | (
+        {"thinking": "x"} if len(headers) > 1 else {}
+    )
+
+
+@pytest.mark.parametrize("channel", ["commentary", "analysis", "final"])
+def test_a_call_on_any_channel_is_a_call(channel):
+    ids = ids_of(CALLED.format(channel))
+    (found,) = harmony.parse(ids)
+    assert found.header.irregular == (channel != "commentary")
+    (message,) = to_messages([found])
+    assert message == {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
+    (kept,) = to_messages([found], keep_ids=True)
+    assert kept["ids"] == ids
