@@ -112,7 +112,7 @@ def run(
     setup.check_patterns(config, model)
     record = records.newest_record(workdir)
     if record is not None:
-        changes = data.differences(record.fingerprint, fingerprint)
+        changes = data.changes(config, record.fingerprint, fingerprint)
         check_same_run(record, config, data_changes=changes, workdir=workdir)
         model_source.check(record.model_source, make_model, config.model, whose=workdir)
         if record.step >= steps:
@@ -147,7 +147,7 @@ def run(
         restored = restore(abstract, place=config.init)
         state, record, base = restored.state, restored.record, restored.record.base
         _report_damage(restored, workdir, console)
-        batches.set_state(record.data_state)
+        setup.continue_data(batches, record, fingerprint)
         came_from = f"step {record.step} of {workdir}"
     else:
         came_from = f"random, seed {settings.seed}" if config.init == "random" else config.init
@@ -187,7 +187,7 @@ def run(
     write_text(workdir / "config.json", command_line.to_json(config))
     if processes.is_first():
         model_source.keep_copy(make_model, config.model, workdir)
-    setup.keep_load(load, workdir)
+    setup.keep(config, load, workdir)
     start, fresh = int(state.step), record is None
     spikes = SpikeGuard(settings, record.spikes if record else {}, step=start)
     open_log = partial(metrics.MetricsLog, workdir) if processes.is_first() else metrics.NoLog
@@ -281,7 +281,7 @@ def run(
                 _report_damage(restored, workdir, console)
                 state, start, last = restored.state, restored.record.step, False
                 step = start
-                batches.set_state(restored.record.data_state)
+                setup.continue_data(batches, restored.record, fingerprint)
                 spikes.rewind(spike, restored.record.spikes, step=step)
                 log.close()
                 log = open_log(step=step)

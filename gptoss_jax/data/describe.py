@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.config import Config, DataConfig
-from gptoss_jax.data import questions
+from gptoss_jax.data import mended, questions
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.examples import Examples, Stats, open_examples, open_sources
 from gptoss_jax.data.mixture import plan, shares
@@ -17,6 +17,8 @@ from gptoss_jax.data.windows import Windows
 HASH_WHOLE = 1 << 30  # bytes; a file up to this size is hashed as a whole
 SAMPLES = 64  # places at which a larger file is hashed, spread evenly
 SAMPLE_BYTES = 1 << 20
+# Settings that may change while a run goes on: they say what becomes of records that are bad.
+_MENDING = ("data.on_bad_record", "data.ignore", "data.plain_special_tokens")
 
 
 def describe(config: Config, *, held_out: bool = False) -> str:
@@ -77,9 +79,10 @@ def _summarise(examples: Examples, survey: _Survey) -> str:
     stats, scale, n = survey.stats, survey.scale, len(examples)
     length = examples.config.sequence_length
     about = "" if stats.records == n else "about "
+    gone = examples.mended.gone if examples.mended else 0
     full = survey.used / max(1, survey.packed * length)
     parts = [
-        f"{_plural(n, 'record')} in {_plural(len(examples.records.files), 'file')}",
+        f"{_plural(n - gone, 'record')} in {_plural(len(examples.records.files), 'file')}",
         f"{about}{round(stats.tokens * scale):,} tokens ({round(stats.trained * scale):,} trained)",
         f"{about}{_plural(survey.rows, 'row')} of {length:,}, {full:.1%} full",
     ]
@@ -94,6 +97,8 @@ def _summarise(examples: Examples, survey: _Survey) -> str:
         )
     if examples.records.skipped:
         parts.append(examples.records.skip_summary())
+    if examples.mended and examples.mended.describe():
+        parts.append(examples.mended.describe())
     if examples.records.unused:
         parts.append(f"columns not used: {', '.join(sorted(examples.records.unused))}")
     return "; ".join(parts)
@@ -182,6 +187,31 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not found and then["files"] != now["files"]:
         found.append("the data files come in another order")
     return found
+
+
+def changes(config: Config, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the differences of two fingerprints that make a run another one.
+
+    None of them does that are files whose records are mostly those of the run, and settings about
+    bad records: `data/mended.py` says how the run goes on. A .txt file has no records, so it must
+    stay as it is.
+    """
+    found = differences(then, now)
+    if not found or not all(source.examples.follows for source in open_sources(config)):
+        return found
+    kept = [
+        {
+            "files": [file for file in one["files"] if file["name"].endswith(".txt")],
+            "settings": {k: v for k, v in one["settings"].items() if k not in _MENDING},
+        }
+        for one in (then, now)
+    ]
+    return differences(*kept)
+
+
+def keep_records(config: Config, folder: Path) -> None:
+    """Keep the hashes of the records in the folder of a run, to know them if their files change."""
+    mended.keep(folder, [source.examples.records.hashes for source in open_sources(config)])
 
 
 def _by_name(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,12 @@ import numpy as np
 
 from gptoss_jax import harmony
 from gptoss_jax.config import Config, DataConfig
-from gptoss_jax.data import preferences
+from gptoss_jax.data import mended, preferences
 from gptoss_jax.data.entries import entries, resolve
+from gptoss_jax.data.indexing import Stamp, progress
 from gptoss_jax.data.packing import Segment
-from gptoss_jax.data.sources import Reading, Record, Records, Stamp, progress, stamp
+from gptoss_jax.data.reading import Reading
+from gptoss_jax.data.sources import Record, Records, stamp
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 
@@ -42,6 +44,10 @@ class Stats:
 class Examples:
     """The token segments of each record: `examples[i]` is a list of `packing.Segment`.
 
+    The records are those of the files, in their order. If a run is continued on files that have
+    changed, they are the run's records, wherever these lie now (`data/mended.py`); a record that
+    is gone has no segment.
+
     - A chat gives one segment, its Harmony tokens. If it is longer than sequence_length, it is
       truncated or refused, as `data.on_long` says.
     - A {"text"} record gives one segment: its tokens, then <|endoftext|>, all trained. It is
@@ -65,12 +71,17 @@ class Examples:
         vocab_size: int,
         field: str,
         cache_tokens: int,
+        since: Sequence[int] | None = None,
     ) -> None:
         """Tokenise `records` on demand for a model of `vocab_size`.
 
-        `field` names the data in messages. Up to `cache_tokens` tokens are kept in memory.
+        `field` names the data in messages. Up to `cache_tokens` tokens are kept in memory. `since`
+        has the hashes of the records of a run that is continued. If most of them are gone, it is
+        not used, and `follows` is False.
         """
         self.records, self.config, self.field = records, config, field
+        self.mended = None if since is None else mended.align(since, records.hashes)
+        self.follows = self.mended is not None
         self._cache_tokens = cache_tokens
         self._encoding = tokenizer.get_tokenizer(vocab_size)
         self._end = tokenizer.special_id(self._encoding, "<|endoftext|>")
@@ -82,7 +93,16 @@ class Examples:
 
     def __len__(self) -> int:
         """Return the number of records."""
-        return len(self.records)
+        return len(self.mended.places if self.mended else self.records)
+
+    def place(self, i: int) -> int:
+        """Return the index of record `i` among `records`; -1 if it is gone."""
+        return int(self.mended.places[i]) if self.mended else i
+
+    def record(self, i: int) -> Record | None:
+        """Read record `i`; None if it is gone."""
+        place = self.place(i)
+        return None if place < 0 else self.records[place]
 
     def __getitem__(self, i: int) -> list[Segment]:
         """Return the segments of record `i`: none if it has nothing to train, or is bad."""
@@ -106,10 +126,12 @@ class Examples:
 
         With `data.turns=split`, each turn of a chat is a segment of its own.
         """
-        record = self.records[i]
+        record = self.record(i)
+        if record is None:
+            return []
         try:
             found = self._encode(record, i)
-        except UserError as error:  # the renderer refuses some records that indexing accepts
+        except UserError as error:  # no check found it: indexing accepts what is rendered
             self._bad.add(i)
             self.records.bad(record.where, str(error))
             return []
@@ -158,11 +180,11 @@ class Examples:
 
     def _pair(self, i: int) -> list[Segment]:
         """Return the two segments of pair `i`, or none if it is bad or left out."""
-        record, limit = self.records[i], self.config.sequence_length
+        record, limit = self.record(i), self.config.sequence_length
+        if record is None:
+            return []
         try:
             chosen, rejected = preferences.render(record.fields, **self._options(record.fields))
-            if not preferences.differ(chosen, rejected):
-                raise UserError("chosen and rejected are the same, as they are rendered")
         except UserError as error:
             self._bad.add(i)
             self.records.bad(record.where, str(error))
@@ -178,7 +200,7 @@ class Examples:
         """Refuse a record that is too long, or note that it is truncated (`data.on_long`)."""
         if self.config.on_long == "refuse":
             raise UserError(
-                f"{self.records.where(i)}: {what}{length:,} tokens are longer than "
+                f"{self.records.where(self.place(i))}: {what}{length:,} tokens are longer than "
                 f"data.sequence_length ({self.config.sequence_length:,}); shorten it, raise that, "
                 "or set data.on_long=truncate"
             )
@@ -192,7 +214,7 @@ class Examples:
         limit, (tokens, weights) = self.config.sequence_length, whole
         starts = range(1)
         if len(tokens) > limit:
-            if self.records.running(i):
+            if self.records.running(self.place(i)):
                 starts = range(0, len(tokens) - 1, max(1, limit - 1))
             else:
                 self._check_long(i, len(tokens))
@@ -234,7 +256,7 @@ class Examples:
                 untrained += not segments
                 advance(size)
         cut = sum(i in self._truncated for i in chosen)
-        untrained -= sum(i in self._bad for i in chosen)
+        untrained -= sum(i in self._bad or self.place(i) < 0 for i in chosen)
         turns = sum(self._turns.get(i, 0) for i in chosen)
         return Stats(len(chosen), tokens, trained, cut, untrained, turns)
 
@@ -256,7 +278,8 @@ def open_examples(config: Config, *, held_out: bool = False) -> Examples:
     """
     field = "data.held_out" if held_out else "data.train"
     files = resolve(config.data.held_out if held_out else config.data.train, field=field)
-    return _open((_stamped(files, field),), *_settings(config))[0]
+    since = None if held_out else _since(config)
+    return _open((_stamped(files, field),), *_settings(config), since)[0]
 
 
 def open_sources(config: Config) -> tuple[Source, ...]:
@@ -268,7 +291,7 @@ def open_sources(config: Config) -> tuple[Source, ...]:
         return (Source(0, "", open_examples(config)),)
     found = entries(config.data.train)
     groups = tuple(_stamped(entry.files, f"data.train ({entry.name})") for entry in found)
-    opened = _open(groups, *_settings(config))
+    opened = _open(groups, *_settings(config), _since(config))
     named = zip(found, opened, strict=True)
     return tuple(Source(i, entry.name, examples) for i, (entry, examples) in enumerate(named))
 
@@ -280,24 +303,51 @@ def _stamped(files: Sequence[Path], field: str) -> _Stamped:
     return field, tuple((path, stamp(path)) for path in files)
 
 
+def _since(config: Config) -> tuple[Path, Stamp] | None:
+    """Return the file with the records of the config's run, if the run has begun."""
+    path = Path(config.run_folder) / mended.FILE
+    return (path, stamp(path)) if mended.has_begun(path.parent) and path.exists() else None
+
+
 def _settings(config: Config) -> tuple[DataConfig, int, str]:
     return config.data, config.model.vocab_size, config.objective.kind.records
 
 
 @lru_cache(maxsize=2)  # one for the training data, one for the held-out data
 def _open(
-    groups: tuple[_Stamped, ...], config: DataConfig, vocab_size: int, records: str
+    groups: tuple[_Stamped, ...],
+    config: DataConfig,
+    vocab_size: int,
+    records: str,
+    since: tuple[Path, Stamp] | None,
 ) -> tuple[Examples, ...]:
     opened = []
-    for field, stamped in groups:
+    kept = None if since is None else mended.read(since[0].parent)
+    if kept is None or len(kept) != len(groups):
+        kept = [None] * len(groups)
+    for (field, stamped), hashes in zip(groups, kept, strict=True):
         read = Records(
             [path for path, _ in stamped],
             field=field,
             stretch_bytes=BYTES_PER_TOKEN * config.sequence_length,
             skip_bad=config.on_bad_record == "skip",
-            reading=Reading(records == "pairs", config.ignore, config.plain_special_tokens),
+            reading=Reading(
+                pairs=records == "pairs",
+                ignore=config.ignore,
+                plain_special_tokens=config.plain_special_tokens,
+                vocab_size=vocab_size,
+            ),
             whole=records == "questions",  # a reward function may read any column
         )
         room = CACHE_TOKENS // len(groups)
-        opened.append(Examples(read, config, vocab_size=vocab_size, field=field, cache_tokens=room))
+        opened.append(
+            Examples(
+                read,
+                config,
+                vocab_size=vocab_size,
+                field=field,
+                cache_tokens=room,
+                since=hashes,
+            )
+        )
     return tuple(opened)

@@ -23,7 +23,7 @@ from gptoss_jax.data import preferences
 from gptoss_jax.data.examples import Source, open_examples, open_sources
 from gptoss_jax.data.mixture import Mixture, plan
 from gptoss_jax.data.packing import Row, fill
-from gptoss_jax.data.windows import Rows, WindowDataset, Windows
+from gptoss_jax.data.windows import PackedRow, Rows, WindowDataset, Windows
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.types import Batch
@@ -35,13 +35,13 @@ BATCHES_AHEAD = 4  # batches prepared in the background
 class _BatchIterator(grain.DatasetIterator[Batch]):
     """Takes B rows from the sources in each step, and lays out rows `first` to `last` - 1 of them.
 
-    The state is {"step", "window", "row"}, or for a mixture {"step", "sources": [{"window", "row",
-    "tokens"}, ...]}.
+    The state is {"step", "window", "row", "seen"}, or for a mixture {"step", "sources": [{"window",
+    "row", "seen", "tokens"}, ...]}. "seen" has the segments of the window that were used.
     """
 
     def __init__(
         self,
-        windows: Sequence[grain.DatasetIterator[list[Row]]],
+        windows: Sequence[grain.DatasetIterator[list[PackedRow]]],
         config: Config,
         *,
         first: int,
@@ -69,7 +69,7 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         return fill(chosen[here], self._data.sequence_length, sources=given)
 
     def get_state(self) -> dict[str, Any]:
-        states: list[dict[str, int]] = [rows.get_state() for rows in self._rows]
+        states = [rows.get_state() for rows in self._rows]
         if self._mixture is None:
             return {"step": self._step, **states[0]}
         for state, tokens in zip(states, self._mixture.tokens, strict=True):
@@ -82,13 +82,13 @@ class _BatchIterator(grain.DatasetIterator[Batch]):
         if self._mixture:
             self._mixture.tokens = [s["tokens"] for s in states]
         for rows, source in zip(self._rows, states, strict=True):
-            rows.set_state(source)
+            rows.set_state(source, changed=state.get("changed", False))
 
 
 class _BatchDataset(grain.IterDataset[Batch]):
     def __init__(
         self,
-        windows: Sequence[grain.IterDataset[list[Row]]],
+        windows: Sequence[grain.IterDataset[list[PackedRow]]],
         config: Config,
         *,
         first: int,
@@ -152,12 +152,13 @@ class TrainBatches:
         """Return the position of the next batch. It fits JSON and is the same on every host."""
         return copy.deepcopy(self._iterator.get_state())
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, which must come from the same data and settings.
+    def set_state(self, state: dict[str, Any], *, changed: bool = False) -> None:
+        """Continue from `state`, which must come from the same settings, and from the same records.
 
-        The number of hosts may differ.
+        If some of them have `changed`, what was seen stays as it was (`data/mended.py`). The number
+        of hosts may differ.
         """
-        self._iterator.set_state(copy.deepcopy(state))
+        self._iterator.set_state(copy.deepcopy(state) | {"changed": changed})
 
     def close(self) -> None:
         """Stop the threads; the iterator can't be used after this."""
@@ -241,7 +242,8 @@ def eval_questions(config: Config, limit: int) -> list[Question]:
     questions: list[Question] = []
     windows = Windows(examples, seed=0)
     for k in range(len(examples)):
-        record = examples.records[windows.record(k)]
+        record = examples.record(windows.record(k))
+        assert record is not None  # held-out data has the records of its files
         chat = record.fields.get("messages", [])
         if examples.pairs:
             chat = preferences.question(record.fields)

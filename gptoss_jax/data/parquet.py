@@ -12,7 +12,7 @@ of many GiB are best written with row groups of some thousand rows.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -73,13 +73,17 @@ def read_layout(file: BinaryIO, path: Path, reading: Any, *, whole: bool = False
     return Layout(metadata, columns, tuple(left_out), tuple(accumulate(groups)))
 
 
-def read_rows(file: BinaryIO, layout: Layout, path: Path) -> Iterator[dict[str, Any] | ValueError]:
-    """Yield all rows in order; a row whose text is not UTF-8 is yielded as a `ValueError`."""
+def read_rows(
+    file: BinaryIO, layout: Layout, path: Path, *, groups: Sequence[int]
+) -> Iterator[dict[str, Any] | ValueError]:
+    """Yield the rows of some row groups; one whose text is not UTF-8 is yielded as `ValueError`."""
     with _naming(path):
         from pyarrow.parquet import ParquetFile
 
         opened = ParquetFile(file, metadata=layout.metadata)
-        batches = opened.iter_batches(_AT_ONCE, columns=list(layout.columns))
+        batches = opened.iter_batches(
+            _AT_ONCE, row_groups=list(groups), columns=list(layout.columns)
+        )
     while True:
         with _naming(path):
             batch = next(batches, None)

@@ -21,6 +21,8 @@ import numpy as np
 from gptoss_jax import harmony
 from gptoss_jax.data.packing import Segment
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.messages import expand
+from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
 
 Message = dict[str, Any]
 
@@ -60,13 +62,19 @@ def split(record: dict[str, Any]) -> Pair:
 def check(record: dict[str, Any], check_chat: Callable[[dict[str, Any]], None]) -> None:
     """Raise `ValueError` for a record that is no pair, or whose chats `check_chat` refuses."""
     pair = split(record)
-    for name, answer in zip(SIDES, pair[1:], strict=True):
+    chats = [{**record, "messages": [*pair.prompt, *answer]} for answer in pair[1:]]
+    for name, answer, chat in zip(SIDES, pair[1:], chats, strict=True):
         try:
-            check_chat({**record, "messages": [*pair.prompt, *answer]})
+            check_chat(chat)
         except (ValueError, UserError) as error:
             raise ValueError(f"the chat with {name}: {error}") from None
         if not any(message.get("role") == "assistant" for message in answer):
             raise ValueError(f"{name} has no message of the assistant")
+    chosen, rejected = (
+        expand(chat["messages"], record.get("tools"), vocab_size=VOCAB_SIZE) for chat in chats
+    )
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same, as they are rendered")
 
 
 def fit(chosen: Segment, rejected: Segment, capacity: int) -> tuple[Segment, Segment]:

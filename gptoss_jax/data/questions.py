@@ -89,12 +89,15 @@ class Questions:
             state["answers"] = copy.deepcopy(self._round.answers)
         return state
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a state, which must come from the same data and settings."""
+    def set_state(self, state: dict[str, Any], *, changed: bool = False) -> None:
+        """Continue from a state, which must come from the same settings and records.
+
+        If some records have `changed`, the questions of the round in progress are asked again.
+        """
         self._number, self._place = state["round"], state["place"]
         self._left = state["left"]
         self._round, self._next = self._ask(self._number, self._place)
-        self._round.answers = copy.deepcopy(state.get("answers"))
+        self._round.answers = None if changed else copy.deepcopy(state.get("answers"))
 
     def close(self) -> None:
         """Do nothing: there are no background threads to stop."""
@@ -105,7 +108,7 @@ class Questions:
         missed = 0
         self._examples.records.check_unchanged()
         while len(questions) < self._count:
-            asked = self._read(self._examples.records[self._order.record(place)])
+            asked = self._read(self._examples.record(self._order.record(place)))
             place, missed = place + 1, 0 if asked else missed + 1
             if asked:
                 questions.append(asked)
@@ -117,8 +120,10 @@ class Questions:
                 )
         return Round(number, questions), place
 
-    def _read(self, record: Record) -> Asked | None:
-        """Return a record as a question; None if it is left out."""
+    def _read(self, record: Record | None) -> Asked | None:
+        """Return a record as a question; None if it is left out, or gone."""
+        if record is None:
+            return None
         fields, config = record.fields, self._config
         messages = _before_answer(fields.get("messages", []))
         try:
@@ -149,13 +154,15 @@ class Questions:
 
 def describe(config: Config) -> str:
     """Describe in one line what `data.train` holds, and how many questions a step asks."""
-    records = open_examples(config).records
+    examples = open_examples(config)
+    records = examples.records
     group = config.objective.grpo.group_size
     text = (
         f"data.train: {len(records):,} questions; {config.data.batch_size // group:,} a step, "
         f"{group} answers each of at most {config.objective.grpo.max_tokens:,} tokens"
     )
-    return f"{text}; {records.skip_summary()}" if records.skipped else text
+    more = [records.skip_summary(), examples.mended.describe() if examples.mended else ""]
+    return "; ".join([text, *filter(None, more)])
 
 
 def _before_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from gptoss_jax.optimizer import make_optimizer
 from gptoss_jax.parallel import sharding
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.parameters import patterns
+from gptoss_jax.runs.records import Record
 from gptoss_jax.runs.workdir import write_text
 from gptoss_jax.training import expert_load
 from gptoss_jax.training.layerwise_step import make_layerwise_step
@@ -211,7 +212,7 @@ def load_for_patterns(
     """Return the experts' load if a pattern chooses experts by it, else None.
 
     A new run measures it over the first `train.load_batches` batches, with the parameters that
-    training starts from (`params`, or random ones if None), without `init_adapters`. `keep_load`
+    training starts from (`params`, or random ones if None), without `init_adapters`. `keep`
     stores it in the workdir, where a run that resumes reads it, to train the same experts.
 
     Raises:
@@ -238,7 +239,15 @@ def load_for_patterns(
     )
 
 
-def keep_load(load: Float[np.ndarray, "L E"] | None, workdir: Path) -> None:
-    """Write the load into the workdir, where `load_for_patterns` finds it."""
+def keep(config: Config, load: Float[np.ndarray, "L E"] | None, workdir: Path) -> None:
+    """Write what a run needs to go on later: the load, and which records its data has."""
     if load is not None:
         write_text(workdir / LOAD_FILE, json.dumps(load.tolist()) + "\n")
+    if processes.is_first():
+        data.keep_records(config, workdir)
+
+
+def continue_data(batches: Any, record: Record, fingerprint: dict[str, Any]) -> None:
+    """Move the batches to where a checkpoint was, on the data of now."""
+    changed = data.differences(record.fingerprint, fingerprint)
+    batches.set_state(record.data_state, changed=bool(changed))

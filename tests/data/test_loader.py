@@ -149,8 +149,10 @@ def test_closing_does_not_wait_for_a_window(texts, monkeypatch):
 
 def test_resuming_reads_only_from_where_it_is(texts, monkeypatch):
     opened = []
-    plan = Windows.__getitem__
-    monkeypatch.setattr(Windows, "__getitem__", lambda s, w: opened.append(w) or plan(s, w))
+    plan = Windows.packed
+    monkeypatch.setattr(
+        Windows, "packed", lambda s, w, **how: opened.append(w) or plan(s, w, **how)
+    )
     batches = data.train_batches(make_config(texts))
     batches.set_state({"step": 10**6, "window": 10**6, "row": 1})
     next(batches)
@@ -160,8 +162,10 @@ def test_resuming_reads_only_from_where_it_is(texts, monkeypatch):
 
 def test_threads_work_ahead(texts, monkeypatch):
     opened = []
-    plan = Windows.__getitem__
-    monkeypatch.setattr(Windows, "__getitem__", lambda s, w: opened.append(w) or plan(s, w))
+    plan = Windows.packed
+    monkeypatch.setattr(
+        Windows, "packed", lambda s, w, **how: opened.append(w) or plan(s, w, **how)
+    )
     batches = data.train_batches(make_config(texts, pack_window=5))
     next(batches)  # takes at most 4 of these windows, of a row or two each
     deadline = time.monotonic() + 20

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from gptoss_jax.data import sources
+from gptoss_jax.data import indexing, reading
 from gptoss_jax.data.sources import Records
 from gptoss_jax.errors import UserError
 
@@ -175,13 +175,13 @@ def test_a_change_that_no_time_shows_is_noticed_by_what_it_leaves(tmp_path):
 def test_a_file_that_changes_while_it_is_indexed(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD * 3)
-    check = sources.Reading.check
+    check = reading.Reading.check
 
     def meddle(reading, columns):
         file.write_bytes(GOOD * 4)
         return check(reading, columns)
 
-    monkeypatch.setattr(sources.Reading, "check", meddle)
+    monkeypatch.setattr(reading.Reading, "check", meddle)
     with pytest.raises(UserError, match="changed while it was in use"):
         open_records(file)
 
@@ -236,7 +236,7 @@ def test_a_text_file_that_is_no_text(tmp_path):
 
 
 def test_large_files_show_progress(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "PROGRESS_FROM", 1)
+    monkeypatch.setattr(indexing, "PROGRESS_FROM", 1)
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD * 3)
     assert len(open_records(file)) == 3

@@ -1,0 +1,85 @@
+"""Read one record: which of the formats it has, and whether all of it can be rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gptoss_jax import harmony
+from gptoss_jax.data import formats, preferences
+from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import EFFORTS
+from gptoss_jax.harmony.dialects import kind
+from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
+
+SPELLS = (
+    "spells one of Harmony's special tokens: give a chat as messages, each with its own text, or "
+    "set data.plain_special_tokens if the tokens are meant as text"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read: what kind they are, and what of them is passed over."""
+
+    pairs: bool = False
+    ignore: tuple[str, ...] = ()  # columns; keys of messages as messages.KEY
+    plain_special_tokens: bool = False  # a text that spells Harmony's special tokens is plain text
+    vocab_size: int = VOCAB_SIZE  # of the model: the "ids" of sampled messages are below it
+
+    def read(self, columns: Any) -> formats.Read:
+        """Return a record in one of the three forms, its messages with Harmony's fields alone.
+
+        Raises ValueError, with a phrase for the reason, if it is none of them.
+        """
+        if not isinstance(columns, dict):
+            raise ValueError(f"{kind(columns)}, not an object with messages or text")
+        read = formats.read(columns, pairs=self.pairs, ignore=self.ignore)
+        own = (name for name in self.ignore if name.startswith("messages."))
+        keys = [name.removeprefix("messages.") for name in own]
+        chats = {"messages": read.fields.get("messages")}
+        if self.pairs:
+            chats = preferences.split(read.fields)._asdict()
+        elif "text" in read.fields:
+            return read
+        try:
+            for name, chat in chats.items():
+                read.fields[name] = harmony.read_messages(chat, name, ignore=keys)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return read
+
+    def check(self, columns: Any) -> formats.Read:
+        """Return what `read` does; raise ValueError also for what can't be rendered."""
+        read = self.read(columns)
+        try:
+            if self.pairs:
+                preferences.check(read.fields, self._check_chat)
+            elif "messages" in read.fields:
+                self._check_chat(read.fields)
+            elif harmony.spelled(read.fields["text"]) is not None and not self.plain_special_tokens:
+                harmony.read_rendering(read.fields["text"])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return read
+
+    def _check_chat(self, fields: dict[str, Any]) -> None:
+        """Check all that the renderer needs, so that it refuses nothing during training."""
+        messages, effort = fields["messages"], fields.get("reasoning") or EFFORTS[0]
+        harmony.check(messages, fields.get("tools"), effort, vocab_size=self.vocab_size)
+        where = "" if self.plain_special_tokens else _spelled(messages, "messages")
+        if where:
+            raise ValueError(f"{where} {SPELLS}")
+
+
+def _spelled(value: Any, where: str) -> str:
+    """Return where a text in `value` spells a special token of Harmony; "" if none does."""
+    if isinstance(value, str):
+        return "" if harmony.spelled(value) is None else where
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = ((f"{where}.{k}", v) for k, v in value.items() if k not in ("ids", "content_type"))
+    elif isinstance(value, list):
+        items = ((f"{where}[{i}]", v) for i, v in enumerate(value))
+    return next(filter(None, (_spelled(v, place) for place, v in items)), "")
