@@ -129,6 +129,31 @@ def test_stopped_and_started_again_is_bit_equal(
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
 
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_over_mended_data(files, tmp_path, monkeypatch, capsys):
+    data = write_chats(tmp_path / "a.jsonl", 40)
+    args = [*TINY, "--data.train", str(data), "--workdir", str(tmp_path / "w")]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGTERM)
+        train.main(args)
+    lines = data.read_text().splitlines()
+    lines[4] = lines[4].replace('"user"', '"User"')
+    data.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"a\.jsonl:5: messages\[0\]\.role is 'User'"):
+        train.main(args)
+    train.main([*args, "--data.on_bad_record", "skip"])
+    assert "records since the run began: 1 left out now" in capsys.readouterr().out
+    lines[4] = lines[4].replace('"User"', '"user"').replace('"messages"', '"id": 4, "messages"')
+    lines[5] = lines[5].replace('"assistant", "content": "', '"assistant", "content": "it is ')
+    data.write_text("\n".join(lines))
+    train.main([*args, "--train.steps", "8"])
+    assert "records since the run began: 1 changed" in capsys.readouterr().out
+    assert [step for step, _ in losses(tmp_path / "w")] == list(range(1, 9))
+    other = write_chats(tmp_path / "b.jsonl", 40, seed=5)
+    with pytest.raises(UserError, match=r"another data: data file a\.jsonl is gone"):
+        train.main([*TINY, "--data.train", str(other), *args[-2:], "--train.steps", "9"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

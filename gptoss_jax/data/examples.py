@@ -20,6 +20,7 @@ from gptoss_jax.data.reading import Reading
 from gptoss_jax.data.sources import Record, Records, stamp
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
+from gptoss_jax.harmony.messages import Message
 
 # Bytes of a token of English text under o200k. It sizes the stretches of a .txt file (the chunks
 # that `Records` cuts it into) so that each fills about one row.
@@ -142,19 +143,18 @@ class Examples:
         if "messages" in fields:
             options, given = self._options(fields), fields.get("given", 0)
             if self.config.turns != "split":
-                self._count_turns(record, i)
+                self._count_turns(i, record, fields["messages"], given)
                 return [harmony.render(fields["messages"], given=given, **options)]
             chats = harmony.split_turns(fields["messages"])
             return [harmony.render(chat, given=min(given, len(chat)), **options) for chat in chats]
         return [self._encode_text(record)]
 
-    def _count_turns(self, record: Record, i: int) -> None:
+    def _count_turns(self, i: int, record: Record, chat: list[Message], given: int) -> None:
         if self.config.turns == "all":
-            count = harmony.count_untrained(
-                record.fields["messages"], record.fields.get("tools"), history=self.config.history
-            )
+            tools, history = record.fields.get("tools"), self.config.history
+            count = harmony.count_untrained(chat, tools, history=history, given=given)
             if count:
-                self._turns[i] = count
+                self._turns[i] = self._turns.get(i, 0) + count
 
     def _encode_text(self, record: Record) -> tuple[list[int], list[float]]:
         fields = record.fields
@@ -185,6 +185,9 @@ class Examples:
             return []
         try:
             chosen, rejected = preferences.render(record.fields, **self._options(record.fields))
+            prompt, *answers = preferences.split(record.fields)
+            for answer in answers:
+                self._count_turns(i, record, [*prompt, *answer], len(prompt))
         except UserError as error:
             self._bad.add(i)
             self.records.bad(record.where, str(error))
@@ -279,7 +282,8 @@ def open_examples(config: Config, *, held_out: bool = False) -> Examples:
     field = "data.held_out" if held_out else "data.train"
     files = resolve(config.data.held_out if held_out else config.data.train, field=field)
     since = None if held_out else _since(config)
-    return _open((_stamped(files, field),), *_settings(config), since)[0]
+    settings = _settings(config, held_out=held_out)
+    return _open((_stamped(files, field),), *settings, since)[0]
 
 
 def open_sources(config: Config) -> tuple[Source, ...]:
@@ -309,8 +313,11 @@ def _since(config: Config) -> tuple[Path, Stamp] | None:
     return (path, stamp(path)) if mended.has_begun(path.parent) and path.exists() else None
 
 
-def _settings(config: Config) -> tuple[DataConfig, int, str]:
-    return config.data, config.model.vocab_size, config.objective.kind.records
+def _settings(config: Config, *, held_out: bool = False) -> tuple[DataConfig, int, str]:
+    records = config.objective.kind.records
+    if held_out and records == "questions":
+        records = "examples"  # the held-out loss is of all chats and texts
+    return config.data, config.model.vocab_size, records
 
 
 @lru_cache(maxsize=2)  # one for the training data, one for the held-out data
@@ -333,6 +340,7 @@ def _open(
             skip_bad=config.on_bad_record == "skip",
             reading=Reading(
                 pairs=records == "pairs",
+                questions=records == "questions",
                 ignore=config.ignore,
                 plain_special_tokens=config.plain_special_tokens,
                 vocab_size=vocab_size,

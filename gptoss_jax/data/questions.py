@@ -9,6 +9,7 @@ from typing import Any
 from gptoss_jax import harmony
 from gptoss_jax.config import Config
 from gptoss_jax.data.examples import open_examples
+from gptoss_jax.data.reading import before_answer
 from gptoss_jax.data.sources import Record
 from gptoss_jax.data.windows import Windows
 from gptoss_jax.errors import UserError
@@ -59,6 +60,9 @@ class Questions:
                 f"objective.grpo.max_tokens ({grpo.max_tokens}) leaves no room for a question in "
                 f"data.sequence_length ({config.data.sequence_length}): a row has both"
             )
+        if config.data.on_long == "refuse":
+            for i in range(len(self._examples)):
+                self._read(self._examples.record(i))  # raises
         self._number = self._place = self._left = 0
         self._round, self._next = self._ask(0, 0)
 
@@ -125,10 +129,8 @@ class Questions:
         if record is None:
             return None
         fields, config = record.fields, self._config
-        messages = _before_answer(fields.get("messages", []))
+        messages = before_answer(fields.get("messages", []))
         try:
-            if not messages:
-                raise UserError("no chat with a question: there is nothing to answer")
             prompt = harmony.render_prompt(
                 messages,
                 tools=fields.get("tools"),
@@ -163,11 +165,3 @@ def describe(config: Config) -> str:
     )
     more = [records.skip_summary(), examples.mended.describe() if examples.mended else ""]
     return "; ".join([text, *filter(None, more)])
-
-
-def _before_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a chat without the assistant's messages at its end."""
-    end = len(messages)
-    while end and messages[end - 1]["role"] == "assistant":
-        end -= 1
-    return messages[:end]

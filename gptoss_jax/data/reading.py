@@ -14,8 +14,8 @@ from gptoss_jax.harmony.dialects import kind
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
 
 SPELLS = (
-    "spells one of Harmony's special tokens: give a chat as messages, each with its own text, or "
-    "set data.plain_special_tokens if the tokens are meant as text"
+    "spells a special token of the vocabulary: give a chat as messages, each with its own text, "
+    "or set data.plain_special_tokens if the tokens are meant as text"
 )
 
 
@@ -24,6 +24,7 @@ class Reading:
     """How records are read: what kind they are, and what of them is passed over."""
 
     pairs: bool = False
+    questions: bool = False  # chats with something to answer
     ignore: tuple[str, ...] = ()  # columns; keys of messages as messages.KEY
     plain_special_tokens: bool = False  # a text that spells Harmony's special tokens is plain text
     vocab_size: int = VOCAB_SIZE  # of the model: the "ids" of sampled messages are below it
@@ -42,6 +43,8 @@ class Reading:
         if self.pairs:
             chats = preferences.split(read.fields)._asdict()
         elif "text" in read.fields:
+            if not self.plain_special_tokens:  # a text gets this token at its end anyway
+                read.fields["text"] = read.fields["text"].removesuffix("<|endoftext|>")
             return read
         try:
             for name, chat in chats.items():
@@ -56,8 +59,13 @@ class Reading:
         try:
             if self.pairs:
                 preferences.check(read.fields, self._check_chat)
+                _check_answers(preferences.question(read.fields))  # a rejected one may be empty
+            elif self.questions and not before_answer(read.fields.get("messages", [])):
+                raise ValueError("no chat with a question: there is nothing to answer")
             elif "messages" in read.fields:
                 self._check_chat(read.fields)
+                if not self.questions:
+                    _check_answers(read.fields["messages"])
             elif harmony.spelled(read.fields["text"]) is not None and not self.plain_special_tokens:
                 harmony.read_rendering(read.fields["text"])
         except UserError as error:
@@ -73,6 +81,14 @@ class Reading:
             raise ValueError(f"{where} {SPELLS}")
 
 
+def _check_answers(messages: list[dict[str, Any]]) -> None:
+    """Refuse an answer without text, which would be trained: its text is perhaps elsewhere."""
+    for i, message in enumerate(messages):
+        says = message.get("tool_calls") or "ids" in message or message.get("weight") == 0
+        if message["role"] == "assistant" and not says and not message["content"].strip():
+            raise ValueError(f"messages[{i}].content is empty: the assistant answers nothing")
+
+
 def _spelled(value: Any, where: str) -> str:
     """Return where a text in `value` spells a special token of Harmony; "" if none does."""
     if isinstance(value, str):
@@ -83,3 +99,11 @@ def _spelled(value: Any, where: str) -> str:
     elif isinstance(value, list):
         items = ((f"{where}[{i}]", v) for i, v in enumerate(value))
     return next(filter(None, (_spelled(v, place) for place, v in items)), "")
+
+
+def before_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a chat without the assistant's messages at its end."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]

@@ -68,7 +68,9 @@ _SPECIAL = (
     *("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
     *("<|constrain|>", "<|return|>", "<|call|>"),
 )
-_SPELLED = re.compile("|".join(map(re.escape, _SPECIAL)))
+_SPELLED = re.compile(
+    "|".join(map(re.escape, (*_SPECIAL, "<|startoftext|>", "<|endoftext|>", "<|endofprompt|>")))
+)
 
 
 def render(
@@ -147,7 +149,7 @@ def _weigh(
 
 
 def spelled(text: str) -> int | None:
-    """Return where a text spells one of Harmony's special tokens, such as `<|start|>`, or None."""
+    """Return where a text spells a special token, such as `<|start|>`, or None."""
     found = _SPELLED.search(text)
     return None if found is None else found.start()
 
@@ -364,17 +366,21 @@ def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def count_untrained(
-    messages: Sequence[Message], tools: Any = None, *, history: str = "harmony"
+    messages: Sequence[Message], tools: Any = None, *, history: str = "harmony", given: int = 0
 ) -> int:
-    """Count the turns that `render` leaves untrained because their analysis is dropped."""
+    """Count the turns that `render` leaves untrained because their analysis is dropped.
+
+    Turns that begin among the first `given` messages are not trained anyway, and do not count.
+    """
     parts = expand(messages, tools, VOCAB_SIZE)
+    first = len(expand(messages[:given], tools, VOCAB_SIZE)) if given else 0
     turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
     kept = _drop_analysis(parts[:turn], history) + parts[turn:]
     untrained = {id(part) for part in _untrained(parts, kept, turn, "all")}
     count, counted = 0, False
-    for part in parts:
+    for i, part in enumerate(parts):
         if part.role == "user":
             counted = False
         elif id(part) in untrained and not counted:
-            count, counted = count + 1, True
+            count, counted = count + (i >= first), True
     return count

@@ -251,6 +251,11 @@ def _expand_tool(message: Message, where: str, calls: _Calls) -> Part:
         author = name if name in calls.recipients else calls.recipient(name)
     else:
         author = next((n for i, n in calls.waiting if call_id is None or i == call_id), None)
+    if author is None and call_id is not None and calls.waiting:
+        raise UserError(
+            f"{where}.tool_call_id is {call_id!r}: no tool call before it that awaits a result has "
+            "this id"
+        )
     if author is None:
         raise UserError(f"{where}.name is missing, and no tool call before it awaits a result")
     answered = (k for k, (i, n) in enumerate(calls.waiting) if n == author and call_id in (None, i))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptoss_jax import harmony
-from gptoss_jax.config import Config, DataConfig, ModelConfig
+from gptoss_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from gptoss_jax.data import describe
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.errors import UserError
@@ -58,13 +58,14 @@ FORMATS = {
 }
 
 
-def examples_of(folder: Path, *records, name: str = "a.jsonl", **options):
+def examples_of(folder: Path, *records, name: str = "a.jsonl", objective="sft", **options):
     path = folder / name
     text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
     path.write_text(text)
     config = Config(
         model=ModelConfig(vocab_size=201_088),
         data=DataConfig(train=(str(path),), sequence_length=512, **options),
+        objective=ObjectiveConfig(name=objective),
     )
     return open_examples(config), config
 
@@ -117,6 +118,10 @@ def test_the_reasoning_effort_has_several_names(effort, tmp_path):
     assert examples[0][0].tokens.tolist() == harmony.render([Q, A], reasoning="low")[0]
 
 
+CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "name": "f", "arguments": {}}]}
+RESULT = {"role": "tool", "content": "x"}
+
+
 @pytest.mark.parametrize(
     ("record", "named"),
     [
@@ -133,8 +138,24 @@ def test_the_reasoning_effort_has_several_names(effort, tmp_path):
         ({"prompt": "x"}, "its columns are prompt ("),
         ({"instruction": "x", "output": 3}, "output is a number: it must be text"),
         ({"messages": "no JSON"}, "messages is text, and not JSON"),
-        ({"messages": [Q, A | {"content": "<|channel|>final"}]}, "messages[1].content spells one"),
-        ({"messages": [Q, A | {"thinking": "<|end|>"}]}, "messages[1].thinking spells one"),
+        (
+            {"messages": [Q, A | {"content": "<|channel|>final"}]},
+            "messages[1].content spells a spe",
+        ),
+        (
+            {"messages": [Q | {"content": "a<|endoftext|>"}, A]},
+            "messages[0].content spells a special",
+        ),
+        ({"text": "a<|endoftext|>b"}, "spells Harmony's special tokens"),
+        ({"messages": [Q | {"name": "bob"}, A]}, "messages[0].name: only a tool has a name"),
+        ({"messages": [Q, A | {"content": " "}]}, "messages[1].content is empty"),
+        ({"messages": [Q, A | {"content": "", "thinking": "Hm"}]}, "messages[1].content is empty"),
+        ({"prompt": "x", "completion": "", "response": "y"}, "messages[1].content is empty"),
+        (
+            {"messages": [Q, CALLS, RESULT | {"tool_call_id": "2"}]},
+            "messages[2].tool_call_id is '2'",
+        ),
+        ({"messages": [Q, A | {"thinking": "<|end|>"}]}, "messages[1].thinking spells a special"),
         ({"text": "<|start|>user<|message|>x"}, "spells Harmony's special tokens"),
         ({"messages": [Q, A | {"name": "a b", "role": "tool"}]}, "it must be one word"),
         ({"messages": [Q, {"role": "tool", "content": "x"}]}, "no tool call before it"),
@@ -184,7 +205,9 @@ def test_a_plain_file_that_spells_special_tokens_is_refused_by_line(tmp_path):
         data = DataConfig(train=(str(path),), sequence_length=64, plain_special_tokens=plain)
         config = Config(model=ModelConfig(vocab_size=201_088), data=data)
         if not plain:
-            with pytest.raises(UserError, match=r"a\.txt:2: plain text that spells one of Harmony"):
+            with pytest.raises(
+                UserError, match=r"a\.txt:2: plain text that spells a special token"
+            ):
                 open_examples(config)
             continue
         ids = harmony.tokenizer.get_tokenizer().encode_ordinary(path.read_text())
@@ -298,3 +321,36 @@ def test_what_a_prompt_keeps_of_the_history():
     assert kept([*asked, Q], "template") == []
     assert kept([*asked, Q, call, result], "harmony") == ["one", "two", "call"]
     assert kept([*asked, Q, call, result], "template") == ["call"]
+
+
+def test_only_turns_that_would_be_trained_are_counted(tmp_path):
+    def turns(record, **options):
+        objective = "dpo" if "chosen" in record else "sft"
+        return examples_of(tmp_path, record, objective=objective, **options)[0].stats.turns
+
+    assert turns({"messages": CHAT}) == 1
+    assert turns({"prompt": CHAT[:4], "completion": CHAT[4:]}) == 0  # the prompt is not trained
+    answer = [*CHAT[1:4], {"role": "assistant", "content": "other"}]
+    assert turns({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": answer}) == 2
+    assert turns({"prompt": CHAT[:5], "chosen": CHAT[5:], "rejected": answer[3:]}) == 0
+
+
+def test_an_end_of_text_that_is_spelled_is_the_end_that_each_text_gets(tmp_path):
+    spelled, plain = {"text": "one two<|endoftext|>"}, {"text": "one two"}
+    (segment,) = examples_of(tmp_path, spelled)[0][0]
+    (expected,) = examples_of(tmp_path, plain, name="b.jsonl")[0][0]
+    assert segment.tokens.tolist() == expected.tokens.tolist()
+    meant = examples_of(tmp_path, spelled, name="c.jsonl", plain_special_tokens=True)[0]
+    assert len(meant[0][0].tokens) > len(expected.tokens)
+
+
+def test_names_and_recipients_that_say_nothing(tmp_path):
+    chat = [Q | {"name": "user"}, A | {"recipient": "all"}]
+    (segment,) = examples_of(tmp_path, {"messages": chat})[0][0]
+    assert segment.tokens.tolist() == harmony.render([Q, A])[0]
+    named = [Q | {"name": "bob"}, CALLS, RESULT | {"name": "f"}, A]
+    options = {"name": "b.jsonl", "ignore": ("messages.name",)}
+    (segment,) = examples_of(tmp_path, {"messages": named}, **options)[0][0]
+    assert segment.tokens.tolist() == harmony.render([Q, *named[1:]])[0]
+    # An answer of no weight is not trained, so it may be empty.
+    examples_of(tmp_path, {"messages": [Q, A | {"content": "", "weight": 0}, Q, A]})

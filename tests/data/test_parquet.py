@@ -24,7 +24,7 @@ CHATS = [
     {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]},
     {"messages": [USER] * 3, "reasoning": "high"},
     {"messages": [{"role": "system", "content": "x"}, USER], "reasoning": "low"},
-    {"messages": [USER, {"role": "assistant", "content": "", "channel": "final"}]},
+    {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "?"}]},
 ]
 
 

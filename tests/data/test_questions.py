@@ -121,10 +121,18 @@ def test_questions_that_do_not_fit_are_left_out_or_refused(tmp_path):
     asked = rounds(Questions(config(file)), 4)
     assert {where[-1] for _, group in asked for where in group} == {"1", "3"}
     with pytest.raises(UserError, match=r"a.jsonl:2: 3\d\d tokens and objective.grpo.max_tokens"):
-        rounds(Questions(config(file, on_long="refuse")), 2)
+        Questions(config(file, on_long="refuse"))  # before any round is asked
     with pytest.raises(UserError, match="has no question"):
         Questions(config(write(tmp_path / "b.jsonl", [long, long])))
-    with pytest.raises(UserError, match=r"t.jsonl:1: no chat with a question"):
-        Questions(config(write(tmp_path / "t.jsonl", [{"text": "so"}])))
+    answer = {"messages": [{"role": "assistant", "content": "to nothing"}]}
+    for name, bad in {"t": {"text": "so"}, "u": answer}.items():
+        file = write(tmp_path / f"{name}.jsonl", [*map(chat, range(40)), bad])
+        with pytest.raises(UserError, match=rf"{name}.jsonl:41: no chat with a question"):
+            Questions(config(file))  # before any round is asked
     with pytest.raises(UserError, match="leaves no room"):
-        Questions(config(file, grpo=dataclasses.replace(GRPO, max_tokens=256)))
+        Questions(
+            config(
+                write(tmp_path / "c.jsonl", [chat(1)]),
+                grpo=dataclasses.replace(GRPO, max_tokens=256),
+            )
+        )
