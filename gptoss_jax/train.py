@@ -350,6 +350,7 @@ def _load_init(
         experts=c.experts,
         mesh=mesh,
         step=step,
+        requantise=c.requantise,
         make_model=model_of(loading.find_folder(config.init), make_model),
     )[1]
 

@@ -31,7 +31,7 @@ def measure(run: Run) -> Measured:
     plain = Transformer(dataclasses.replace(run.config.model, qat=False))
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "model"
-        gptoss_jax.save(exported, model, params, experts="mxfp4")
+        gptoss_jax.save(exported, model, params, experts="mxfp4", force=True)
         packed, written = gptoss_jax.load(exported, experts="mxfp4", dtype=jnp.float32)
     experts = params["layers"]["experts"]
     by_ocp = {k: mxfp4.decode(mxfp4.encode(experts[k], scale_rule="ocp")) for k in MATRICES}

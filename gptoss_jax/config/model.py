@@ -85,6 +85,9 @@ class ModelConfig:
 
     # Form of the experts' weights in memory: arrays of model.param_dtype, or packed 4-bit MXFP4.
     experts: Literal["dense", "mxfp4"] = "dense"
+    # Round dense experts of --init to MXFP4 even if that changes their values. A fine-tuning of
+    # experts is mostly lost then, so it is else refused.
+    requantise: bool = False
     # Dtype of compute. With float16 the residual stream stays in float32.
     dtype: DType = "bfloat16"
     param_dtype: DType = "bfloat16"  # dtype of the parameters in memory, except packed experts
@@ -187,7 +190,7 @@ class ModelConfig:
         """The fields that decide which function the model is; the others say how it is computed."""
         compute = {"experts", "dtype", "param_dtype", "remat", "init_std", "context"}
         compute |= {"capacity_factor", "expert_chunk", "expert_exchange", "expert_padding", "lora"}
-        compute |= {"qat", "embedding_on_host"}
+        compute |= {"qat", "embedding_on_host", "requantise"}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values = {k: v for k, v in values.items() if k not in compute}
         values["rope_factor"] = self.yarn_factor

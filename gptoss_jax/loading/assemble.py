@@ -32,9 +32,10 @@ def on_device(
     sharding: jax.NamedSharding | None,
     split: bool,
     layout: str | None,
+    requantise: bool,
     advance: Callable[[int], None],
 ) -> Params:
-    """Build the parameters of `config` leaf by leaf, in place.
+    """Build the parameters of `config` leaf by leaf, in place; `requantise` as in `load`.
 
     If `source` holds them in memory (a workdir) in the wanted form already, they are used as they
     are. If it holds them in another form, each leaf is removed from `source` once it is converted,
@@ -47,9 +48,8 @@ def on_device(
             params["layers"] = split_layers(params["layers"], config.num_layers)
         return params
     leaves: dict[str, Any] = {}
-    one = partial(
-        _fill, source=source, config=config, sharding=sharding, layout=layout, advance=advance
-    )
+    how: dict[str, Any] = {"sharding": sharding, "layout": layout, "requantise": requantise}
+    one = partial(_fill, source=source, config=config, advance=advance, **how)
     for path, shape in source.shapes.items():
         empty = partial(zeros, config, path, sharding=sharding, layout=layout)
         with _on_host(source, path):
@@ -97,9 +97,11 @@ def over_mesh(
     mesh: jax.sharding.Mesh,
     *,
     layout: str | None,
+    requantise: bool,
     advance: Callable[[int], None],
 ) -> Params:
     """Build the parameters of `config` in the shards of this host's devices; see `shards`."""
+    form: dict[str, Any] = {"form": config.experts, "dtype": config.param_dtype}
     leaves: dict[str, Any] = {}
     for path, shape in source.shapes.items():
         in_layers = path.startswith("layers/")
@@ -112,9 +114,7 @@ def over_mesh(
         relay = partial(moe.relay, path, layout=layout) if packed and layout else None
         for layer in range(config.num_layers) if in_layers else (None,):
             for rows in pieces(path, source.config, config.experts, shape):
-                read = partial(
-                    read_as, source, path, layer, form=config.experts, dtype=config.param_dtype
-                )
+                read = partial(read_as, source, path, layer, requantise=requantise, **form)
                 if not shards.put(made, read, rows, layer=layer, relay=relay):
                     name = source.describe(path, layer)
                     raise UserError(f"{name} has NaN or infinity as {config.param_dtype}")
@@ -152,15 +152,15 @@ def _fill(
     config: ModelConfig,
     sharding: jax.NamedSharding | None,
     layout: str | None,
+    requantise: bool,
     advance: Callable[[int], None],
 ) -> Any:
     """Write one layer of a leaf into its stack, or into an array of its own."""
     shape = source.shapes[path]
     in_stack = len(leaf.shape) > len(shape)
+    form: dict[str, Any] = {"form": config.experts, "dtype": config.param_dtype}
     for rows in pieces(path, source.config, config.experts, shape):
-        piece = read_as(
-            source, path, layer, form=config.experts, rows=rows, dtype=config.param_dtype
-        )
+        piece = read_as(source, path, layer, rows=rows, requantise=requantise, **form)
         packed = isinstance(piece, MXFP4)
         itemsize = 1 if packed else leaf.dtype.itemsize
         size = sum(part.size for part in jax.tree.leaves(piece)) * itemsize

@@ -30,6 +30,7 @@ from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.initial import add_missing, init_params
 from gptoss_jax.parallel import padding, sharding
 from gptoss_jax.parallel.mesh import AXES
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import nest, overlay, path_name, split_layers
 from gptoss_jax.runs import checkpoints, frozen_base, model_source, records
 from gptoss_jax.runs.frozen_base import PLACE, RANDOM, WAY, Base, Sum
@@ -38,7 +39,7 @@ from gptoss_jax.runs.records import Record
 from gptoss_jax.types import Params
 from gptoss_jax.weights.names import Form
 from gptoss_jax.weights.read import Stored, open_checkpoint
-from gptoss_jax.weights.sources import ParamsSource, progress
+from gptoss_jax.weights.sources import ParamsSource, progress, read_as, trained_rounded
 
 
 def load(
@@ -51,6 +52,7 @@ def load(
     split: bool = False,
     layout: str | None = None,
     base: str | Path | None = None,
+    requantise: bool = False,
     make_model: MakeModel = Transformer,
 ) -> tuple[Transformer, Params]:
     """Read a checkpoint and return (model, params).
@@ -58,11 +60,13 @@ def load(
     `checkpoint` is a Hugging Face folder, an OpenAI `original/` folder, a name on the hub, or a
     workdir (its latest step, or `step`). The base of a run with adapters is read from `base`, or
     from where the run had it, or from GPTOSS_JAX_BASE. `dtype` (float32, bfloat16, float16) is that
-    of float parameters and of compute. `experts`: None keeps them as stored, "mxfp4" encodes dense
-    ones by least error, "dense" decodes. `split` returns each stack of layers as a tuple of L
-    arrays. `layout` (a name of `ops.mxfp4.layouts`) returns packed experts as `Relaid`, made piece
-    by piece, so that a `Sampler` with kernels copies nothing. `make_model` builds a model that is
-    not the package's own: a run that was trained with one needs it again.
+    of float parameters and of compute. `experts`: None keeps them as stored, "dense" decodes,
+    "mxfp4" encodes dense ones. Dense experts that MXFP4 does not hold exactly are refused, since
+    rounding loses most of a fine-tuning; `requantise` rounds them all the same, by least error.
+    `split` returns each stack of layers as a tuple of L arrays. `layout` (a name of
+    `ops.mxfp4.layouts`) returns packed experts as `Relaid`, made piece by piece, so that a
+    `Sampler` with kernels copies nothing. `make_model` builds a model that is not the package's
+    own: a run that was trained with one needs it again.
 
     Without a mesh the default device holds all parameters, once. With a mesh of `parallel.mesh`
     each leaf goes straight into its shards, and a host reads only what its devices need. Any other
@@ -85,7 +89,9 @@ def load(
     )
     if spread and layout is not None:
         sharding.check_layout(mesh)
-    how: dict[str, Any] = {"split": split, "layout": layout}
+    # Experts of a run with `qat` computed with their rounded values, so these lose nothing.
+    requantise = requantise or trained_rounded(source.config)
+    how: dict[str, Any] = {"split": split, "layout": layout, "requantise": requantise}
     with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:
         config, params = _assemble(source, config, mesh, spread=spread, advance=advance, **how)
     model = make_model(config)
@@ -97,6 +103,24 @@ def load(
     return model, params
 
 
+def check_packs(checkpoint: str | Path) -> None:
+    """Refuse dense experts that MXFP4 does not hold exactly, before a folder's weights are loaded.
+
+    It reads one expert of each layer, so that it is quick. `load` compares all of them, and those
+    of a workdir, which this function passes over.
+
+    Raises:
+        UserError: as `load` with experts="mxfp4".
+    """
+    folder = find_folder(checkpoint)
+    if records.is_workdir(folder):
+        return
+    source = open_checkpoint(folder)
+    for path in (path for path in source.shapes if table.row(path).packable):
+        for layer in range(source.config.num_layers):
+            read_as(source, path, layer, form="mxfp4", rows=range(1), dtype="float32")
+
+
 def _assemble(
     source: Stored | ParamsSource,
     config: ModelConfig,
@@ -105,18 +129,18 @@ def _assemble(
     spread: bool,
     split: bool,
     layout: str | None,
+    requantise: bool,
     advance: Any,
 ) -> tuple[ModelConfig, Params]:
     """Read all leaves onto the device, or into the shards of a mesh; return the padded config."""
+    how: dict[str, Any] = {"layout": layout, "requantise": requantise, "advance": advance}
     if mesh is None or not spread:
         everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
-        return config, assemble.on_device(
-            source, config, sharding=everywhere, split=split, layout=layout, advance=advance
-        )
+        return config, assemble.on_device(source, config, sharding=everywhere, split=split, **how)
     with jax.set_mesh(mesh):
         config = sharding.padded(config)
     with assemble.no_mesh():
-        params = assemble.over_mesh(source, config, mesh, layout=layout, advance=advance)
+        params = assemble.over_mesh(source, config, mesh, **how)
     if split:
         params["layers"] = split_layers(params["layers"], config.num_layers)
     return config, params
@@ -343,6 +367,7 @@ def _read_base(base: Base, model: ModelConfig, folder: Path, make_model: MakeMod
         dtype=model.param_dtype,
         experts=model.experts,
         step=base.step if is_workdir else None,
+        requantise=True,  # as the run began; checksums say whether the values are the same
         make_model=model_of(folder, make_model),
     )
     # `model.qat` may need more padding.

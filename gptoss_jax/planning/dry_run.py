@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from rich.console import Console
 from gptoss_jax import chips, data
 from gptoss_jax.config import Config
 from gptoss_jax.loading import start_adapters
+from gptoss_jax.loading.checkpoint import check_packs
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.flops import step_flops
 from gptoss_jax.objectives import check_start
@@ -36,7 +38,8 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
     does, which may take a minute.
 
     Raises:
-        UserError: the data are bad, or patterns of `optimizer` do not fit the model.
+        UserError: the data are bad, patterns of `optimizer` do not fit the model, or --init has
+            dense experts that can't be packed (`checkpoint.check_packs`).
     """
 
     def say(text: str) -> None:
@@ -44,6 +47,9 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
 
     run, given = shapes(config, make_model), start_adapters.read(config)
     check_start(config, None)
+    packs = config.model.experts == "mxfp4" and not config.model.requantise
+    if packs and config.init is not None and Path(config.init).is_dir():
+        check_packs(config.init)
     say("\nparameters")
     for line in parameter_table(run):
         say(line)

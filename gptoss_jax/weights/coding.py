@@ -18,14 +18,26 @@ from gptoss_jax.parameters import table
 from gptoss_jax.types import MXFP4
 from gptoss_jax.weights.merged import Cost, Merged, Report
 from gptoss_jax.weights.names import Form, Part, Tensor, shapes
-from gptoss_jax.weights.sources import Source, decode_piece, is_finite, pieces, read_as
+from gptoss_jax.weights.sources import (
+    Source,
+    decode_piece,
+    is_finite,
+    pack_exactly,
+    pieces,
+    read_as,
+)
+
+_KEEP_OR_FORCE = (
+    "write the experts in bf16 (--experts bf16, experts='dense'), or train with model.qat; "
+    "--force (force=True) rounds them all the same"
+)
 
 
 class Coder:
     """Turns a source's pieces into a file's bytes, and records the resulting errors in `report`."""
 
     def __init__(self, source: Source, *, form: Form, force: bool) -> None:
-        """Write experts in `form`; `force` writes a weight even if its update does not survive."""
+        """Write experts in `form`; `force` writes weights even if they lose what was tuned."""
         self.source = source
         self.form: Form = form
         self.force = force
@@ -37,8 +49,8 @@ class Coder:
         """Yield the pieces of a tensor in file order.
 
         Raises:
-            UserError: the tensor has NaN or infinity, or an update does not survive (see
-                `Report.check`).
+            UserError: the tensor has NaN or infinity, an update does not survive (see
+                `Report.check`), or dense experts are to be rounded (see `sources.pack_exactly`).
         """
         for part in tensor.parts:
             cost = Cost(part.path, part.layer, "MXFP4" if tensor.packed else dtype.name)
@@ -115,7 +127,11 @@ class Coder:
         # Dense weights are rounded to their dtype before they are encoded, as in training.
         kept = exact if isinstance(stored, MXFP4) else exact.astype(stored.dtype)
         if packs and self.form == "mxfp4":
-            packed = mxfp4.encode(kept, scale_rule="least_error")
+            packed = None
+            if not (isinstance(stored, MXFP4) or self.force or self.source.config.qat):
+                packed = pack_exactly(stored, name, otherwise=_KEEP_OR_FORCE)
+            if packed is None or update is not None:
+                packed = mxfp4.encode(kept, scale_rule="least_error")
             blocks, scales = np.asarray(packed.blocks), np.asarray(packed.scales)
             if isinstance(stored, MXFP4):
                 blocks[frozen] = np.asarray(stored.blocks)[frozen]

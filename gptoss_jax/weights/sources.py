@@ -20,6 +20,7 @@ from jax import lax
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.lora import adapters as lora_adapters
 from gptoss_jax.ops import moe, mxfp4
 from gptoss_jax.parallel import padding
 from gptoss_jax.parameters import table
@@ -63,12 +64,20 @@ def pieces(path: str, config: ModelConfig, form: Form, shape: tuple[int, ...]) -
 
 
 def read_as(
-    source: Source, path: str, layer: int | None, *, form: Form, rows: range, dtype: Any
+    source: Source,
+    path: str,
+    layer: int | None,
+    *,
+    form: Form,
+    rows: range,
+    dtype: Any,
+    requantise: bool = False,
 ) -> Any:
     """Return rows of a leaf with the experts in `form`: an array, or an MXFP4 of arrays.
 
     Experts that are stored as MXFP4 and wanted dense are decoded to `dtype`. In all other cases the
-    dtype is the source's.
+    dtype is the source's. Raises UserError if dense experts are wanted as MXFP4 and it does not
+    hold their values exactly, unless `requantise` is set: see `pack_exactly`.
     """
     read = partial(source.read, path, layer, start=rows.start, stop=rows.stop)
     if not table.row(path).packable:
@@ -79,9 +88,10 @@ def read_as(
     array = read("value")
     if form == "dense":
         return array
+    name = source.describe(path, layer)
     if not is_finite(array):  # checked here, because MXFP4 bytes would not show it
-        raise UserError(f"{source.describe(path, layer)} has NaN or infinity")
-    return _encode(array)
+        raise UserError(f"{name} has NaN or infinity")
+    return _encode(array) if requantise else pack_exactly(array, name, otherwise=_KEEP_OR_MEAN_IT)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -93,6 +103,68 @@ def decode_piece(packed: MXFP4, dtype: str) -> Any:
 @jax.jit
 def _encode(array: Any) -> MXFP4:
     return mxfp4.encode(array, scale_rule="least_error")
+
+
+def trained_rounded(config: ModelConfig) -> bool:
+    """Say whether a run computed with its experts' weights rounded to MXFP4, as they are stored.
+
+    It trained with `qat`, and the experts have no adapters (those are added before rounding).
+    """
+    paths = lora_adapters.adapted(config) if config.lora.targets else []
+    return config.qat and not any(table.row(path).packable for path in paths)
+
+
+_KEEP_OR_MEAN_IT = (
+    "keep the experts dense (--model.experts dense, or experts='dense' in Python), or round them "
+    "all the same with --model.requantise (requantise=True)"
+)
+
+
+def pack_exactly(array: Any, name: str, *, otherwise: str) -> MXFP4:
+    """Encode rows of dense experts that MXFP4 holds exactly, such as decoded MXFP4 weights.
+
+    Tuned experts are not of this kind: rounded, most of their small updates would be lost.
+
+    Args:
+        array: The rows, all finite.
+        name: Their name, for the error.
+        otherwise: What a user can do instead, for the error.
+
+    Raises:
+        UserError: rounding changes values. The message says how many, and by how much.
+    """
+    array = jnp.asarray(array)  # on the device once, for two programs
+    packed = _encode(array)
+    if not _differs(packed, array):
+        return packed
+    changed, lost, weight = _count_changes(packed, array)
+    raise UserError(
+        f"{name} is dense, and rounding it to MXFP4 loses what its values have beyond 4 bits: it "
+        f"changes {_percent(int(changed) / array.size)} of them (counted in its first rows), by "
+        f"{_percent(float(lost / weight) ** 0.5)} of their norm; most of a fine-tuning is in that: "
+        f"{otherwise}"
+    )
+
+
+@jax.jit
+def _differs(packed: MXFP4, array: Any) -> Any:
+    """Return whether an array in MXFP4 has other values: in a program of its own, not `_encode`'s.
+
+    Joined with encoding, XLA would compute the codes again for each use, at four times the cost.
+    """
+    return jnp.any(mxfp4.decode(packed) != jnp.asarray(array, jnp.float32))
+
+
+@jax.jit
+def _count_changes(packed: MXFP4, array: Any) -> tuple[Any, Any, Any]:
+    """Return how many values MXFP4 changes, and sums of squares of the changes and the values."""
+    value = jnp.asarray(array, jnp.float32)
+    change = mxfp4.decode(packed) - value
+    return jnp.count_nonzero(change), jnp.sum(change**2), jnp.sum(value**2)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share >= 1e-4 else f"{100 * share:.1g}%"
 
 
 def check_packable(config: ModelConfig) -> None:

@@ -137,7 +137,8 @@ def teacher(tmp_path_factory):
     """A folder with a wider teacher, packed."""
     folder = tmp_path_factory.mktemp("teacher") / "hf"
     model = Transformer(TEACHER)
-    gptoss_jax.save(folder, model, init_params(model, seed=5), to="hf", experts="mxfp4")
+    params = init_params(model, seed=5)
+    gptoss_jax.save(folder, model, params, to="hf", experts="mxfp4", force=True)
     return folder
 
 

@@ -243,7 +243,7 @@ def test_a_model_trained_for_mxfp4_is_written_as_it_computed(base, tmp_path: Pat
         params["layers"]["experts"][name] = x + jnp.asarray(0.03 * rng.random(x.shape), x.dtype)
     tuned_config = dataclasses.replace(model.config, qat=True)
     weights.save(tmp_path / "a", Transformer(tuned_config), params)
-    weights.save(tmp_path / "b", model, params, experts="mxfp4")
+    weights.save(tmp_path / "b", model, params, experts="mxfp4", force=True)
     one, two = dense(tmp_path / "a"), dense(tmp_path / "b")
     assert all(np.array_equal(one[path], two[path]) for path in EXPERTS)
 
