@@ -41,6 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         choices=("bfloat16", "float32", "float16"),
         help="dtype of floats; default: as stored",
     )
+    parser.add_ignore_config()
     parser.add_argument("--adapters", metavar="DIR", help="folder of PEFT adapters to merge")
     parser.add_argument("--step", type=int, help="checkpoint of a workdir; default: its latest")
     parser.add_argument("--base", metavar="DIR", help="base of a LoRA run, if it was moved")
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
         base=args.base,
         adapters=args.adapters,
         force=args.force,
+        ignore_config=args.ignore_config,
         make_model=make_model or Transformer,
     )
     if report.costs:

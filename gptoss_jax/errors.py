@@ -29,6 +29,16 @@ class Parser(argparse.ArgumentParser):
         """Raise a UserError, instead of printing the usage as argparse does."""
         raise UserError(f"{message} (see --help)")
 
+    def add_ignore_config(self) -> None:
+        """Add the option that every command has which reads a checkpoint's config.json."""
+        self.add_argument(
+            "--ignore-config",
+            metavar="FIELD",
+            action="append",
+            default=[],
+            help="unknown field of config.json to pass over; may be repeated",
+        )
+
 
 def run_entry(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command's `main(argv)`; a `UserError` becomes one line on stderr and exit code 2."""

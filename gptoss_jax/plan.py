@@ -43,6 +43,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> bool:
 
     from gptoss_jax.chips.facts import TARGETS
     from gptoss_jax.config import command_line
+    from gptoss_jax.loading import ignoring
     from gptoss_jax.model import Transformer
     from gptoss_jax.planning import cost, plans
     from gptoss_jax.planning.programs import PROGRAMS, Sampling
@@ -72,15 +73,16 @@ def run(options: argparse.Namespace, rest: list[str]) -> bool:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    made, mesh = plans.make(
-        config,
-        options.target,
-        what,
-        sampling=sampling,
-        say=say,
-        keep=keep if options.hlo else None,
-        make_model=command_line.load_make_model(rest) or Transformer,
-    )
+    with ignoring(config.ignore_config):
+        made, mesh = plans.make(
+            config,
+            options.target,
+            what,
+            sampling=sampling,
+            say=say,
+            keep=keep if options.hlo else None,
+            make_model=command_line.load_make_model(rest) or Transformer,
+        )
     say("\nassumed: " + " ".join(cost.ASSUMPTIONS))
     if options.json:
         record = plans.as_record(config, options.target, mesh, sampling, made)

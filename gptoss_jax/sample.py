@@ -33,6 +33,7 @@ def _parser() -> Parser:
     )
     add("--step", type=int, help="checkpoint of a workdir; default: its latest")
     add("--base", metavar="DIR", help="base of a LoRA run; default: where it was in training")
+    parser.add_ignore_config()
     add("--config", metavar="FILE", help="config of a model that make_model() in FILE builds")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the user says")
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> None:
         base=args.base,
         split=on_cpu,
         layout=moe.layout_for_chip(),
+        ignore_config=args.ignore_config,
         make_model=make_model or Transformer,
     )
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)

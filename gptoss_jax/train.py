@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     """
     config = command_line.load(argv)
     make_model: MakeModel = command_line.load_make_model(argv) or Transformer
-    with processes.start(config.distributed):
+    with processes.start(config.distributed), loading.ignoring(config.ignore_config):
         console = Console(highlight=False, quiet=not processes.is_first())
         command_line.print_config(config, console)
         if config.dry_run:

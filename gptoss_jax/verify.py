@@ -8,20 +8,25 @@ tolerance. Exit code 0 if all agree, 1 if not.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from gptoss_jax.errors import Parser, UserError, command_name, run_entry
 
 
-def verify(checkpoint: str | Path) -> bool:
-    """Decode, print a table with one row per token, and say whether the checkpoint is right."""
+def verify(checkpoint: str | Path, *, ignore_config: Collection[str] = ()) -> bool:
+    """Decode, print a table with one row per token, and say whether the checkpoint is right.
+
+    `ignore_config` is as in `loading.load`.
+    """
     # Imported after the arguments are read: JAX takes a second, and --help need not wait for it.
     import jax
     from rich.console import Console
     from rich.table import Table
 
     from gptoss_jax.harmony import tokenizer
-    from gptoss_jax.loading import find_folder, load
+    from gptoss_jax.loading import find_folder, ignoring, load
     from gptoss_jax.ops import moe
     from gptoss_jax.runs import records
     from gptoss_jax.sampler import Sampler
@@ -31,11 +36,13 @@ def verify(checkpoint: str | Path) -> bool:
     folder = find_folder(checkpoint)
     if records.is_workdir(folder):
         raise UserError(f"{folder}: is a workdir; verify is for the published weights")
-    golden = LOGPROBS[size_of(open_checkpoint(folder).config)]
+    with ignoring(ignore_config):
+        golden = LOGPROBS[size_of(open_checkpoint(folder).config)]
     # On a CPU, compute in float32 from separate arrays: a CPU would widen bf16 at every use.
     on_cpu = jax.default_backend() == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
-    model, params = load(folder, dtype=dtype, split=on_cpu, layout=moe.layout_for_chip())
+    how: dict[str, Any] = {"dtype": dtype, "split": on_cpu, "layout": moe.layout_for_chip()}
+    model, params = load(folder, ignore_config=ignore_config, **how)
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)
     prompt = encoding.encode(PROMPT)
     out = Sampler(model, params).generate([prompt], max_tokens=len(golden), stop_ids=())
@@ -58,7 +65,9 @@ def main(argv: list[str]) -> None:
         command_name("verify"), description="Check weights against known log-probabilities."
     )
     parser.add_argument("--checkpoint", required=True, help="folder of gpt-oss-20b or -120b")
-    if not verify(parser.parse_args(argv).checkpoint):
+    parser.add_ignore_config()
+    args = parser.parse_args(argv)
+    if not verify(args.checkpoint, ignore_config=args.ignore_config):
         sys.exit(1)
 
 

@@ -275,6 +275,9 @@ class Config:
     # Folder of PEFT adapters from which the adapters of model.lora start. Its rank, alpha and
     # rslora must be those of model.lora, and its targets must be among model.lora.targets.
     init_adapters: str | None = None
+    # Fields of a config.json, in --init and other folders, that no one knows and that are passed
+    # over. They must not change what the model computes.
+    ignore_config: tuple[str, ...] = ()
 
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from gptoss_jax.runs.frozen_base import PLACE, RANDOM, WAY, Base, Sum
 from gptoss_jax.runs.orbax_reader import DamagedError
 from gptoss_jax.runs.records import Record
 from gptoss_jax.types import Params
+from gptoss_jax.weights.config_fields import ignoring
 from gptoss_jax.weights.names import Form
 from gptoss_jax.weights.read import Stored, open_checkpoint
 from gptoss_jax.weights.sources import ParamsSource, progress, read_as, trained_rounded
@@ -53,6 +55,7 @@ def load(
     layout: str | None = None,
     base: str | Path | None = None,
     requantise: bool = False,
+    ignore_config: Collection[str] = (),
     make_model: MakeModel = Transformer,
 ) -> tuple[Transformer, Params]:
     """Read a checkpoint and return (model, params).
@@ -65,8 +68,8 @@ def load(
     rounding loses most of a fine-tuning; `requantise` rounds them all the same, by least error.
     `split` returns each stack of layers as a tuple of L arrays. `layout` (a name of
     `ops.mxfp4.layouts`) returns packed experts as `Relaid`, made piece by piece, so that a
-    `Sampler` with kernels copies nothing. `make_model` builds a model that is not the package's
-    own: a run that was trained with one needs it again.
+    `Sampler` with kernels copies nothing. `ignore_config` names unknown fields of config.json to
+    pass over. `make_model` builds a model that is not the package's own, in which a run trained.
 
     Without a mesh the default device holds all parameters, once. With a mesh of `parallel.mesh`
     each leaf goes straight into its shards, and a host reads only what its devices need. Any other
@@ -78,18 +81,18 @@ def load(
     """
     name, folder = _check_form(dtype, experts), find_folder(checkpoint)
     spread = mesh is not None and mesh.axis_names == AXES and mesh.size > 1
-    if mesh is not None and spread and layout is None and records.is_workdir(folder):
-        form: dict[str, Any] = {"dtype": name, "experts": experts, "split": split}
-        found = _load_over(mesh, folder, step=step, base=base, make_model=make_model, **form)
-        if found is not None:
-            return found
-    source = _open(folder, step=step, base=base, make_model=make_model)
+    with ignoring(ignore_config):
+        if mesh is not None and spread and layout is None and records.is_workdir(folder):
+            form: dict[str, Any] = {"dtype": name, "experts": experts, "split": split}
+            found = _load_over(mesh, folder, step=step, base=base, make_model=make_model, **form)
+            if found is not None:
+                return found
+        source = _open(folder, step=step, base=base, make_model=make_model)
     config = dataclasses.replace(
         source.config, dtype=name, param_dtype=name, experts=experts or source.config.experts
     )
     if spread and layout is not None:
         sharding.check_layout(mesh)
-    # Experts of a run with `qat` computed with their rounded values, so these lose nothing.
     requantise = requantise or trained_rounded(source.config)
     how: dict[str, Any] = {"split": split, "layout": layout, "requantise": requantise}
     with progress(f"loading {folder.name}", assemble.num_bytes(source, config)) as advance:

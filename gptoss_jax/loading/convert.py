@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from gptoss_jax.loading.checkpoint import open_workdir
 from gptoss_jax.loading.folders import find_folder
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.runs import model_source, records
-from gptoss_jax.weights import config_io, peft
+from gptoss_jax.weights import config_fields, config_io, peft
 from gptoss_jax.weights.merged import Merged, Report, with_adapters
 from gptoss_jax.weights.names import Form, Layout
 from gptoss_jax.weights.read import Stored, open_checkpoint
@@ -46,6 +47,7 @@ def convert(
     base: str | Path | None = None,
     adapters: str | Path | None = None,
     force: bool = False,
+    ignore_config: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     make_model: MakeModel = Transformer,
 ) -> Report:
@@ -53,16 +55,18 @@ def convert(
 
     `experts`: None keeps them as stored, "mxfp4" encodes them with the scales of least error,
     "dense" decodes or casts them to bfloat16. `dtype` is the dtype of all floats; None keeps it.
-    `adapters` is a PEFT folder to merge into the source. `base` is as in `loading.load`: the base
-    of a LoRA run, if it has moved. Tokenizer files are copied from a Hugging Face source and made
-    for any other. `to="peft"` writes only the adapters of a workdir. `make_model` builds the model
-    of a run if it is not the package's own; a copy of its source is put beside the weights, where
-    other programs ignore it. Returns the errors of merging and encoding, as `weights.save` does.
+    `adapters` is a PEFT folder to merge into the source. `base` (of a LoRA run, if it has moved)
+    and `ignore_config` are as in `loading.load`. Tokenizer files are copied from a Hugging Face
+    source and made for any other. `to="peft"` writes only the adapters of a workdir. `make_model`
+    builds the model of a run if it is not the package's own; a copy of its source is put beside the
+    weights, where other programs ignore it. Returns the errors of merging and encoding, as
+    `weights.save` does.
 
     Raises UserError, with nothing written, as `loading.load`, `weights.save` and `peft.read` do.
     """
     folder = find_folder(source)
-    weights = _open(folder, step=step, base=base, make_model=make_model)
+    with config_fields.ignoring(ignore_config):
+        weights = _open(folder, step=step, base=base, make_model=make_model)
     if to == "peft":
         options = {"experts": experts, "dtype": dtype, "adapters": adapters}.items()
         _write_peft(folder, destination, weights, step=step, given=[n for n, x in options if x])

@@ -3,13 +3,12 @@
 The Hugging Face layout has the fields of transformers' GptOssConfig. RoPE is `rope_scaling` beside
 `rope_theta` (OpenAI published this form, and every server reads it) or `rope_parameters`
 (transformers 5). We read both and write the first. The `original/` layout has the sixteen fields of
-OpenAI's reference model. A list of names says which fields are ignored, because they cannot change
+OpenAI's reference model. `config_fields` says which fields are ignored, because they cannot change
 what the model computes.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from pathlib import Path
@@ -18,8 +17,13 @@ from typing import Any
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.parameters import table
+from gptoss_jax.weights import config_fields
 from gptoss_jax.weights.names import Form, Layout
 
+# The first release of transformers with gpt_oss, whose form of config.json we write. From a folder
+# without a version, transformers 4.57 and later guess that its tokenizer may be Mistral's, with a
+# wrong regex, and advise a flag that would change ours.
+TRANSFORMERS_VERSION = "4.55.0"
 MODULES_NOT_CONVERTED = [
     "model.layers.*.self_attn",
     "model.layers.*.mlp.router",
@@ -65,32 +69,6 @@ _NUMBERS = {
         "rope_ntk_beta": "rope_beta_fast",
     },
 }
-# Fields of which we support one value only.
-_FIXED = {
-    "model_type": "gpt_oss",
-    "hidden_act": "silu",
-    "attention_bias": True,
-    "attention_dropout": 0,
-    "tie_word_embeddings": False,
-    "swiglu_alpha": 1.702,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-}
-# Fields that do not change what the model computes.
-# fmt: off
-_IGNORED = {
-    "_name_or_path", "architectures", "auto_map", "bad_words_ids", "bos_token_id",
-    "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id",
-    "finetuning_task", "id2label", "initializer_range", "is_decoder", "label2id",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "prefix", "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version",
-    "model_name", "use_cache",
-}
-# fmt: on
-# Beginnings of fields that programs write to say what they did, in families.
-_IGNORED_FAMILIES = ("unsloth_", "_attn_implementation", "_unsloth_", "gptoss_jax_")
 _ROPE_HF = {
     "factor": "rope_factor",
     "beta_fast": "rope_beta_fast",
@@ -123,10 +101,9 @@ def _number(file: Path, name: str, value: Any, *, whole: bool) -> Any:
 
 def layout_of(file: Path, raw: dict[str, Any]) -> Layout:
     """Say which layout a config.json belongs to; raise UserError if to neither."""
-    if raw.get("model_type") == "gpt_oss":
-        return "hf"
     if "model_type" in raw:
-        raise UserError(f"{file}: model_type is {raw['model_type']!r}: only gpt_oss is read")
+        config_fields.check_kind(file, raw)
+        return "hf"
     if "num_experts" in raw and "experts_per_token" in raw:
         return "openai"
     raise UserError(
@@ -139,12 +116,14 @@ def from_json(file: Path, raw: dict[str, Any]) -> tuple[ModelConfig, Form | None
     """Return the config, and the form of the experts that config.json states (None if it doesn't).
 
     Raises UserError that names the field if a field is missing, is unknown, has the wrong type,
-    contradicts another field, or has a value that the model does not support.
+    contradicts another field, or has a value that the model does not support. Unknown fields that
+    `config_fields.ignoring` names are passed over.
     """
     layout = layout_of(file, raw)
     values: dict[str, Any] = {}
     raw = dict(raw)
     if layout == "hf":
+        config_fields.check_vocabulary(file, raw)
         for alias, name in _ALIASES.items():
             if alias in raw:
                 _agree(file, (name, raw.setdefault(name, raw[alias])), (alias, raw.pop(alias)))
@@ -181,20 +160,9 @@ def _agree(file: Path, one: tuple[str, Any], other: tuple[str, Any]) -> None:
 def _refuse_unknown(file: Path, raw: dict[str, Any], layout: Layout) -> None:
     known = {*_SIZES[layout], *_NUMBERS[layout]}
     if layout == "hf":
-        for name, value in _FIXED.items():
-            if name in raw and raw.pop(name) != value:
-                raise UserError(f"{file}: {name} is not {value!r}, the only value that is computed")
-        known |= {*_FIXED, *_IGNORED, "layer_types", "rope_scaling", "rope_parameters"}
-        known |= {"rope_theta", "quantization_config", "initial_context_length"}
-        raw = {
-            name: value
-            for name, value in raw.items()
-            if name not in _IGNORED and not name.startswith(_IGNORED_FAMILIES)
-        }
-    for name in raw:
-        near = difflib.get_close_matches(name, sorted(known), 1)
-        hint = f"did you mean {near[0]}?" if near else "if it changes nothing, remove it"
-        raise UserError(f"{file}: unknown field {name!r}: {hint}")
+        known |= {"layer_types", "rope_scaling", "rope_parameters", "rope_theta"}
+        known |= {"quantization_config", "initial_context_length"}
+    config_fields.refuse_unknown(file, raw, known, hf=layout == "hf")
 
 
 def _quantized(file: Path, raw: Any) -> bool:
@@ -261,7 +229,7 @@ def _read_rope_block(file: Path, where: str, block: dict[str, Any]) -> dict[str,
     block.pop("truncate", None)
     for name, value in block.items():
         if value is not None:
-            raise UserError(f"{file}: unknown field {where}.{name}")
+            config_fields.refuse_field(file, f"{where}.{name}", shown=f"{where}.{name}")
     return values
 
 
@@ -333,7 +301,7 @@ def to_json(config: ModelConfig, layout: Layout, *, form: Form, dtype: str) -> d
         return raw
     end = special_ids(config.vocab_size)
     raw |= {
-        "architectures": ["GptOssForCausalLM"],
+        "architectures": [config_fields.ARCHITECTURE],
         "model_type": "gpt_oss",
         "hidden_act": "silu",
         "attention_bias": True,
@@ -361,7 +329,10 @@ def to_json(config: ModelConfig, layout: Layout, *, form: Form, dtype: str) -> d
         "output_router_logits": False,
         "use_cache": True,
         "torch_dtype": dtype,
+        "transformers_version": TRANSFORMERS_VERSION,
     }
+    if is_cut(config.vocab_size):
+        raw[config_fields.CUT_VOCABULARY] = config.vocab_size
     return with_form(raw, form)
 
 
@@ -372,6 +343,13 @@ def with_form(raw: dict[str, Any], form: Form) -> dict[str, Any]:
         kept = list(MODULES_NOT_CONVERTED)
         raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     return dict(sorted(raw.items()))
+
+
+def is_cut(vocab_size: int) -> bool:
+    """Say whether a vocabulary of this size is a cut one, with special tokens at its end."""
+    from gptoss_jax.harmony import tokenizer
+
+    return tokenizer.MIN_VOCAB_SIZE <= vocab_size <= tokenizer.LAST_HARMONY_ID
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:

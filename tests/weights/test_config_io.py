@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
+import gptoss_jax
+from gptoss_jax import convert, loading, train, verify
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.weights import config_io
+from gptoss_jax.model import Transformer
+from gptoss_jax.weights import config_fields, config_io
 
 FILE = Path("config.json")
 
@@ -88,6 +95,8 @@ def test_what_is_written_says_what_was_published() -> None:
     written = config_io.to_json(ModelConfig(), "hf", form="mxfp4", dtype="bfloat16")
     differs = {"experts_per_token", "router_aux_loss_coef", "transformers_version"}
     assert written.pop("torch_dtype") == "bfloat16"
+    # Without a version below 4.57.3, transformers takes the tokenizer for a wrong one of Mistral's.
+    assert written.pop("transformers_version") == "4.55.0"
     assert written == {name: x for name, x in REAL_HF.items() if name not in differs}
 
 
@@ -126,9 +135,16 @@ def test_what_tools_write_about_themselves_is_passed_over() -> None:
 
 
 @pytest.mark.parametrize("experts", [24, 25, 28])
-def test_other_numbers_of_experts_are_read(experts: int) -> None:
-    raw = tiny.HF_CONFIG | {"num_local_experts": experts}
-    assert config_io.from_json(FILE, raw)[0].num_experts == experts
+def test_other_numbers_of_experts_are_read(tmp_path: Path, experts: int) -> None:
+    """Pruned models have them: their weights are written, read and packed."""
+    config = dataclasses.replace(tiny.small_model()[0].config, num_experts=experts, num_layers=1)
+    model = Transformer(config)
+    shapes = model.abstract_params()
+    params = jax.tree.map(lambda x: np.arange(x.size).reshape(x.shape).astype(x.dtype), shapes)
+    gptoss_jax.save(tmp_path / "hf", model, params)
+    read, back = gptoss_jax.load(tmp_path / "hf")
+    assert read.config.num_experts == experts
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def rope(**fields) -> dict:
@@ -139,6 +155,13 @@ BAD = [
     ("hf", {"num_hidden_layer": 4}, "unknown field 'num_hidden_layer': did you mean num_hidden_"),
     ("hf", {"zzz": 4}, "unknown field 'zzz': if it changes nothing, remove it"),
     ("hf", {"model_type": "llama"}, "model_type is 'llama'"),
+    (
+        "hf",
+        {"model_type": "gpt_oss_puzzle", "block_configs": []},
+        "this is a gpt_oss_puzzle model: ",
+    ),
+    ("hf", {"architectures": ["GptOssForTokenClassification"]}, "this is a GptOssForTokenClassif"),
+    ("hf", {"gptoss_jax_cut_vocabulary": 90}, "the vocabulary was cut to 90 tokens"),
     ("hf", {"hidden_size": "64"}, "hidden_size is '64': it must be a whole number"),
     ("hf", {"hidden_size": True}, "hidden_size is True: it must be a whole number"),
     ("hf", {"rms_norm_eps": None}, "rms_norm_eps is None: it must be a number"),
@@ -171,6 +194,67 @@ def test_a_bad_field_is_named(layout, edit, expected: str) -> None:
         config_io.from_json(FILE, raw)
     text = str(caught.value)
     assert text.startswith("config.json: ") and expected in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("layout", "edit"),
+    [
+        ("hf", {"zzz": 4}),
+        ("hf", {"num_hidden_layer": 4}),
+        ("hf", rope(mscale=1.0)),
+        ("hf", {"architectures": ["MyGptOss"]}),
+        ("openai", {"zzz": {"a": 1}}),
+    ],
+)
+def test_a_field_that_no_one_knows_is_passed_over_if_the_user_says_so(layout, edit) -> None:
+    raw = tiny.HF_CONFIG if layout == "hf" else tiny.OPENAI_CONFIG
+    with pytest.raises(UserError, match="to pass it over: --ignore-config") as caught:
+        config_io.from_json(FILE, raw | edit)
+    said = re.search(r"--ignore-config ([\w.]+)", str(caught.value))
+    assert said is not None
+    with config_fields.ignoring(["another", said[1]]):
+        assert config_io.from_json(FILE, raw | edit) == config_io.from_json(FILE, raw)
+    with pytest.raises(UserError), config_fields.ignoring([said[1]]):
+        config_io.from_json(FILE, raw | edit | {"hidden_size": "64", "hidden_act": "gelu"})
+
+
+def test_every_command_takes_fields_to_pass_over(tmp_path: Path, monkeypatch) -> None:
+    tiny.write(tmp_path / "hf", tiny.make_tree(packed=True), "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"zzz": 1, "yyy": 2}))
+    fields = ["--ignore-config", "zzz", "--ignore-config", "yyy"]
+    command = [str(tmp_path / "hf"), str(tmp_path / "out"), "--to=openai"]
+    with pytest.raises(UserError, match="unknown field 'yyy'"):
+        convert.main([*command, *fields[:2]])
+    convert.main([*command, *fields])
+    read, _ = loading.load(tmp_path / "hf", ignore_config=("zzz", "yyy"))
+    assert read == loading.load(tmp_path / "out")[0]
+    with pytest.raises(UserError, match="this is neither"):  # it has been read
+        verify.main(["--checkpoint", str(tmp_path / "hf"), *fields])
+    seen = []
+    monkeypatch.setattr(
+        train, "run", lambda *_, **__: seen.append(loading.read_config(file.parent))
+    )
+    args = ["--config", "tiny", "--workdir", str(tmp_path / "run"), "--ignore-config", "zzz", "yyy"]
+    train.main(args)
+    assert seen == [read.config]
+
+
+@pytest.mark.parametrize("size", [288, 1_024, 200_012, 200_013, 200_019, 201_088])
+def test_a_cut_vocabulary_says_so_and_a_resized_one_is_refused(size: int) -> None:
+    config = ModelConfig(vocab_size=size)
+    written = config_io.to_json(config, "hf", form="mxfp4", dtype="bfloat16")
+    cut = size <= 200_012
+    assert written.get(config_fields.CUT_VOCABULARY) == (size if cut else None)
+    assert config_io.from_json(FILE, written)[0].vocab_size == size
+    # transformers' resize_token_embeddings, to a multiple of 64 or to OpenAI's size.
+    for rows in (size + 64, 201_152):
+        resized = written | {"vocab_size": rows}
+        if not cut:
+            assert config_io.from_json(FILE, resized)[0].vocab_size == rows
+            continue
+        with pytest.raises(UserError, match=f"Resize it to {size} rows again"):
+            config_io.from_json(FILE, resized)
 
 
 @pytest.mark.parametrize("layout", ["hf", "openai"])
