@@ -171,7 +171,7 @@ def run(
         f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active; {came_from}"
     )
     lines = [] if source is None else [f"          built by make_model() of {source.file}"]
-    lines += setup.describe_trained(model, factors)
+    lines += setup.describe_trained(model, factors) + setup.describe_muon(config, model, factors)
     if given_adapters is not None:
         text = start_adapters.describe(given_adapters[0])
         lines.append(f"begins    as {config.init_adapters}: {text}")

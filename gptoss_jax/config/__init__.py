@@ -81,7 +81,8 @@ class OptimizerConfig:
     can choose layers and experts by index: see `gptoss_jax/parameters/patterns.py`.
     """
 
-    # The optimizer. With muon, matrices get Muon and all other parameters AdamW.
+    # The optimizer. With muon, the matrices of attention and dense experts get Muon, and all other
+    # parameters AdamW, adapters too.
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-5  # highest learning rate of the schedule
     warmup_steps: int = 20  # steps in which the learning rate rises linearly

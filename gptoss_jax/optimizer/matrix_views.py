@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from gptoss_jax.parameters import table
-from gptoss_jax.parameters.tree import path_name
+from gptoss_jax.parameters.tree import flatten, path_name
 from gptoss_jax.types import Params
 
 
@@ -111,6 +111,11 @@ def scale_by_muon_or_adam(
             lambda path, _: "muon" if _uses_muon(table.place(path_name(path))) else "adam", params
         ),
     )
+
+
+def has_matrix_for_muon(trained: Params) -> bool:
+    """Return whether Muon updates any of these parameters; if not, all get AdamW."""
+    return any(_uses_muon(table.place(path)) for path in flatten(trained))
 
 
 def _uses_muon(place: table.Place) -> bool:

@@ -28,6 +28,7 @@ from gptoss_jax.planning.shapes import (
     shapes,
     tree_bytes,
 )
+from gptoss_jax.training import setup
 from gptoss_jax.types import MXFP4, Relaid
 
 
@@ -55,6 +56,8 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
         say(line)
     total, active = run.model.num_parameters()
     say(f"model     {total / 1e6:,.2f}M parameters, {active / 1e6:,.2f}M active")
+    for line in setup.describe_muon(config, run.model, run.factors):
+        say(line)
     if given is not None:
         say(f"adapters  begin as {config.init_adapters}: {start_adapters.describe(given[0])}")
 

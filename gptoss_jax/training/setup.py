@@ -22,7 +22,8 @@ from gptoss_jax.lora import adapters, select
 from gptoss_jax.model import Transformer, host_embedding
 from gptoss_jax.model.initial import add_missing, init_params
 from gptoss_jax.objectives import Objective
-from gptoss_jax.optimizer import make_optimizer
+from gptoss_jax.optimizer import make_optimizer, split_trainable
+from gptoss_jax.optimizer.matrix_views import has_matrix_for_muon
 from gptoss_jax.parallel import sharding
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.parameters import patterns
@@ -192,6 +193,22 @@ def describe_trained(model: Transformer, factors: Params) -> list[str]:
     if all(np.all(factor == 1) for factor in jax.tree.leaves(factors)):
         return []
     return ["trained", *patterns.describe(model.abstract_params(), factors)]
+
+
+def describe_muon(config: Config, model: Transformer, factors: Params) -> list[str]:
+    """Return a line if optimizer.name is muon and Muon updates nothing; else none.
+
+    Such a run goes on with AdamW: adapters and the other parameters that Muon leaves to it are
+    often tuned alone, and AdamW suits them.
+    """
+    trained, _ = split_trainable(model.abstract_params(), patterns.frozen_paths(factors))
+    if config.optimizer.name != "muon" or has_matrix_for_muon(trained):
+        return []
+    return [
+        "optimizer AdamW, though optimizer.name is muon: Muon updates the matrices of attention "
+        "and dense experts, and this run trains none of them (adapters, router, embedding, "
+        "unembedding, norms and biases get AdamW)"
+    ]
 
 
 def check_patterns(config: Config, model: Transformer) -> None:

@@ -140,6 +140,29 @@ def test_steps_move_the_adapters_chosen_and_nothing_else():
     assert np.any(moved != after["lora"]["layers"]["attention"]["q_weight"]["b"])
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (LORA, True),
+        ([*LORA, "--optimizer.only", "*q_weight"], False),  # not the adapters alone
+        (["--model.lora.targets", "--optimizer.only", "*router*", "*norm*"], True),
+        (["--model.lora.targets", "--optimizer.only", "*experts*"], True),  # they are packed
+        (["--model.lora.targets", "--optimizer.only", "*experts*", "--model.experts", "dense"],
+         False),
+        (["--model.lora.targets"], False),
+    ],
+)  # fmt: skip
+def test_muon_without_a_matrix_says_that_it_is_adamw(options, says):
+    config = config_of(*options, "--optimizer.name", "muon")
+    model = Transformer(config.model)
+    load = np.ones((config.model.num_layers, config.model.num_experts))
+    factors = select.masks(model.abstract_params(), config.model, config.optimizer, load=load)
+    lines = setup.describe_muon(config, model, factors)
+    assert [line.startswith("optimizer AdamW, though") for line in lines] == [True] * says
+    adam = dataclasses.replace(config.optimizer, name="adamw")
+    assert not setup.describe_muon(dataclasses.replace(config, optimizer=adam), model, factors)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_other_optimizers_take_a_step(name):
