@@ -322,7 +322,7 @@ def load_base(
     else:
         # "random" may come from the config file: ignore it.
         is_new = place not in (None, RANDOM, base.init)
-        folder = _find_base(base, place if is_new else None, whose=whose)
+        folder = find_base(base, place if is_new else None, whose=whose)
         base, where = dataclasses.replace(base, folder=str(folder.absolute())), str(folder)
         frozen_base.check(
             base, _base_shapes(model, folder, make_model), where=where, whose=whose
@@ -334,7 +334,7 @@ def load_base(
     return frozen, base
 
 
-def _find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
+def find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
     """Return the folder of a base: see `load_base` for the order."""
     if place is not None:
         return find_folder(place)

@@ -10,6 +10,7 @@ the safetensors library wrote as one file comes out identical.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Literal
 from gptoss_jax.config import DType
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import TOKENIZER_FILES
-from gptoss_jax.loading.checkpoint import open_workdir
+from gptoss_jax.loading.checkpoint import find_base, open_workdir
 from gptoss_jax.loading.folders import find_folder
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.runs import model_source, records
+from gptoss_jax.runs.records import Record
 from gptoss_jax.weights import config_fields, config_io, peft
 from gptoss_jax.weights.merged import Merged, Report, with_adapters
 from gptoss_jax.weights.names import Form, Layout
@@ -69,7 +71,8 @@ def convert(
         weights = _open(folder, step=step, base=base, make_model=make_model)
     if to == "peft":
         options = {"experts": experts, "dtype": dtype, "adapters": adapters}.items()
-        _write_peft(folder, destination, weights, step=step, given=[n for n, x in options if x])
+        given = [n for n, x in options if x]
+        _write_peft(folder, destination, weights, step=step, base=base, given=given)
         model_source.keep_copy(make_model, weights.config, Path(destination))
         return Report()
     form = experts or weights.config.experts
@@ -127,11 +130,13 @@ def _write_peft(
     weights: Stored | ParamsSource,
     *,
     step: int | None,
+    base: str | Path | None,
     given: list[str],
 ) -> None:
     """Write a workdir's adapters, with the name of their base: the model that the run started from.
 
-    `given` are the options that `--to peft` does not take.
+    `base` is where that model is now, if it has moved. `given` are the options that `--to peft`
+    does not take.
     """
     if given:
         raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
@@ -144,8 +149,24 @@ def _write_peft(
             f"{folder}: trained {' '.join(beside)} besides its adapters, which PEFT's layout has "
             "no place for: --to hf writes all of it"
         )
-    init = record.base.init if record.base else record.config.init or ""
-    write_adapters(destination, weights, base="" if init == "random" else init)
+    write_adapters(destination, weights, base=_base_name(record, base, whose=folder))
+
+
+def _base_name(record: Record, given: str | Path | None, *, whose: Path) -> str:
+    """Return the base of a run's adapters as other programs find it: "" if it is random.
+
+    It is a name on the hub, or the absolute path of the folder that was read: a path as it was
+    given in training is relative to a folder that they do not know.
+    """
+    init = str(given or (record.base.init if record.base else record.config.init) or "random")
+    if init == "random":
+        return ""
+    if given is None and record.base is not None:
+        folder = Path(str(record.base.folder))
+        if folder.parts[-len(Path(init).parts) :] != Path(init).parts:
+            return init  # the folder is the hub's copy in the cache
+        return os.path.abspath(find_base(record.base, None, whose=whose))
+    return os.path.abspath(init) if Path(init).is_dir() else init
 
 
 def _copy_side_files(

@@ -19,10 +19,12 @@ from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig
 from gptoss_jax.convert import main
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import start_adapters
-from gptoss_jax.loading.convert import convert
+from gptoss_jax.loading.convert import _base_name, convert
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
 from gptoss_jax.parameters.tree import flatten, nest
+from gptoss_jax.runs import records
+from gptoss_jax.runs.frozen_base import Base
 from gptoss_jax.weights import peft
 
 SIZES = ModelConfig(
@@ -91,6 +93,36 @@ def test_names_shapes_and_values(tmp_path: Path) -> None:
     assert raw["target_parameters"] == ["mlp.router.weight"]
     assert (raw["r"], raw["lora_alpha"], raw["use_rslora"]) == (3, 7.0, False)
     assert raw["base_model_name_or_path"] == "openai/gpt-oss-20b"
+
+
+def record_of(init: str, *, folder: Path | None) -> records.Record:
+    """Return the record of a run whose --init was `init`, found at `folder`."""
+    base = Base(init, folder=None if folder is None else str(folder))
+    return records.Record(1, Config(init=init), {}, {}, base=base)
+
+
+@pytest.mark.parametrize("init", ["base", "./base", "../run/base"])
+def test_the_base_of_written_adapters_is_found_from_elsewhere(tmp_path, monkeypatch, init) -> None:
+    """A relative --init is relative to where the run began, which no other program knows."""
+    folder = tmp_path / "run" / "base"
+    folder.mkdir(parents=True)
+    record = record_of(init, folder=tmp_path / "run" / init)
+    for cwd in (tmp_path / "run", tmp_path):
+        monkeypatch.chdir(cwd)
+        assert _base_name(record, None, whose=tmp_path) == str(folder)
+    moved = folder.rename(tmp_path / "moved")
+    assert _base_name(record, "moved", whose=tmp_path) == str(moved)
+    monkeypatch.setenv("GPTOSS_JAX_BASE", str(moved))
+    assert _base_name(record, None, whose=tmp_path) == str(moved)
+
+
+def test_the_base_of_written_adapters_keeps_its_name_on_the_hub(tmp_path, monkeypatch) -> None:
+    name = "openai/gpt-oss-20b"
+    cached = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "6cee5e81"
+    record = record_of(name, folder=cached)
+    assert _base_name(record, None, whose=tmp_path) == name
+    assert _base_name(record, "openai/gpt-oss-120b", whose=tmp_path) == "openai/gpt-oss-120b"
+    assert _base_name(record_of("random", folder=None), None, whose=tmp_path) == ""
 
 
 @pytest.mark.parametrize("rslora", [False, True])
