@@ -6,8 +6,8 @@ adapters (`--adapters`). By default it leaves every other number as stored: each
 bytes, reordered where the layouts differ. Conversion to the same layout rewrites the folder into
 shards of 5 GB and copies config.json as it is; a file that the safetensors library wrote whole
 comes out identical. `--to peft` writes only the adapters of a workdir. docs/export.md says which
-programs read which layout. If a config file built the model of the run (`make_model`), give it with
-`--config FILE`.
+programs read which layout; `--for PROGRAM` warns of what a program does not serve. If a config file
+built the model of the run (`make_model`), give it with `--config FILE`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from gptoss_jax.errors import Parser, command_name, run_entry
+from gptoss_jax.errors import Parser, UserError, command_name, run_entry
 
 if TYPE_CHECKING:
     from gptoss_jax.weights.names import Form
+
+# As `weights.serving.PROGRAMS`, which takes a second to import, and --help need not wait for it.
+_PROGRAMS = ("vllm", "llama.cpp", "mlx")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -51,11 +54,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="config of a workdir whose model make_model() in FILE builds",
     )
     parser.add_argument(
+        "--for",
+        dest="programs",
+        metavar="PROGRAM",
+        action="extend",
+        nargs="+",
+        choices=_PROGRAMS,
+        default=[],
+        help="warn of what a program does not serve: vllm, llama.cpp, mlx; several may be given",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="write weights even if they keep less than 0.9 of their update",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.programs and args.to == "peft":
+        raise UserError("--for is for whole models: leave it out with --to peft")
+    return args
+
+
+def _warn(args: argparse.Namespace, experts: Form | None) -> None:
+    """Print a line for each thing that the programs of `--for` do not serve as it is."""
+    from gptoss_jax import loading
+    from gptoss_jax.weights import serving
+
+    with loading.ignoring(args.ignore_config):
+        config = loading.read_config(args.source)
+    export = serving.Export(config, args.to, experts or config.experts)
+    for program in args.programs:
+        for line in serving.warnings(program, export):
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:
@@ -68,6 +97,8 @@ def main(argv: list[str]) -> None:
 
     make_model = command_line.read_make_model(args.config) if args.config else None
     experts: Form | None = "dense" if args.experts == "bf16" else args.experts
+    if args.programs:
+        _warn(args, experts)
     report = convert(
         args.source,
         args.destination,
