@@ -57,13 +57,14 @@ from gptoss_jax.harmony.parser import CONSTRAIN
 from gptoss_jax.harmony.parser import StreamParser as StreamParser
 from gptoss_jax.harmony.parser import parse as parse
 from gptoss_jax.harmony.parser import to_messages as to_messages
+from gptoss_jax.harmony.system import BUILTIN_TOOLS as BUILTIN_TOOLS
+from gptoss_jax.harmony.system import chat_template as chat_template
+from gptoss_jax.harmony.system import system_text
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, encode, get_tokenizer, special_id
 
 if TYPE_CHECKING:
     import tiktoken
 
-_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
-_KNOWLEDGE_CUTOFF = "2024-06"
 _SPECIAL = (
     *("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
     *("<|constrain|>", "<|return|>", "<|call|>"),
@@ -83,6 +84,8 @@ def render(
     turns: str = "all",
     history: str = "harmony",
     given: int = 0,
+    identity: str | None = None,
+    builtin_tools: Sequence[str] = (),
     tokenizer: tiktoken.Encoding | None = None,
 ) -> tuple[list[int], list[float]]:
     """Render a whole chat for training: its ids, and the loss weight of each id as a target.
@@ -119,7 +122,8 @@ def render(
     kept = _drop_analysis(parts[:turn], history) + parts[turn:]
     before += _untrained(parts, kept, turn, turns)
     parts = kept
-    tokens = list(_system(encoding, reasoning, date, bool(tools)))
+    named = identity, tuple(builtin_tools)
+    tokens = list(_system(encoding, reasoning, date, bool(tools), *named))
     more, weights = _weigh(parts, encoding, trained, before)
     return tokens + more, [0.0] * len(tokens) + weights
 
@@ -203,6 +207,8 @@ def render_prompt(
     date: str | None = None,
     *,
     history: str = "harmony",
+    identity: str | None = None,
+    builtin_tools: Sequence[str] = (),
     tokenizer: tiktoken.Encoding | None = None,
 ) -> list[int]:
     """Render a chat as a prompt: its ids, up to and including `<|start|>assistant`.
@@ -213,10 +219,14 @@ def render_prompt(
     - "template", the rule of the chat template that OpenAI published with the weights: all analysis
       before the last final answer.
 
+    The system message says `identity` in place of "You are ChatGPT, ...", and describes
+    `builtin_tools`: "browser", "python". OpenAI's template calls it `model_identity`.
+
     Raises UserError that names the message and the field.
     """
     encoding = tokenizer or get_tokenizer()
-    tokens = list(_system(encoding, reasoning, date, bool(tools)))
+    named = identity, tuple(builtin_tools)
+    tokens = list(_system(encoding, reasoning, date, bool(tools), *named))
     parts = _drop_analysis(expand(messages, tools, encoding.n_vocab), history)
     for rendered in _render_parts(parts, encoding, to_answer=True):
         tokens += rendered.head + rendered.body
@@ -231,20 +241,19 @@ def _short(encoding: tiktoken.Encoding, text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _system(
-    encoding: tiktoken.Encoding, reasoning: str, date: str | None, with_tools: bool
+    encoding: tiktoken.Encoding,
+    reasoning: str,
+    date: str | None,
+    with_tools: bool,
+    identity: str | None,
+    builtin_tools: tuple[str, ...],
 ) -> tuple[int, ...]:
     """Return the ids of the generated system message."""
     check_effort(reasoning)
-    lines = [_IDENTITY, f"Knowledge cutoff: {_KNOWLEDGE_CUTOFF}"]
-    if date is not None:
-        lines.append(f"Current date: {date}")
-    lines += ["", f"Reasoning: {reasoning}", ""]
-    lines.append(
-        f"# Valid channels: {', '.join(CHANNELS)}. Channel must be included for every message."
+    text = system_text(
+        reasoning, date, functions=with_tools, identity=identity, builtin_tools=builtin_tools
     )
-    if with_tools:
-        lines.append("Calls to these tools must go to the commentary channel: 'functions'.")
-    head, body = _render_part(Part("system", "\n".join(lines)), encoding)
+    head, body = _render_part(Part("system", text), encoding)
     return (*head, *body)
 
 

@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.system import chat_template
 
 if TYPE_CHECKING:
     import tiktoken
@@ -67,12 +67,12 @@ SPLIT_PATTERN = "|".join(
 
 _LONGEST_SPACE = 400_000
 
-CHAT_TEMPLATE = VOCAB_FILE.with_name("chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 _SPECIAL_ROLES = {
@@ -216,14 +216,18 @@ def check_ids(ids: Any, vocab_size: int = VOCAB_SIZE) -> None:
 
 
 def write_tokenizer_files(
-    folder: str | Path, vocab_size: int = VOCAB_SIZE, *, context: int = 131_072
+    folder: str | Path,
+    vocab_size: int = VOCAB_SIZE,
+    *,
+    context: int = 131_072,
+    template: str | None = None,
 ) -> list[Path]:
     """Write the four files of `TOKENIZER_FILES` into an existing folder and return their paths.
 
     `transformers.AutoTokenizer` then gives the same ids as tiktoken, with one exception: by
     default, it encodes the text of a special token as that token. Writing takes some seconds and
-    13 MB for 201,088 ids. `context` becomes model_max_length. Raises UserError as `get_tokenizer`
-    does.
+    13 MB for 201,088 ids. `context` becomes model_max_length. `template` is the chat template, by
+    default `system.chat_template()`. Raises UserError as `get_tokenizer` does.
     """
     folder = Path(folder)
     get_tokenizer(vocab_size)  # refuses a bad vocabulary size before anything is written
@@ -242,7 +246,8 @@ def write_tokenizer_files(
         indent = 2 if name != "tokenizer.json" else None
         text = json.dumps(content, ensure_ascii=False, indent=indent)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    shutil.copyfile(CHAT_TEMPLATE, folder / CHAT_TEMPLATE.name)
+    template = chat_template() if template is None else template
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     return [folder / name for name in TOKENIZER_FILES]
 
 
