@@ -60,7 +60,13 @@ from gptoss_jax.harmony.parser import to_messages as to_messages
 from gptoss_jax.harmony.system import BUILTIN_TOOLS as BUILTIN_TOOLS
 from gptoss_jax.harmony.system import chat_template as chat_template
 from gptoss_jax.harmony.system import system_text
-from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, encode, get_tokenizer, special_id
+from gptoss_jax.harmony.tokenizer import (
+    VOCAB_SIZE,
+    encode,
+    get_tokenizer,
+    special_id,
+    stop_ids,
+)
 
 if TYPE_CHECKING:
     import tiktoken
@@ -278,20 +284,20 @@ def _render_parts(
     the first message of a turn, `<|start|>` is in the prompt, not in its ids.
     """
     start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
-    end_of_turn, call = special_id(encoding, "<|return|>"), special_id(encoding, "<|call|>")
+    stops, call = stop_ids(encoding), special_id(encoding, "<|call|>")
     for i, part in enumerate(parts):
         if part.ids is None:
             head, body = _render_part(part, encoding)
             yield _Rendered(part, head, body, goes_on=body[-1] == end)
             continue
         head, body = _split_ids(part, encoding)
-        at = next((k for k, token in enumerate(body) if token in (end, end_of_turn, call)), None)
+        at = next((k for k, token in enumerate(body) if token == end or token in stops), None)
         stop = None if at is None else body[at]
         following = parts[i + 1].ids if i + 1 < len(parts) else (() if to_answer else (start,))
         into_next = following is not None and following[:1] == (start,)
         if not into_next and at is None:
             body.append(end)
-        elif not into_next and stop == end_of_turn:
+        elif not into_next and stop in stops and stop != call:
             body[at or 0] = end
         goes_on = stop == end or (stop is None and into_next)
         yield _Rendered(part, head, body, goes_on, cut=stop is None and not into_next)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from gptoss_jax.harmony.channels import CHANNELS as CHANNELS
 from gptoss_jax.harmony.channels import ROLES as ROLES
 from gptoss_jax.harmony.dialects import read_tools
-from gptoss_jax.harmony.tokenizer import decode, get_tokenizer, special_id, token_bytes
+from gptoss_jax.harmony.tokenizer import STOPS, decode, get_tokenizer, special_id, token_bytes
 from gptoss_jax.harmony.tools import render_tools
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CONSTRAIN = "<|constrain|>"
 INSTRUCTIONS = "# Instructions\n\n"  # the heading before a developer's text
 
-_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_ENDS = ("<|end|>", *STOPS)
 _WORD = re.compile(r"[^ \t\n\f\r]+")
 _FIRST_WORD = re.compile(r"[ \t\n\f\r]*([^ \t\n\f\r]+)[ \t\n\f\r]?")
 

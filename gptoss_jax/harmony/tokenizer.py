@@ -65,6 +65,9 @@ SPLIT_PATTERN = "|".join(
     )
 )
 
+# Tokens at which sampling stops: the end of an answer, of a plain text, and a call of a tool.
+STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
+
 _LONGEST_SPACE = 400_000
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -157,12 +160,12 @@ def special_id(encoding: tiktoken.Encoding, name: str) -> int:
     return encoding.encode_single_token(name)
 
 
-def stop_ids(encoding: tiktoken.Encoding) -> tuple[int, int]:
-    """Return the ids that end an assistant's turn: `<|return|>` and `<|call|>`.
+def stop_ids(encoding: tiktoken.Encoding) -> tuple[int, ...]:
+    """Return the ids of `STOPS`, which end an assistant's turn or a text.
 
     `<|end|>` is not one of them: it ends a message, and the assistant continues with the next.
     """
-    return special_id(encoding, "<|return|>"), special_id(encoding, "<|call|>")
+    return tuple(special_id(encoding, name) for name in STOPS)
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:

@@ -150,7 +150,7 @@ class Sampler:
         `Rules` describes the rules; by default the likeliest token is taken. With one `seed`,
         prompt i draws by (seed, i). With a seed per prompt, each draws as it would alone with its
         seed. A prompt's tokens depend on nothing else in the batch. `stop_ids` are by default those
-        of `<|return|>` and `<|call|>`; an empty list stops at nothing.
+        of `<|return|>`, `<|endoftext|>` and `<|call|>`; an empty list stops at nothing.
 
         Raises UserError for a prompt without ids, ids outside the vocabulary, prompts that with
         `max_tokens` are longer than `model.config.context`, and invalid rules.

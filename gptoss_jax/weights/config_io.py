@@ -367,7 +367,7 @@ def special_ids(vocab_size: int) -> dict[str, int]:
 
 
 def generation_config(vocab_size: int) -> dict[str, Any]:
-    """Return generation_config.json: sample, and stop where a Harmony turn ends."""
+    """Return generation_config.json: sample, and stop at the ids of `tokenizer.stop_ids`."""
     ids = special_ids(vocab_size)
     return {
         "bos_token_id": ids.get("startoftext"),

@@ -226,3 +226,13 @@ def test_a_call_on_any_channel_is_a_call(channel):
     assert message == {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
     (kept,) = to_messages([found], keep_ids=True)
     assert kept["ids"] == ids
+
+
+def test_the_end_of_a_text_ends_a_message_and_is_no_part_of_it():
+    """A model that was trained on plain texts too may end an answer so; the sampler stops there."""
+    parser, _ = parse(ids_of("<|channel|>final<|message|>4<|endoftext|>"))
+    (message,) = parser.messages
+    assert (message.content, message.stop) == ("4", "<|endoftext|>")
+    chat = [USER, *to_messages([message], keep_ids=True), USER]
+    texts = [USER, {"role": "assistant", "content": "4"}, USER]
+    assert harmony.render_prompt(chat) == harmony.render_prompt(texts)

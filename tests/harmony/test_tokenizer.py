@@ -58,10 +58,10 @@ def test_whole_vocabulary_is_o200k_harmony(tmp_path, monkeypatch):
         assert tokenizer.encode(WHOLE, text) == theirs.encode(text, disallowed_special=())
 
 
-def test_stop_ids_are_return_and_call():
-    assert tokenizer.stop_ids(WHOLE) == (200_002, 200_012)
+def test_stop_ids_are_return_endoftext_and_call():
+    assert tokenizer.stop_ids(WHOLE) == (200_002, 199_999, 200_012)
     assert tokenizer.special_id(WHOLE, "<|end|>") == 200_007
-    assert tokenizer.stop_ids(SMALL) == (1024 - 32 + 4, 1024 - 32 + 14)
+    assert tokenizer.stop_ids(SMALL) == (1024 - 32 + 4, 1024 - 32 + 1, 1024 - 32 + 14)
 
 
 @pytest.mark.parametrize("size", [288, 289, 1024, 5003, 200_012])
@@ -91,13 +91,13 @@ def test_an_embedding_trimmed_to_the_tokenizer_has_openai_s_ids(size):
     special = tokenizer.special_tokens(size)
     assert max(special.values()) == size - 1
     assert all(tokenizer.special_id(WHOLE, name) == i for name, i in special.items())
-    assert tokenizer.stop_ids(encoding) == (200_002, 200_012)
+    assert tokenizer.stop_ids(encoding) == (200_002, 199_999, 200_012)
 
 
 def test_padded_embeddings_use_the_whole_vocabulary():
     padded = tokenizer.get_tokenizer(201_216)
     assert padded.n_vocab == 201_088
-    assert tokenizer.stop_ids(padded) == (200_002, 200_012)
+    assert tokenizer.stop_ids(padded) == (200_002, 199_999, 200_012)
     assert tokenizer.decode(padded, [201_200]) == "\ufffd"
 
 

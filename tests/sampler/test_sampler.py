@@ -13,7 +13,7 @@ import pytest
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
-from gptoss_jax.harmony.tokenizer import get_tokenizer, stop_ids
+from gptoss_jax.harmony.tokenizer import get_tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import mxfp4
 from gptoss_jax.parameters.tree import is_weight
@@ -172,17 +172,23 @@ def test_stop_ids_end_a_row_and_are_kept(greedy):
     assert len(out.tokens[1]) <= 5
 
 
-def test_return_and_call_stop_by_default():
+def test_the_ends_of_answers_calls_and_texts_stop_by_default():
     model, params = make()
-    ends = stop_ids(get_tokenizer(CONFIG.vocab_size))
-    # One of the two opposite rows wins whatever the hidden state: the first token is a stop.
-    weight = np.zeros((CONFIG.vocab_size, CONFIG.d_model), np.float32)
-    weight[list(ends)] = np.array([[1.0], [-1.0]])
-    params = {**params, "unembedding": {"weight": jnp.asarray(weight)}}
-    sampler = Sampler(model, params)
-    out = sampler.generate(PROMPTS, max_tokens=TOKENS)
-    assert all(len(row) == 1 and row[0] in ends for row in out.tokens)
-    assert out.tokens_per_second == 0
+    encoding = get_tokenizer(CONFIG.vocab_size)
+    answer, text, call = (
+        encoding.encode_single_token(name) for name in ("<|return|>", "<|endoftext|>", "<|call|>")
+    )
+    # One of two opposite rows wins whatever the hidden state, and the other one when they swap.
+    sampled, sampler = set(), Sampler(model, params)
+    for ends in ([answer, text], [text, answer], [call, text]):
+        weight = np.zeros((CONFIG.vocab_size, CONFIG.d_model), np.float32)
+        weight[ends] = np.array([[1.0], [-1.0]])
+        sampler.renew({**params, "unembedding": {"weight": jnp.asarray(weight)}})
+        out = sampler.generate(PROMPTS, max_tokens=TOKENS)
+        assert all(len(row) == 1 and row[0] in ends for row in out.tokens)
+        assert out.tokens_per_second == 0
+        sampled |= {row[0] for row in out.tokens}
+    assert {answer, text} <= sampled
     on = sampler.generate(PROMPTS, max_tokens=TOKENS, stop_ids=[])
     assert all(len(row) == TOKENS for row in on.tokens)
 

@@ -16,6 +16,7 @@ from tiny_checkpoint import small_model
 
 from gptoss_jax import loading, weights
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.tokenizer import get_tokenizer, stop_ids
 from gptoss_jax.parameters.tree import split_layers
 from gptoss_jax.weights.names import shapes, tensors
 
@@ -271,6 +272,7 @@ def test_tokenizer_and_generation_config_for_a_vocabulary_with_text(tmp_path: Pa
     raw = json.loads((tmp_path / "c" / "generation_config.json").read_text())
     # <|return|>, <|endoftext|> and <|call|> are the 5th, 2nd and 15th of the last 32 ids.
     assert raw["eos_token_id"] == [272, 269, 282]
+    assert tuple(raw["eos_token_id"]) == stop_ids(get_tokenizer(300))  # where our sampler stops
 
 
 def test_the_table_has_every_leaf_of_the_model_once() -> None:
