@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gptoss_jax.sampler import Sampler
 
 _DEFAULT_MAX_TOKENS = 1_024
+_DATE_HELP = (
+    "date in the prompt: none, today or YYYY-MM-DD; default: as in training (data.date of a run, "
+    "or the chat template that convert wrote), and today for any other checkpoint"
+)
 
 
 def _parser() -> Parser:
@@ -48,6 +52,7 @@ def _parser() -> Parser:
         help="reasoning effort; default: medium",
     )
     add("--developer", "--system", metavar="TEXT", help="instructions to the model")
+    add("--date", metavar="DATE", help=_DATE_HELP)
     add(
         "--max-tokens",
         type=int,
@@ -82,23 +87,31 @@ def _parser() -> Parser:
     return parser
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command's arguments."""
+    return _parser().parse_args(argv)
+
+
 def main(argv: list[str]) -> None:
     """Run the command. Raises UserError if an option or an input is wrong."""
-    args = _parser().parse_args(argv)
+    args = parse(argv)
     # Imported late: JAX takes a second, and --help and a misspelt option need not wait for it.
     import jax
     from rich.console import Console
 
     from gptoss_jax import loading
-    from gptoss_jax.config import command_line
+    from gptoss_jax.config import command_line, dates
     from gptoss_jax.model import Transformer
     from gptoss_jax.ops import moe
     from gptoss_jax.sampler import Rules, Sampler, printing
 
     rules = Rules(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     plain = args.raw or args.prompt_ids is not None
-    if plain and args.developer is not None:
-        raise UserError("--developer is for a Harmony prompt: leave --raw and --prompt-ids out")
+    for name in ("developer", "date"):
+        if plain and getattr(args, name) is not None:
+            raise UserError(f"--{name} is for a Harmony prompt: leave --raw and --prompt-ids out")
+    if args.date is not None:
+        dates.check(args.date, field="--date", rules=("none", "today"))
     if args.raw and args.prompt is None:
         raise UserError("--raw is for the text of --prompt; --prompt-ids are taken as they are")
     given = None if args.prompt_ids is None else _read_ids(args.prompt_ids)
@@ -117,7 +130,7 @@ def main(argv: list[str]) -> None:
         make_model=make_model or Transformer,
     )
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)
-    ids = _prompt(args, encoding) if given is None else given
+    ids = read_prompt(args, encoding) if given is None else given
     room = model.config.context - len(ids)
     options: dict[str, Any] = {
         "max_tokens": max(1, min(room, _DEFAULT_MAX_TOKENS))
@@ -162,13 +175,27 @@ def _answer(
     return answer
 
 
-def _prompt(args: argparse.Namespace, encoding: tiktoken.Encoding) -> list[int]:
+def read_prompt(args: argparse.Namespace, encoding: tiktoken.Encoding) -> list[int]:
+    """Return the ids of the prompt, with the date and history that the checkpoint was trained on.
+
+    Raises UserError as `loading.read_rules`.
+    """
+    from gptoss_jax import loading
+    from gptoss_jax.config import dates
+
     if args.raw:
         return tokenizer.encode(encoding, args.prompt)
     messages = [{"role": "user", "content": args.prompt}]
     if args.developer is not None:
         messages.insert(0, {"role": "developer", "content": args.developer})
-    return harmony.render_prompt(messages, reasoning=args.reasoning, tokenizer=encoding)
+    rules = loading.read_rules(args.checkpoint, step=args.step)
+    return harmony.render_prompt(
+        messages,
+        reasoning=args.reasoning,
+        date=dates.in_prompt(args.date or rules.date),
+        history=rules.history,
+        tokenizer=encoding,
+    )
 
 
 def _read_ids(text: str) -> list[int]:

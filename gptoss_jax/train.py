@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         mesh = meshes.make(config.mesh)
         setup.check_mesh(config, mesh)
         with Hold(config.run_folder) as hold, jax.set_mesh(mesh):
-            run(config, mesh, hold, console=console, make_model=make_model)
+            run(setup.with_day(config), mesh, hold, console=console, make_model=make_model)
 
 
 def run(

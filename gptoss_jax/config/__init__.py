@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gptoss_jax.config import dates
 from gptoss_jax.config.model import DType as DType
 from gptoss_jax.config.model import LoRAConfig as LoRAConfig
 from gptoss_jax.config.model import ModelConfig as ModelConfig
@@ -54,6 +55,10 @@ class DataConfig:
     history: Literal["harmony", "template"] = "harmony"
     # Reasoning effort of a chat whose record does not name one.
     reasoning: Literal["low", "medium", "high"] = "medium"
+    # Date in the system message of chats: none; today, the day on which the run begins; a day as
+    # YYYY-MM-DD; or record, the "date" of each record. Prompts to the trained model and its
+    # exported chat template follow it: with today and record they name the day of the prompt.
+    date: str = "none"
     pack_window: int = 1_024  # records that are shuffled and packed into rows together
 
     def __post_init__(self) -> None:
@@ -71,6 +76,7 @@ class DataConfig:
             "data.train: give one for each",
         )
         parse_train_on(self.train_on, field="data.train_on")
+        dates.check(self.date)
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,8 @@ def _if_set(data: DataConfig) -> dict[str, Any]:
         settings["data.turns"] = data.turns
     if data.history != "harmony":
         settings["data.history"] = data.history
+    if data.date != "none":
+        settings["data.date"] = data.date
     return {name: value for name, value in settings.items() if value}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gptoss_jax import harmony
-from gptoss_jax.config import Config, DataConfig
+from gptoss_jax.config import Config, DataConfig, dates
 from gptoss_jax.data import mended, preferences
 from gptoss_jax.data.entries import entries, resolve
 from gptoss_jax.data.indexing import Stamp, progress
@@ -175,6 +175,7 @@ class Examples:
             "train_on": self.config.train_on,
             "turns": "all" if self.config.turns == "all" else "last",
             "history": self.config.history,
+            "date": dates.in_training(self.config.date, fields.get("date")),
             "tokenizer": self._encoding,
         }
 
@@ -344,6 +345,7 @@ def _open(
                 ignore=config.ignore,
                 plain_special_tokens=config.plain_special_tokens,
                 vocab_size=vocab_size,
+                dated=config.date == "record",
             ),
             whole=records == "questions",  # a reward function may read any column
         )

@@ -2,7 +2,8 @@
 
 `READERS` is the table of formats, in the order in which they are tried. `read` returns a record as
 
-    {"messages": [...], "tools"?, "reasoning"?, "given"?}     a chat; the first `given` messages are
+    {"messages": [...], "tools"?, "reasoning"?, "date"?, "given"?}
+                                                              a chat; the first `given` messages are
                                                               the prompt, which is not trained
     {"text": ...}                                             plain text
     {"prompt": [...], "chosen": ..., "rejected": ...}         a pair (`data/preferences.py`)
@@ -13,17 +14,20 @@ came in: `harmony.dialects` reads them.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gptoss_jax.config import dates
 from gptoss_jax.harmony import EFFORTS
 from gptoss_jax.harmony.dialects import kind
 
 Fields = dict[str, Any]
 
 SIDES = ("chosen", "rejected")
+DATE = "date"  # the column with the date of a chat's system message, for data.date=record
 EFFORT = ("reasoning", "reasoning_effort")  # columns that name the reasoning effort
 # Columns that a chat template would render, and that are not read here: to leave one out would
 # train another chat than the data set has.
@@ -50,10 +54,13 @@ class Reader:
     read: Callable[[Fields], Fields]
 
 
-def read(record: Fields, *, pairs: bool = False, ignore: Collection[str] = ()) -> Read:
+def read(
+    record: Fields, *, pairs: bool = False, ignore: Collection[str] = (), dated: bool = False
+) -> Read:
     """Read a record of any format; with `pairs`, one of chosen and rejected.
 
-    `ignore` has columns that are passed over and not reported.
+    `ignore` has columns that are passed over and not reported. With `dated`, the column `date` is
+    read too.
 
     Raises:
         ValueError: no format has these columns, two columns contradict each other, or a column
@@ -68,9 +75,12 @@ def read(record: Fields, *, pairs: bool = False, ignore: Collection[str] = ()) -
             )
     for reader in PAIRS if pairs else READERS:
         if all(name in there for name in reader.needs):
-            used = {*reader.needs, *reader.may_have, *_COMMON}
+            used = {*reader.needs, *reader.may_have, *_COMMON} | ({DATE} if dated else set())
             unused = tuple(name for name in there if name not in used)
-            return Read(_with_common(reader.read(there), there), unused)
+            fields = _with_common(reader.read(there), there)
+            if dated and DATE in there and "text" not in fields:
+                fields[DATE] = _date(there[DATE])
+            return Read(fields, unused)
     if pairs:
         lacks = " and ".join(name for name in SIDES if name not in there)
         raise ValueError(f"lacks {lacks}: objective.name dpo trains on pairs of answers")
@@ -119,6 +129,14 @@ def _effort(there: Fields) -> Any:
     if effort is not None and effort not in EFFORTS:
         raise ValueError(f"reasoning is {effort!r}: it is one of {', '.join(EFFORTS)}")
     return effort
+
+
+def _date(value: Any) -> str:
+    """Return a date as YYYY-MM-DD; Arrow's date type gives a `datetime.date`."""
+    text = value.isoformat() if type(value) is datetime.date else value
+    if not dates.is_day(text):
+        raise ValueError(f"date is {value!r}: with data.date=record it is a day as YYYY-MM-DD")
+    return text
 
 
 def _add_system(fields: Fields, text: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import grain
 
 from gptoss_jax import harmony
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, dates
 from gptoss_jax.data import preferences
 from gptoss_jax.data.examples import Source, open_examples, open_sources
 from gptoss_jax.data.mixture import Mixture, plan
@@ -255,6 +255,7 @@ def eval_questions(config: Config, limit: int) -> list[Question]:
                 messages,
                 tools=record.fields.get("tools"),
                 reasoning=record.fields.get("reasoning") or config.data.reasoning,
+                date=dates.in_training(config.data.date, record.fields.get("date")),
                 history=config.data.history,
                 tokenizer=encoding,
             )

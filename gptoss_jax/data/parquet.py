@@ -67,7 +67,8 @@ def read_layout(file: BinaryIO, path: Path, reading: Any, *, whole: bool = False
         raise UserError(
             f"{path}: its columns are {', '.join(names[:12]) or 'none'}; a record has {what}"
         )
-    columns = tuple(name for name in names if whole or name in formats.COLUMNS)
+    wanted = {*formats.COLUMNS, *([formats.DATE] if reading.dated else [])}
+    columns = tuple(name for name in names if whole or name in wanted)
     left_out = [name for name in names if name not in columns and name not in reading.ignore]
     groups = (metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
     return Layout(metadata, columns, tuple(left_out), tuple(accumulate(groups)))

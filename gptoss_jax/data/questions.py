@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptoss_jax import harmony
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, dates
 from gptoss_jax.data.examples import open_examples
 from gptoss_jax.data.reading import before_answer
 from gptoss_jax.data.sources import Record
@@ -135,6 +135,7 @@ class Questions:
                 messages,
                 tools=fields.get("tools"),
                 reasoning=fields.get("reasoning") or config.data.reasoning,
+                date=dates.in_training(config.data.date, fields.get("date")),
                 history=config.data.history,
                 tokenizer=self._encoding,
             )

@@ -27,6 +27,7 @@ class Reading:
     questions: bool = False  # chats with something to answer
     ignore: tuple[str, ...] = ()  # columns; keys of messages as messages.KEY
     plain_special_tokens: bool = False  # a text that spells Harmony's special tokens is plain text
+    dated: bool = False  # the column `date` is the date of a chat's system message
     vocab_size: int = VOCAB_SIZE  # of the model: the "ids" of sampled messages are below it
 
     def read(self, columns: Any) -> formats.Read:
@@ -36,7 +37,8 @@ class Reading:
         """
         if not isinstance(columns, dict):
             raise ValueError(f"{kind(columns)}, not an object with messages or text")
-        read = formats.read(columns, pairs=self.pairs, ignore=self.ignore)
+        options: Any = {"ignore": self.ignore, "dated": self.dated}
+        read = formats.read(columns, pairs=self.pairs, **options)
         own = (name for name in self.ignore if name.startswith("messages."))
         keys = [name.removeprefix("messages.") for name in own]
         chats = {"messages": read.fields.get("messages")}

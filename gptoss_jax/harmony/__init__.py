@@ -60,6 +60,7 @@ from gptoss_jax.harmony.parser import to_messages as to_messages
 from gptoss_jax.harmony.system import BUILTIN_TOOLS as BUILTIN_TOOLS
 from gptoss_jax.harmony.system import chat_template as chat_template
 from gptoss_jax.harmony.system import system_text
+from gptoss_jax.harmony.system import template_rules as template_rules
 from gptoss_jax.harmony.tokenizer import (
     VOCAB_SIZE,
     encode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,14 @@ def system_text(
 def _describe(builtin_tool: str) -> str:
     """Return the text that describes a built-in tool to the model."""
     return (_VOCAB / f"{builtin_tool}_tool.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+def template_rules(text: str) -> tuple[str, str] | None:
+    """Return `history` and `date` of a template by `chat_template`; None for any other template."""
+    found = re.search(_RULES.replace('"harmony"', '"(.*)"').replace('"none"', '"(.*)"'), text)
+    if found is not None:
+        return found[1], found[2]
+    return ("harmony", "none") if "gptoss_jax.harmony" in text else None  # one of before had none
 
 
 def chat_template(*, history: str = "harmony", date: str = "none") -> str:

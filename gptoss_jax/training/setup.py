@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import optax
 from jaxtyping import Float
 
 from gptoss_jax import data
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, dates
 from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters, select
 from gptoss_jax.model import Transformer, host_embedding
@@ -27,6 +28,7 @@ from gptoss_jax.optimizer.matrix_views import has_matrix_for_muon
 from gptoss_jax.parallel import sharding
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.parameters import patterns
+from gptoss_jax.runs import records
 from gptoss_jax.runs.records import Record
 from gptoss_jax.runs.workdir import write_text
 from gptoss_jax.training import expert_load
@@ -55,6 +57,16 @@ def check_data_given(config: Config) -> None:
         raise UserError(
             "there is no training data: give --data.train FILE (.jsonl, .parquet, .txt) or hf:NAME"
         )
+
+
+def with_day(config: Config) -> Config:
+    """Return the config of a run with the day of `data.date=today`: the one on which it began."""
+    if config.data.date != "today":
+        return config
+    record = records.newest_record(config.run_folder)
+    recorded = record.config.data.date if record else None
+    day = processes.from_first(lambda: dates.begin(config.data.date, recorded))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
 def check_init_given(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gptoss_jax import harmony
 from gptoss_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from gptoss_jax.data import describe
 from gptoss_jax.data.examples import open_examples
+from gptoss_jax.data.loader import eval_questions
 from gptoss_jax.errors import UserError
 
 Q, A = {"role": "user", "content": "sort 2 1"}, {"role": "assistant", "content": "1 2"}
@@ -354,3 +356,30 @@ def test_names_and_recipients_that_say_nothing(tmp_path):
     assert segment.tokens.tolist() == harmony.render([Q, *named[1:]])[0]
     # An answer of no weight is not trained, so it may be empty.
     examples_of(tmp_path, {"messages": [Q, A | {"content": "", "weight": 0}, Q, A]})
+
+
+def test_the_date_of_a_record_is_read_where_the_config_says_so(tmp_path):
+    dated = [{"messages": [Q, A], "date": "2025-06-28"}, {"messages": [Q, A], "date": None}]
+    dated.append({"prompt": "sort 2 1", "completion": "1 2", "date": "2024-02-29"})
+
+    encoding = harmony.tokenizer.get_tokenizer()
+
+    def headers(**options) -> list[bool]:
+        examples, _ = examples_of(tmp_path, *dated, **options)
+        texts = [encoding.decode(examples[i][0].tokens.tolist()) for i in range(3)]
+        days = [f"Current date: {record['date'] or ''}" for record in dated]
+        return [day in text for day, text in zip(days, texts, strict=True)]
+
+    assert headers(date="record") == [True, False, True]
+    assert headers() == [False] * 3
+    fixed, _ = examples_of(tmp_path, *dated, date="2031-02-03")
+    whole = harmony.render([Q, A], date="2031-02-03")[0]
+    assert fixed[1][0].tokens.tolist() == whole
+    assert fixed.records.unused["date"] == 2
+    with pytest.raises(UserError, match=r"a\.jsonl:1: date is '28 June'.*YYYY-MM-DD"):
+        examples_of(tmp_path, {"messages": [Q, A], "date": "28 June"}, date="record")
+    _, config = examples_of(tmp_path, *dated[:2], date="record")
+    data = dataclasses.replace(config.data, held_out=config.data.train)
+    asked = eval_questions(dataclasses.replace(config, data=data), 2)
+    prompts = {encoding.decode(question.prompt) for question in asked}
+    assert len(prompts) == 2 and sum("Current date: 2025-06-28" in p for p in prompts) == 1
