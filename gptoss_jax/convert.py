@@ -6,8 +6,9 @@ adapters (`--adapters`). By default it leaves every other number as stored: each
 bytes, reordered where the layouts differ. Conversion to the same layout rewrites the folder into
 shards of 5 GB and copies config.json as it is; a file that the safetensors library wrote whole
 comes out identical. `--to peft` writes only the adapters of a workdir. docs/export.md says which
-programs read which layout; `--for PROGRAM` warns of what a program does not serve. If a config file
-built the model of the run (`make_model`), give it with `--config FILE`.
+programs read which layout, and which chat template is written; `--for PROGRAM` warns of what a
+program does not serve. If a config file built the model of the run (`make_model`), give it with
+`--config FILE`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> None:
     # Imported late: JAX takes a second, and --help need not wait for it.
     from gptoss_jax.config import command_line
     from gptoss_jax.loading.convert import convert
+    from gptoss_jax.loading.rules import describe_template
     from gptoss_jax.model import Transformer
 
     make_model = command_line.read_make_model(args.config) if args.config else None
@@ -116,7 +118,7 @@ def main(argv: list[str]) -> None:
         from rich.console import Console
 
         Console().print(report.table())
-    print(f"wrote {args.destination}")
+    print(f"wrote {args.destination}\n{describe_template(args.destination)}")
     if make_model is not None:
         print(
             "note: files of weights hold no code: other programs run the original GPT-OSS model "

@@ -14,13 +14,14 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gptoss_jax.config import DType
 from gptoss_jax.errors import UserError
-from gptoss_jax.harmony.tokenizer import TOKENIZER_FILES
+from gptoss_jax.harmony.tokenizer import CHAT_TEMPLATE, TOKENIZER_FILES
 from gptoss_jax.loading.checkpoint import find_base, open_workdir
 from gptoss_jax.loading.folders import find_folder
+from gptoss_jax.loading.rules import UNRECORDED, read_rules
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.runs import model_source, records
 from gptoss_jax.runs.records import Record
@@ -59,10 +60,10 @@ def convert(
     "dense" decodes or casts them to bfloat16. `dtype` is the dtype of all floats; None keeps it.
     `adapters` is a PEFT folder to merge into the source. `base` (of a LoRA run, if it has moved)
     and `ignore_config` are as in `loading.load`. Tokenizer files are copied from a Hugging Face
-    source and made for any other. `to="peft"` writes only the adapters of a workdir. `make_model`
-    builds the model of a run if it is not the package's own; a copy of its source is put beside the
-    weights, where other programs ignore it. Returns the errors of merging and encoding, as
-    `weights.save` does.
+    source and made for any other. The chat template is the one of training: see `_template`.
+    `to="peft"` writes only the adapters of a workdir. `make_model` builds the model of a run if it
+    is not the package's own; a copy of its source is put beside the weights, where other programs
+    ignore it. Returns the errors of merging and encoding, as `weights.save` does.
 
     Raises UserError, with nothing written, as `loading.load`, `weights.save` and `peft.read` do.
     """
@@ -74,15 +75,20 @@ def convert(
         given = [n for n, x in options if x]
         _write_peft(folder, destination, weights, step=step, base=base, given=given)
         model_source.keep_copy(make_model, weights.config, Path(destination))
+        template = read_rules(folder, step=step).template()
+        (Path(destination) / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         return Report()
     form = experts or weights.config.experts
+    template = _template(folder, weights, to=to, step=step, adapters=adapters)
 
     def finish(new: Path) -> None:
         name = dtype or weights.config.param_dtype
         model_source.keep_copy(make_model, weights.config, new)
         if isinstance(weights, Stored) and weights.layout == to:
-            return _copy_side_files(folder, new, weights=weights, form=form, dtype=dtype)
-        return write_side_files(new, weights.config, layout=to, form=form, dtype=name)
+            _copy_side_files(folder, new, weights=weights, form=form, dtype=dtype)
+            return _replace_template(new, template)
+        options: dict[str, Any] = {"layout": to, "form": form, "dtype": name}
+        return write_side_files(new, weights.config, template=template, **options)
 
     return write_checkpoint(
         destination,
@@ -95,6 +101,41 @@ def convert(
         force=force,
         finish=finish,
     )
+
+
+def _template(
+    folder: Path,
+    weights: Stored | ParamsSource,
+    *,
+    to: Layout,
+    step: int | None,
+    adapters: str | Path | None,
+) -> str | None:
+    """Return the chat template to write, or None to keep that of the source.
+
+    A run's follows its record (`data.history`, `data.date`). `adapters` may bring the template that
+    they were trained with. Any other source keeps its own. If it has none, it gets ours, which
+    names today's date.
+    """
+    if isinstance(weights, ParamsSource):
+        return read_rules(folder, step=step).template()
+    for place in ([Path(adapters)] if adapters is not None else []) + [folder]:
+        file = place / CHAT_TEMPLATE
+        if file.is_file() and (place != folder or weights.layout != to):
+            return file.read_text(encoding="utf-8")
+    return UNRECORDED.template() if weights.layout != to == "hf" else None
+
+
+def _replace_template(folder: Path, template: str | None) -> None:
+    """Put a chat template in place of a copied one, which may be in tokenizer_config.json."""
+    if template is None:
+        return
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        raw = config_io.read_json(file)
+        if raw.pop("chat_template", None) is not None:
+            write_json(file, raw)
 
 
 def _open(

@@ -169,22 +169,34 @@ def write_adapters(folder: str | Path, source: ParamsSource, *, base: str = "") 
 
 
 def write_side_files(
-    folder: Path, config: ModelConfig, *, layout: Layout, form: Form, dtype: str
+    folder: Path,
+    config: ModelConfig,
+    *,
+    layout: Layout,
+    form: Form,
+    dtype: str,
+    template: str | None = None,
 ) -> None:
     """Write config.json and, for Hugging Face, generation_config.json and the tokenizer files.
 
-    A vocabulary too small for any text (below 288) has no tokenizer, so no tokenizer files.
+    `template` is the chat template of a run. OpenAI's layout has none, but keeps it for a later
+    conversion. A vocabulary too small for any text (below 288) has no tokenizer, so none of these.
     """
     raw = config_io.to_json(config, layout, form=form, dtype=dtype)
     write_json(folder / "config.json", raw)
+    from gptoss_jax.harmony import tokenizer
+
+    has_text = bool(config_io.special_ids(config.vocab_size))
+    if layout == "openai" and template is not None and has_text:
+        (folder / tokenizer.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     if layout == "hf":
         write_json(
             folder / "generation_config.json", config_io.generation_config(config.vocab_size)
         )
-        if config_io.special_ids(config.vocab_size):
-            from gptoss_jax.harmony import tokenizer
-
-            tokenizer.write_tokenizer_files(folder, config.vocab_size, context=config.context)
+        if has_text:
+            tokenizer.write_tokenizer_files(
+                folder, config.vocab_size, context=config.context, template=template
+            )
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
