@@ -52,6 +52,7 @@ def save(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    template: str | None = None,
 ) -> Report:
     """Write a model as a checkpoint into a folder that does not exist or is empty.
 
@@ -59,7 +60,8 @@ def save(
     (the adapters alone: see `weights.peft`). `experts` is the form of the experts: "mxfp4" (encoded
     with the scales of least error), "dense", or None to keep the form in `params`. Floats keep
     their dtype, or are written as `dtype`. So parameters that `load` read in the stored dtype are
-    written back byte for byte.
+    written back byte for byte. `template` is the chat template, by default one without a date; that
+    of a run is `loading.read_rules(run).template()`.
 
     Adapters (`params["lora"]`) are merged, one piece at a time. Weights without adapters stay the
     same byte for byte. The function returns the error that merging and encoding cause in each
@@ -80,7 +82,14 @@ def save(
         return Report()
     merged = with_adapters(source)
     return write_checkpoint(
-        folder, merged, layout=to, form=experts, dtype=dtype, shard_bytes=shard_bytes, force=force
+        folder,
+        merged,
+        layout=to,
+        form=experts,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        force=force,
+        template=template,
     )
 
 
@@ -94,13 +103,13 @@ def write_checkpoint(
     dense_dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    template: str | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> Report:
     """Write `source` to `folder` in `layout`, with its experts in `form` (None keeps their form).
 
-    `dtype` is for all floats, `dense_dtype` for dense experts; None keeps the source's dtype.
-    `finish(folder)`, if given, writes config.json and the other files beside the tensors; else they
-    are made from the config. Returns and raises UserError as `save` does.
+    `dtype` is for all floats, `dense_dtype` for dense experts; None: as stored. `finish(folder)`
+    writes the files beside the tensors, by default from config and `template`. Else as `save`.
     """
     if layout not in ("hf", "openai"):
         raise UserError(f"layout {layout!r}: it is hf or openai")
@@ -140,7 +149,7 @@ def write_checkpoint(
             finish(new)
         else:
             name = groups[0][0].dtype.name
-            write_side_files(new, config, layout=layout, form=form, dtype=name)
+            write_side_files(new, config, layout=layout, form=form, dtype=name, template=template)
         if coder.report.costs:
             write_json(new / REPORT, coder.report.to_json())
     return coder.report

@@ -72,6 +72,9 @@ def test_a_run_and_its_exports_ask_as_it_was_trained(data, in_template, in_promp
     convert(run, tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "openai", to="openai")
     convert(tmp_path / "openai", tmp_path / "again", to="hf")
+    model, params = small_model(vocab_size=300)
+    weights.save(tmp_path / "saved", model, params, template=loading.read_rules(run).template())
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == expected
     for folder in (run, tmp_path / "hf", tmp_path / "openai", tmp_path / "again"):
         if folder != run:
             assert (folder / "chat_template.jinja").read_text() == expected
