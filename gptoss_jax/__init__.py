@@ -54,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"gptoss_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module 'gptoss_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -7,6 +7,7 @@ tolerance. Exit code 0 if all agree, 1 if not.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -61,14 +62,19 @@ def verify(checkpoint: str | Path, *, ignore_config: Collection[str] = ()) -> bo
 
 def main(argv: list[str]) -> None:
     """Run the command."""
+    args = parse(argv)
+    if not verify(args.checkpoint, ignore_config=args.ignore_config):
+        sys.exit(1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command's arguments."""
     parser = Parser(
         command_name("verify"), description="Check weights against known log-probabilities."
     )
     parser.add_argument("--checkpoint", required=True, help="folder of gpt-oss-20b or -120b")
     parser.add_ignore_config()
-    args = parser.parse_args(argv)
-    if not verify(args.checkpoint, ignore_config=args.ignore_config):
-        sys.exit(1)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

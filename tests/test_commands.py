@@ -130,3 +130,13 @@ run_entry(main)
 """
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (2, "error: the disk is full\n")
+
+
+def test_the_package_lists_its_public_names():
+    """They are imported on first use, and yet completion and `dir` know them."""
+    code = "import gptoss_jax; names = dir(gptoss_jax); print(*names)\n"
+    code += "assert all(hasattr(gptoss_jax, name) for name in names)"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert {"Config", "Sampler", "harmony", "load", "save"} <= set(done.stdout.split())
+    assert "importlib" not in done.stdout

@@ -212,9 +212,14 @@ def check_ids(ids: Any, vocab_size: int = VOCAB_SIZE) -> None:
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         position = where[0] if len(where) == 1 else where
+        cut = (
+            f"; its tokenizer is tokenizer.get_tokenizer({vocab_size})"
+            if vocab_size < VOCAB_SIZE
+            else ""
+        )
         raise UserError(
             f"id {int(array[where])} at position {position} is outside the vocabulary: "
-            f"ids go from 0 to {vocab_size - 1}"
+            f"ids go from 0 to {vocab_size - 1}{cut}"
         )
 
 

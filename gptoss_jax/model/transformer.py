@@ -13,9 +13,11 @@ from functools import lru_cache, partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.harmony.tokenizer import check_ids
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import layerwise, scan
 from gptoss_jax.model.attention import Sequence
@@ -64,7 +66,7 @@ class Transformer(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Return the logits, float32."""
+        """Return the logits, float32. Raises UserError as `forward`."""
         out = self.run(tokens, segment_ids=segment_ids, positions=positions)
         return self.to_logits(out.hidden)
 
@@ -95,6 +97,7 @@ class Transformer(nn.Module):
     ) -> Output:
         """Run all layers on bound parameters; see `forward`."""
         c = self.config
+        _check_tokens(tokens, c.vocab_size)
         capture = tuple(capture)
         unknown = [name for name in capture if name not in CAPTURES]
         if unknown:
@@ -180,7 +183,8 @@ class Transformer(nn.Module):
         tokens, segments and positions are already in that order, and results stay in it. `embedded`
         gives the tokens' rows of the embedding; `params` then need not hold that table.
 
-        Raises ValueError for an unknown capture, or a cache without positions.
+        Raises ValueError for an unknown capture, or a cache without positions; UserError for an id
+        outside the vocabulary, except under `jax.jit`, where the ids are unknown.
         """
         return self.apply(
             {"params": params},
@@ -257,6 +261,18 @@ def _abstract_params(model: Transformer) -> Params:
 
     with mesh.alone():
         return jax.eval_shape(init)
+
+
+def _check_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary, which JAX would clip to its last row.
+
+    Nothing is checked while a program is traced, or where this process has only a part of the ids.
+    """
+    if isinstance(tokens, Tracer):
+        return
+    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+        return
+    check_ids(tokens, vocab_size)
 
 
 def restarting_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -346,6 +346,20 @@ def test_dtypes(dtype, residual):
     assert model.unembed(params, out.hidden).dtype == jnp.float32
 
 
+def test_ids_outside_the_vocabulary_are_refused():
+    """JAX would take the last row for them. A program that is traced does not know its ids."""
+    model, params = make()
+    ids = np.array(tokens(2, 5))
+    ids[1, 3] = 53
+    named = r"id 53 at position \(1, 3\) is outside the vocabulary: ids go from 0 to 52"
+    for given in (ids, jnp.asarray(ids)):
+        with pytest.raises(UserError, match=named):
+            model.apply({"params": params}, given)
+        with pytest.raises(UserError, match=named):
+            model.forward(params, given)
+    jax.eval_shape(model.forward, params, ids)
+
+
 def test_wrong_shapes_are_refused():
     model, params = make()
     params["layers"]["router"]["bias"] = jnp.zeros((3, 6))
