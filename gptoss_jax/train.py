@@ -81,7 +81,6 @@ def run(
     same on all processes. Only the first process prints, and writes files other than arrays.
     """
     workdir = Path(config.run_folder)
-    steps, settings = config.train.steps, config.train
     alone = processes.count() == 1
 
     # --- Data -------------------------------------------------------------------------------
@@ -91,7 +90,12 @@ def run(
     rows = data.rows_here(mesh, size)  # the rows of a batch that this host's devices need
     spread = partial(data.spread, mesh=mesh, rows=rows, size=size)
     batches = objective.open_batches(rows=rows)
-    console.print(f"\n{data.describe(config)}", soft_wrap=True)
+    record = records.newest_record(workdir)
+    config = setup.with_steps(config, record)
+    steps, settings = config.train.steps, config.train
+    console.print(
+        "\n".join(["", data.describe(config), *data.describe_length(config)]), soft_wrap=True
+    )
     eval_batches = data.eval_batches(config, rows=rows)
     questions = data.eval_questions(config, settings.eval_questions)
     if eval_batches:
@@ -110,7 +114,6 @@ def run(
     source = model_source.source_of(make_model, config.model)  # None: the package's own model
     model = make_model(sharding.padded(config.model))
     setup.check_patterns(config, model)
-    record = records.newest_record(workdir)
     if record is not None:
         changes = data.changes(config, record.fingerprint, fingerprint)
         check_same_run(record, config, data_changes=changes, workdir=workdir)

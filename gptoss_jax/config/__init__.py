@@ -168,6 +168,9 @@ class TrainConfig:
     """The training loop."""
 
     steps: int = 1_000  # steps of the whole run, each one update of the parameters
+    # Passes over data.train, from which train.steps is computed; 0: train.steps is given. It may be
+    # a fraction. A pass trains each record once.
+    epochs: float = 0.0
     seed: int = 0  # seed of the initial weights, the order of records, and sampling
     balance_loss: float = 0.0  # coefficient of the routers' load-balancing loss; 0 is off
     z_loss: float = 0.0  # coefficient of the routers' z-loss; 0 is off
@@ -220,7 +223,7 @@ class TrainConfig:
             f"train.spike_factor is {self.spike_factor}: it must be more than 1",
         )
         _check(
-            self.profile_start <= self.steps,
+            self.profile_start <= self.steps or self.epochs > 0,
             f"train.profile_start is {self.profile_start}: the run ends at step {self.steps}",
         )
 
@@ -311,6 +314,12 @@ class Config:
             self.objective.kind.mixes or not self.data.weights,
             f"data.weights mixes sources, but objective.name {self.objective.name} takes no "
             "mixture: leave it out",
+        )
+        _check(
+            not self.train.epochs or not self.data.weights,
+            "train.epochs is a number of passes over data.train, but data.weights takes from each "
+            "source at its own pace: give --train.steps, and --dry-run says how many epochs of "
+            "each source that makes",
         )
         _check(
             self.optimizer.masters != "stochastic" or self.model.param_dtype != "float16",

@@ -40,17 +40,22 @@ def load(argv: Sequence[str], *, prog: str | None = None) -> Config:
 
     Raises:
         UserError: a config file that is missing or broken, an unknown option, a value of the wrong
-            type or not among the choices, or fields that contradict each other.
+            type or not among the choices, or options or fields that contradict each other.
     """
-    given, overrides = _given_config(argv)
+    file, overrides = _given_config(argv)
     wants_help = any(a in ("-h", "--help") for a in overrides)
-    if given is None and not wants_help:
+    if file is None and not wants_help:
         raise UserError("no --config FILE was given; configs/tiny.py is one to start from")
-    base = Config() if given is None else read_config_file(given)
+    base = Config() if file is None else read_config_file(file)
     if wants_help:
         prog = prog or command_name("train")
         return _parse(["--help"], base, show=True, prog=prog, description=_CONFIG_HELP)
     groups = _grouped(overrides)
+    given = {_name(option) for option, *_ in groups}
+    if {"--train.steps", "--train.epochs"} <= given:
+        raise UserError("--train.steps and --train.epochs both say how long a run is: give one")
+    if "--train.steps" in given:  # instead of the epochs that the config file may have
+        overrides = [*overrides, "--train.epochs", "0"]
     try:
         return _parse(overrides, base)
     except SystemExit:

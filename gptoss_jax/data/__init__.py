@@ -2,9 +2,11 @@
 
 from gptoss_jax.data.describe import changes as changes
 from gptoss_jax.data.describe import describe as describe
+from gptoss_jax.data.describe import describe_length as describe_length
 from gptoss_jax.data.describe import differences as differences
 from gptoss_jax.data.describe import fingerprint as fingerprint
 from gptoss_jax.data.describe import keep_records as keep_records
+from gptoss_jax.data.describe import steps_per_epoch as steps_per_epoch
 from gptoss_jax.data.loader import Question as Question
 from gptoss_jax.data.loader import TrainBatches as TrainBatches
 from gptoss_jax.data.loader import eval_batches as eval_batches

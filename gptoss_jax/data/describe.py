@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ def describe(config: Config, *, held_out: bool = False) -> str:
         return questions.describe(config)
     if held_out or not config.data.weights:
         examples = open_examples(config, held_out=held_out)
-        seed = 0 if held_out else config.train.seed
-        survey = _survey(Windows(examples, seed=seed))
+        survey = _survey_of(examples, 0 if held_out else config.train.seed)
         return f"{examples.field}: {_summarise(examples, survey)}"
     sources = open_sources(config)
     surveys = [_survey(plan(source, config)) for source in sources]
@@ -56,6 +56,43 @@ def describe(config: Config, *, held_out: bool = False) -> str:
     return "\n".join(lines)
 
 
+def steps_per_epoch(config: Config) -> float:
+    """Return how many steps a pass over `data.train` takes, in which each record is trained once.
+
+    It is below 1 if the data fill less than a batch. It is estimated from a sample of data above
+    some MiB. Of questions, those that would be left out as too long count too. There is no such
+    number for a mixture.
+    """
+    examples = open_examples(config)
+    if config.objective.kind.records == "questions":
+        grpo = config.objective.grpo
+        return len(examples) * grpo.updates / (config.data.batch_size // grpo.group_size)
+    return max(1, _survey_of(examples, config.train.seed).rows) / config.data.batch_size
+
+
+def describe_length(config: Config) -> list[str]:
+    """Return lines that say how many epochs `train.steps` steps are; none for a mixture.
+
+    For a mixture, `describe` says it for each source.
+    """
+    if config.data.weights:
+        return []
+    each, steps = steps_per_epoch(config), config.train.steps
+    lines = [
+        f"length    {_plural(steps, 'step')}: about {steps / each:,.2f} epochs of {each:,.1f} "
+        "steps (an epoch is a pass over data.train)"
+    ]
+    if each < 1:
+        asks = config.objective.kind.records == "questions"
+        unit = "questions" if asks else f"rows of {config.data.sequence_length:,}"
+        lines.append(
+            f"          a batch holds more {unit} than data.train has: each step trains a record "
+            f"about {1 / each:,.1f} times; lower data.batch_size"
+            + ("" if asks else " or data.sequence_length, or give more data")
+        )
+    return lines
+
+
 @dataclass(frozen=True)
 class _Survey:
     stats: Stats
@@ -63,6 +100,11 @@ class _Survey:
     rows: int  # rows of one epoch
     packed: int  # rows that were packed for the survey: those of a whole round or of one window
     used: int  # tokens in these packed rows
+
+
+@lru_cache(maxsize=2)  # one for the training data, one for the held-out data
+def _survey_of(examples: Examples, seed: int) -> _Survey:
+    return _survey(Windows(examples, seed=seed))
 
 
 def _survey(windows: Windows) -> _Survey:

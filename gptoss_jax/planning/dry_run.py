@@ -28,6 +28,7 @@ from gptoss_jax.planning.shapes import (
     shapes,
     tree_bytes,
 )
+from gptoss_jax.runs import records
 from gptoss_jax.training import setup
 from gptoss_jax.types import MXFP4, Relaid
 
@@ -46,6 +47,8 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
+    if config.data.train:
+        config = setup.with_steps(config, records.newest_record(config.run_folder))
     run, given = shapes(config, make_model), start_adapters.read(config)
     check_start(config, None)
     packs = config.model.experts == "mxfp4" and not config.model.requantise
@@ -66,12 +69,17 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
     # Questions have no answers yet, so the tokens of a batch are unknown.
     known = config.data.train and config.objective.kind.records != "questions"
     if known:
-        say(f"\n{data.describe(config)}")
         tokens, trained = _first_batch(config)
+    if config.data.train:
+        say("\n".join(["", data.describe(config), *data.describe_length(config)]))
     what = "first batch" if known else "full rows, every token trained"
+    steps = config.train.steps
+    whole = f"{tokens * steps:,.0f} tokens in {steps:,} steps"
+    if config.train.epochs and not config.data.train:
+        whole = "steps unknown without data.train, as train.epochs is set"
     say(
         f"\na step    {rows:,} rows of {length:,}: {tokens:,.0f} tokens, {trained:,.0f} trained "
-        f"({what}); {tokens * config.train.steps:,.0f} tokens in {config.train.steps:,} steps"
+        f"({what}); {whole}"
     )
     flops = step_flops(config.model, tokens=tokens, trained=trained, sequence_length=length)
     say(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +76,23 @@ def check_init_given(config: Config) -> None:
         raise UserError(
             "no weights to start from: give --init DIR (a checkpoint), or --init random"
         )
+
+
+def with_steps(config: Config, record: Record | None) -> Config:
+    """Return the config with the `train.steps` that `train.epochs` makes, if that is set.
+
+    A run that resumes (`record`) with the epochs that it began with keeps its steps, and so its
+    schedule.
+    """
+    epochs = config.train.epochs
+    if not epochs:
+        return config
+    if record is not None and record.config.train.epochs == epochs:
+        steps = record.config.train.steps
+    else:
+        # An exact number of steps must not become one more by rounding.
+        steps = max(1, math.ceil(epochs * data.steps_per_epoch(config) - 1e-6))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def check_mesh(config: Config, mesh: jax.sharding.Mesh) -> None:
