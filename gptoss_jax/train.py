@@ -20,12 +20,12 @@ from rich.console import Console
 
 from gptoss_jax import data, loading
 from gptoss_jax.config import Config, command_line
-from gptoss_jax.errors import UserError, run_entry
+from gptoss_jax.errors import run_entry
 from gptoss_jax.loading import frozen_base, resume, start_adapters
 from gptoss_jax.loading.checkpoint import model_of
 from gptoss_jax.lora import select
 from gptoss_jax.model import MakeModel, Transformer
-from gptoss_jax.objectives import check_start, make_objective
+from gptoss_jax.objectives import make_objective
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.parallel import sharding
 from gptoss_jax.parallel.hosts import processes
@@ -33,9 +33,8 @@ from gptoss_jax.parameters import patterns
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.planning import dry_run
 from gptoss_jax.runs import checkpoints, metrics, model_source, records
-from gptoss_jax.runs.same_config import adapter_changes, architecture_changes, check_same_run
 from gptoss_jax.runs.workdir import Hold, log_event, write_text
-from gptoss_jax.training import held_out, profiling, setup
+from gptoss_jax.training import checks, held_out, profiling, setup
 from gptoss_jax.training.record import StepRecorder
 from gptoss_jax.training.spikes import SpikeGuard
 from gptoss_jax.training.step import StepMetrics, averaged_params
@@ -56,13 +55,12 @@ def main(argv: list[str]) -> None:
     make_model: MakeModel = command_line.load_make_model(argv) or Transformer
     with processes.start(config.distributed), loading.ignoring(config.ignore_config):
         console = Console(highlight=False, quiet=not processes.is_first())
-        command_line.print_config(config, console)
-        if config.dry_run:
-            dry_run.show(config, console, make_model=make_model)
-            return
         processes.same(command_line.flat(config), "the config")
         mesh = meshes.make(config.mesh)
         setup.check_mesh(config, mesh)
+        if config.dry_run:
+            dry_run.show(config, console, mesh=mesh, make_model=make_model)
+            return
         with Hold(config.run_folder) as hold, jax.set_mesh(mesh):
             run(setup.with_day(config), mesh, hold, console=console, make_model=make_model)
 
@@ -84,7 +82,7 @@ def run(
     alone = processes.count() == 1
 
     # --- Data -------------------------------------------------------------------------------
-    setup.check_data_given(config)
+    checks.check_data_given(config)
     objective = make_objective(config)  # says what data.train holds, and what the loss is
     size = config.data.batch_size
     rows = data.rows_here(mesh, size)  # the rows of a batch that this host's devices need
@@ -93,15 +91,10 @@ def run(
     record = records.newest_record(workdir)
     config = setup.with_steps(config, record)
     steps, settings = config.train.steps, config.train
-    console.print(
-        "\n".join(["", data.describe(config), *data.describe_length(config)]), soft_wrap=True
-    )
     eval_batches = data.eval_batches(config, rows=rows)
     questions = data.eval_questions(config, settings.eval_questions)
-    if eval_batches:
-        console.print(data.describe(config, held_out=True), soft_wrap=True)
-    else:
-        console.print("data.held_out: none, so neither held-out loss nor exact match")
+    described = ["", data.describe(config), *data.describe_length(config)]
+    described.append(data.describe(config, held_out=True))
     fingerprint = data.fingerprint(config)
     setup.check_same_data(fingerprint)
 
@@ -114,23 +107,25 @@ def run(
     source = model_source.source_of(make_model, config.model)  # None: the package's own model
     model = make_model(sharding.padded(config.model))
     setup.check_patterns(config, model)
-    if record is not None:
-        changes = data.changes(config, record.fingerprint, fingerprint)
-        check_same_run(record, config, data_changes=changes, workdir=workdir)
-        model_source.check(record.model_source, make_model, config.model, whose=workdir)
-        if record.step >= steps:
-            console.print(f"\n{workdir} is complete: step {record.step} of {steps}")
-            if processes.is_first():
-                print_summary(console, workdir, seconds=None)
-            return
     params = given_adapters = base = None
-    if record is None:
-        setup.check_init_given(config)
-        given_adapters = start_adapters.read(config)
-        check_start(config, None)
+    if record is not None:
+        checks.check_resumed(config, record, fingerprint=fingerprint, make_model=make_model)
+    else:
+        checks.check_init_given(config)
+        given_adapters = checks.check_new(config)
         base = frozen_base.begin(config)
-        if config.init != "random":
-            params = _load_init(config, mesh, make_model, step=base.step if base else None)
+        checks.check_init(config)
+    # Nothing is printed before the checks, so that an error stands alone.
+    command_line.print_config(config, console)
+    for line in described:
+        console.print(line, soft_wrap=True)
+    if record is not None and record.step >= steps:
+        console.print(f"\n{workdir} is complete: step {record.step} of {steps}")
+        if processes.is_first():
+            print_summary(console, workdir, seconds=None)
+        return
+    if record is None and config.init != "random":
+        params = _load_init(config, mesh, make_model, step=base.step if base else None)
 
     # --- Optimizer and step -----------------------------------------------------------------
     load = setup.load_for_patterns(
@@ -180,7 +175,7 @@ def run(
         lines.append(f"begins    as {config.init_adapters}: {text}")
     if base is not None:
         lines.append(f"base      {base.describe()}; not in the checkpoints")
-    for line in lines:
+    for line in [*lines, *checks.describe_jump(config, record)]:
         console.print(line, soft_wrap=True)
     console.print(f"mesh      {meshes.describe(mesh)}, {jax.devices()[0].device_kind}")
     console.print(f"workdir   {workdir}\n")
@@ -334,19 +329,10 @@ def _load_init(
 ) -> Params:
     """Read the parameters of --init, adapters included, in the form that the config asks for.
 
-    From a workdir, read those of the checkpoint of `step`.
+    From a workdir, read those of the checkpoint of `step`. `checks.check_init` comes before.
     """
     c = config.model
     assert config.init is not None
-    stored = loading.read_config(config.init)
-    changes = architecture_changes(stored, c)
-    if stored.lora.targets:  # the run continues with these adapters
-        changes += adapter_changes(stored, c)
-    if changes:
-        raise UserError(
-            f"--init {config.init} is another model than the config's: {', '.join(changes)}"
-        )
-    check_start(config, stored)
     return loading.load(
         config.init,
         dtype=jnp.dtype(c.param_dtype),

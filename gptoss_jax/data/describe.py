@@ -29,6 +29,8 @@ def describe(config: Config, *, held_out: bool = False) -> str:
     how many epochs of it `train.steps` steps make. The numbers are exact for data up to some MiB.
     For larger data they are estimated from a sample and marked "about".
     """
+    if held_out and not config.data.held_out:
+        return "data.held_out: none, so neither held-out loss nor exact match"
     if config.objective.kind.records == "questions" and not held_out:
         return questions.describe(config)
     if held_out or not config.data.weights:

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from gptoss_jax import chips, data
-from gptoss_jax.config import Config
+from gptoss_jax.config import Config, command_line
 from gptoss_jax.loading import start_adapters
 from gptoss_jax.loading.checkpoint import check_packs
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.flops import step_flops
-from gptoss_jax.objectives import check_start
+from gptoss_jax.objectives import make_objective
 from gptoss_jax.parameters import patterns
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.planning.shapes import (
@@ -29,31 +29,47 @@ from gptoss_jax.planning.shapes import (
     tree_bytes,
 )
 from gptoss_jax.runs import records
-from gptoss_jax.training import setup
+from gptoss_jax.runs.records import Record
+from gptoss_jax.training import checks, setup
 from gptoss_jax.types import MXFP4, Relaid
 
 
-def show(config: Config, console: Console, *, make_model: MakeModel = Transformer) -> None:
+def show(
+    config: Config,
+    console: Console,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    make_model: MakeModel = Transformer,
+) -> None:
     """Print parameters, FLOPs, checkpoint size and memory of a step; write and allocate nothing.
 
-    The data files, if given, are checked too. The step is compiled for this device, as training
-    does, which may take a minute.
+    It makes the checks of `train`, without which nothing is printed. Data and weights need not be
+    there: what training would miss is said at the end. The step is compiled for this device, as
+    training does, which may take a minute.
+
+    Args:
+        config: The config of the run.
+        console: Where to print.
+        mesh: The mesh of the run; None: one device.
+        make_model: Builds the run's model.
 
     Raises:
-        UserError: the data are bad, patterns of `optimizer` do not fit the model, or --init has
-            dense experts that can't be packed (`checkpoint.check_packs`).
+        UserError: as `train.main`: bad data, another run in the workdir, another model in --init,
+            a mesh that does not divide the model, patterns that match nothing, dense experts in
+            --init that can't be packed (`checkpoint.check_packs`).
     """
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    if config.data.train:
-        config = setup.with_steps(config, records.newest_record(config.run_folder))
-    run, given = shapes(config, make_model), start_adapters.read(config)
-    check_start(config, None)
+    record = records.newest_record(config.run_folder)
+    config = setup.with_steps(config, record) if config.data.train else config
+    run, given = shapes(config, make_model), checks.check_new(config)
+    missing = _check(config, record, mesh, make_model)
     packs = config.model.experts == "mxfp4" and not config.model.requantise
     if packs and config.init is not None and Path(config.init).is_dir():
         check_packs(config.init)
+    command_line.print_config(config, console)
     say("\nparameters")
     for line in parameter_table(run):
         say(line)
@@ -64,31 +80,10 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
     if given is not None:
         say(f"adapters  begin as {config.init_adapters}: {start_adapters.describe(given[0])}")
 
-    rows, length = config.data.batch_size, config.data.sequence_length
-    tokens = trained = float(rows * length)
-    # Questions have no answers yet, so the tokens of a batch are unknown.
-    known = config.data.train and config.objective.kind.records != "questions"
-    if known:
-        tokens, trained = _first_batch(config)
     if config.data.train:
         say("\n".join(["", data.describe(config), *data.describe_length(config)]))
-    what = "first batch" if known else "full rows, every token trained"
-    steps = config.train.steps
-    whole = f"{tokens * steps:,.0f} tokens in {steps:,} steps"
-    if config.train.epochs and not config.data.train:
-        whole = "steps unknown without data.train, as train.epochs is set"
-    say(
-        f"\na step    {rows:,} rows of {length:,}: {tokens:,.0f} tokens, {trained:,.0f} trained "
-        f"({what}); {whole}"
-    )
-    flops = step_flops(config.model, tokens=tokens, trained=trained, sequence_length=length)
-    say(
-        f"FLOPs     {flops:.4g} a step, {flops / tokens:.4g} a token: matmuls with active "
-        "parameters and attention, forward and backward"
-    )
-    peak = chips.peak_flops(config.train.peak_tflops)
-    if peak:
-        say(f"          {flops / peak:.3g} s a step at the device's peak, if one held it all")
+    for line in step_lines(config):
+        say(line)
     left_out = patterns.frozen_paths(run.factors) if config.model.lora.targets else ()
     each = checkpoint_bytes(run.state, left_out=left_out)
     say(f"checkpoint  {_size(each)} each, {config.train.keep} kept")
@@ -97,7 +92,68 @@ def show(config: Config, console: Console, *, make_model: MakeModel = Transforme
     say(f"\nmemory of a step, compiled for one device ({kind}) ...")
     for line in memory_table(config, run):
         say(line)
+    for text in [*missing, *checks.describe_jump(config, record)]:
+        say(f"\n{text}")
     say("\ndry run: nothing was written")
+
+
+def _check(
+    config: Config, record: Record | None, mesh: jax.sharding.Mesh | None, make_model: MakeModel
+) -> list[str]:
+    """Make the checks of a run that need no weights; return what training would miss.
+
+    Raises:
+        UserError: training would refuse what is there.
+    """
+    missing = []
+    if mesh is not None and mesh.size > 1:
+        with jax.set_mesh(mesh):
+            shapes(config, make_model)
+    if config.data.train:
+        make_objective(config).open_batches().close()
+        data.eval_batches(config)
+        data.eval_questions(config, config.train.eval_questions)
+    else:
+        missing.append("train needs --data.train FILE")
+    if record is not None:
+        # Without data of its own, what is compared is the rest.
+        same = data.fingerprint(config) if config.data.train else record.fingerprint
+        checks.check_resumed(config, record, fingerprint=same, make_model=make_model)
+    elif config.init is None:
+        missing.append("train needs weights to start from: --init DIR, or --init random")
+    elif config.init == "random" or Path(config.init).is_dir():
+        checks.check_init(config)
+    else:  # a name on the hub: a dry run downloads nothing
+        missing.append(f"not checked: --init {config.init} is no folder here")
+    return missing
+
+
+def step_lines(config: Config) -> list[str]:
+    """Return lines about the tokens and the arithmetic of a step; the first batch is read."""
+    rows, length = config.data.batch_size, config.data.sequence_length
+    tokens = trained = float(rows * length)
+    # Questions have no answers yet, so the tokens of a batch are unknown.
+    known = config.data.train and config.objective.kind.records != "questions"
+    if known:
+        tokens, trained = _first_batch(config)
+    what = "first batch" if known else "full rows, every token trained"
+    steps = config.train.steps
+    whole = f"{tokens * steps:,.0f} tokens in {steps:,} steps"
+    if config.train.epochs and not config.data.train:
+        whole = "the steps of train.epochs are unknown without data.train"
+    flops = step_flops(config.model, tokens=tokens, trained=trained, sequence_length=length)
+    lines = [
+        f"\na step    {rows:,} rows of {length:,}: {tokens:,.0f} tokens, {trained:,.0f} trained "
+        f"({what}); {whole}",
+        f"FLOPs     {flops:.4g} a step, {flops / tokens:.4g} a token: matmuls with active "
+        "parameters and attention, forward and backward",
+    ]
+    peak = chips.peak_flops(config.train.peak_tflops)
+    if peak:
+        lines.append(
+            f"          {flops / peak:.3g} s a step at the device's peak, if one held it all"
+        )
+    return lines
 
 
 def parameter_table(run: Shapes) -> list[str]:

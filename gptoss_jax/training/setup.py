@@ -52,14 +52,6 @@ class Step(Protocol):
         ...
 
 
-def check_data_given(config: Config) -> None:
-    """Refuse a run without training data. Raises UserError."""
-    if not config.data.train:
-        raise UserError(
-            "there is no training data: give --data.train FILE (.jsonl, .parquet, .txt) or hf:NAME"
-        )
-
-
 def with_day(config: Config) -> Config:
     """Return the config of a run with the day of `data.date=today`: the one on which it began."""
     if config.data.date != "today":
@@ -68,14 +60,6 @@ def with_day(config: Config) -> Config:
     recorded = record.config.data.date if record else None
     day = processes.from_first(lambda: dates.begin(config.data.date, recorded))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
-
-
-def check_init_given(config: Config) -> None:
-    """Refuse a new run without weights. Raises UserError."""
-    if config.init is None:
-        raise UserError(
-            "no weights to start from: give --init DIR (a checkpoint), or --init random"
-        )
 
 
 def with_steps(config: Config, record: Record | None) -> Config:

@@ -105,6 +105,7 @@ def test_a_run_that_resumes_keeps_the_steps_of_its_epochs(chats):
 @pytest.mark.slow
 def test_a_run_of_epochs_ends_where_it_says(chats, tmp_path, capsys):
     options = [*TINY, *chats, "--data.held_out", "--init", "random", "--workdir", str(tmp_path)]
+    options += ["--optimizer.warmup_steps", "0"]
     steps = setup.with_steps(load(*chats, "--train.epochs", "0.1"), None).train.steps
     train.main([*options, "--train.epochs", "0.1"])
     assert f"length    {steps} steps: about 0.1" in capsys.readouterr().out
@@ -118,3 +119,5 @@ def test_a_run_of_epochs_ends_where_it_says(chats, tmp_path, capsys):
     assert "is complete" in " ".join(capsys.readouterr().out.split())
     train.main([*options, "--train.epochs", "0.2"])
     assert metrics.read(tmp_path)[-1]["step"] > steps
+    said = " ".join(capsys.readouterr().out.split())
+    assert 0 < said.index("the learning rate jumps from") < said.index(f"step {steps + 1}/")

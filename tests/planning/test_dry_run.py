@@ -14,16 +14,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from programs import make_program
 from rich.console import Console
 from tiny_training import TINY, write_chats
 
-from gptoss_jax import inspect, train
+from gptoss_jax import data, inspect, train, weights
 from gptoss_jax.config import command_line
 from gptoss_jax.errors import UserError
+from gptoss_jax.model import Transformer
 from gptoss_jax.model.flops import step_flops
+from gptoss_jax.model.initial import init_params
 from gptoss_jax.optimizer import split_trainable
 from gptoss_jax.planning import dry_run
 from gptoss_jax.planning.shapes import checkpoint_bytes, shapes
+from gptoss_jax.runs import checkpoints
 from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +115,61 @@ def test_data_that_are_given_are_looked_at(tmp_path, capsys, monkeypatch):
         train.main([*SMALL, "--data.train", str(tmp_path / "nowhere.jsonl"), "--dry-run"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mesh.fsdp 3", "mesh: fsdp 3 is for 3 devices, and there are 8"),
+        ("--mesh.fsdp 8", "make it a multiple of 8"),
+        ("--mesh.tensor 8 --data.batch_size 8", "tensor"),
+        ("--init {other}", "is another model than the config's: model.num_layers 2 -> 1"),
+        ("--objective.name dpo", "model.lora.targets"),
+        ("--optimizer.freeze nothing_like_it", "nothing_like_it"),
+        ("--data.held_out {bad}", "not JSON"),
+        ("--init random --workdir {run} --train.seed 5", "train.seed 0 -> 5"),
+    ],
+)
+def test_what_training_refuses_is_refused_before_anything_is_printed(
+    options, message, tmp_path, capsys
+):
+    """In the same words by both; the model of `other` has two layers, and `run` is of this one."""
+    chats = write_chats(tmp_path / "a.jsonl", 9)
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    places = {name: tmp_path / name for name in ("other", "run")} | {"bad": tmp_path / "bad.jsonl"}
+    base = [*SMALL, "--data.sequence_length", "256", "--data.train", str(chats)]
+    config = command_line.load(base)
+    if "{other}" in options:
+        two = dataclasses.replace(config.model, num_layers=2)
+        weights.save(places["other"], Transformer(two), init_params(Transformer(two), seed=0))
+    if "{run}" in options:
+        with checkpoints.open_manager(places["run"]) as manager:
+            state = make_program(config).begin(None)
+            kept = {"data_state": {}, "fingerprint": data.fingerprint(config)}
+            checkpoints.save(manager, state, config=config, **kept)
+    args = [*base, *options.format(**places).split()]
+    if "--workdir" not in args:
+        args += ["--workdir", str(tmp_path / "w")]
+    said = []
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            train.main([*args, *more])
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_is_not_there_is_said_at_the_end(monkeypatch):
+    monkeypatch.setattr(dry_run, "memory_table", lambda *_: [])
+    out = io.StringIO()
+    dry_run.show(config_of("--init", "some/name"), Console(file=out, width=200))
+    end = out.getvalue().splitlines()[-6:]
+    assert "train needs --data.train FILE" in end
+    assert "not checked: --init some/name is no folder here" in end
+    config = dataclasses.replace(config_of(), init=None)
+    dry_run.show(config, Console(file=out, width=200))
+    assert "train needs weights to start from" in out.getvalue()
+
+
 def test_patterns_and_packed_experts_show_in_the_table():
     config = config_of(
         *("--model.experts", "mxfp4", "--optimizer.freeze", "layers[0]/attention/*", "*norm*"),
@@ -163,7 +222,8 @@ def test_questions_need_no_answers(tmp_path, monkeypatch):
     question = {"messages": [{"role": "user", "content": "why?"}]}
     (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
     options = "--objective.name grpo --objective.grpo.reward configs/rewards/sums.py --init random "
-    options += "--objective.grpo.group_size 2"
+    options += "--objective.grpo.group_size 2 --objective.grpo.max_tokens 8 "
+    options += "--data.sequence_length 256"
     config = config_of(str(tmp_path / "q.jsonl"), *options.split())
     monkeypatch.setattr(dry_run, "memory_table", lambda *_: ["as ever"])
     out = io.StringIO()
