@@ -44,12 +44,17 @@ def _parser() -> Parser:
     prompt.add_argument(
         "--prompt-ids", metavar="1,2,3", help="token ids to continue, without Harmony"
     )
+    prompt.add_argument(
+        "--messages",
+        metavar="FILE",
+        help="a chat to answer: JSON, a list of messages or a record as training reads it",
+    )
+    add("--tools", metavar="FILE", help="tools that the model may call: JSON, a list of tools")
     add("--raw", action="store_true", help="continue the text of --prompt itself, without Harmony")
     add(
         "--reasoning",
         choices=harmony.EFFORTS,
-        default="medium",
-        help="reasoning effort; default: medium",
+        help="reasoning effort; default: that of the --messages record, else medium",
     )
     add("--developer", "--system", metavar="TEXT", help="instructions to the model")
     add("--date", metavar="DATE", help=_DATE_HELP)
@@ -107,13 +112,14 @@ def main(argv: list[str]) -> None:
 
     rules = Rules(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     plain = args.raw or args.prompt_ids is not None
-    for name in ("developer", "date"):
+    for name in ("developer", "date", "tools"):
         if plain and getattr(args, name) is not None:
             raise UserError(f"--{name} is for a Harmony prompt: leave --raw and --prompt-ids out")
     if args.date is not None:
         dates.check(args.date, field="--date", rules=("none", "today"))
     if args.raw and args.prompt is None:
         raise UserError("--raw is for the text of --prompt; --prompt-ids are taken as they are")
+    chat = {} if plain else read_chat(args)
     given = None if args.prompt_ids is None else _read_ids(args.prompt_ids)
 
     make_model = command_line.read_make_model(args.config) if args.config else None
@@ -130,7 +136,7 @@ def main(argv: list[str]) -> None:
         make_model=make_model or Transformer,
     )
     encoding = tokenizer.get_tokenizer(model.config.vocab_size)
-    ids = read_prompt(args, encoding) if given is None else given
+    ids = read_prompt(args, chat, encoding) if given is None else given
     room = model.config.context - len(ids)
     options: dict[str, Any] = {
         "max_tokens": max(1, min(room, _DEFAULT_MAX_TOKENS))
@@ -175,7 +181,9 @@ def _answer(
     return answer
 
 
-def read_prompt(args: argparse.Namespace, encoding: tiktoken.Encoding) -> list[int]:
+def read_prompt(
+    args: argparse.Namespace, chat: dict[str, Any], encoding: tiktoken.Encoding
+) -> list[int]:
     """Return the ids of the prompt, with the date and history that the checkpoint was trained on.
 
     Raises UserError as `loading.read_rules`.
@@ -185,17 +193,32 @@ def read_prompt(args: argparse.Namespace, encoding: tiktoken.Encoding) -> list[i
 
     if args.raw:
         return tokenizer.encode(encoding, args.prompt)
-    messages = [{"role": "user", "content": args.prompt}]
-    if args.developer is not None:
-        messages.insert(0, {"role": "developer", "content": args.developer})
     rules = loading.read_rules(args.checkpoint, step=args.step)
     return harmony.render_prompt(
-        messages,
-        reasoning=args.reasoning,
+        chat["messages"],
+        tools=chat.get("tools"),
+        reasoning=args.reasoning or chat.get("reasoning") or "medium",
         date=dates.in_prompt(args.date or rules.date),
         history=rules.history,
         tokenizer=encoding,
     )
+
+
+def read_chat(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the chat that the options give: its messages, tools and reasoning effort."""
+    from gptoss_jax.data import chat_file  # imported late, as in main
+
+    if args.messages is not None:
+        chat = chat_file.read(args.messages, args.tools)
+    else:
+        tools = [] if args.tools is None else chat_file.read_tools(args.tools)
+        chat = {"messages": [{"role": "user", "content": args.prompt}], "tools": tools}
+    if args.developer is not None:
+        if chat["messages"][0]["role"] in ("developer", "system"):
+            raise UserError(f"{args.messages} has instructions, and --developer others: give one")
+        developer = {"role": "developer", "content": args.developer}
+        chat["messages"] = [developer, *chat["messages"]]
+    return chat
 
 
 def _read_ids(text: str) -> list[int]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gptoss_jax import harmony, sample, weights
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.errors import run_entry
+from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.harmony.tokenizer import get_tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.sampler import Sampled, Sampler
@@ -95,6 +95,83 @@ def test_json_is_one_object_with_what_the_sampler_gives(
     assert [message["role"] for message in answer["messages"]]
 
 
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "weather in Oslo?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Look.",
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+]
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["two files", "a record"])
+def test_messages_and_tools_are_read_from_files(folder, capsys, tmp_path, apart: bool):
+    """In OpenAI's dialect; a record says its reasoning effort, too, unless the option does."""
+    record = CHAT if apart else {"messages": CHAT, "tools": TOOLS, "reasoning_effort": "high"}
+    (tmp_path / "chat.json").write_text(json.dumps(record))
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    given = ["--checkpoint", str(folder), "--max-tokens", "1", "--json"]
+    given += ["--messages", str(tmp_path / "chat.json")]
+    given += ["--tools", str(tmp_path / "tools.json")] if apart else []
+    effort = "medium" if apart else "high"
+    for options, reasoning in [([], effort), (["--reasoning", "low"], "low")]:
+        out, _ = run(capsys, *given, *options)
+        want = harmony.render_prompt(CHAT, TOOLS, reasoning=reasoning, tokenizer=ENCODING)
+        assert json.loads(out)["prompt_ids"] == want
+    text = ENCODING.decode(want)
+    assert "namespace functions" in text and "rain" in text and "Be brief." in text
+
+
+def test_a_prompt_may_have_tools(folder, capsys, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps({"tools": TOOLS}))
+    given = ["--checkpoint", str(folder), "--max-tokens", "1", "--json", "--prompt", PROMPT]
+    out, _ = run(capsys, *given, "--tools", str(tmp_path / "tools.json"))
+    chat = [{"role": "user", "content": PROMPT}]
+    assert json.loads(out)["prompt_ids"] == harmony.render_prompt(chat, TOOLS, tokenizer=ENCODING)
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "named"),
+    [
+        ("[{", "", "chat.json:1: not JSON"),
+        ('{"messages": []}\n{"messages": []}', "", "chat.json:2: not JSON (Extra data"),
+        ("3", "", "chat.json: no chat: give a list of messages"),
+        ({"text": "once"}, "", "chat.json: a text, and no chat"),
+        ({"question": "x"}, "", "chat.json: lacks messages"),
+        ([], "", "chat.json: messages is empty"),
+        ([{**USER, "mood": "good"}], "", "chat.json: messages[0].mood: no field of a message"),
+        ([USER, {"role": "assistant", "content": "y"}], "", "ends with a message of the assistant"),
+        ({"messages": [USER], "tools": TOOLS}, "--tools TOOLS", "has tools, and"),
+        ([USER], "--tools CHAT", "chat.json: tools[0]"),
+        ([USER], "--tools none.json", "none.json: can't be read (No such file"),
+        ([USER], "--prompt x", "--prompt: not allowed with argument --messages"),
+        (CHAT, "--developer y", "has instructions, and --developer others"),
+    ],
+)
+def test_a_bad_chat_is_refused_before_the_model_is_read(chat, options, named, tmp_path):
+    """In a line with the file's name; none advises an option that `sample` lacks."""
+    file, tools = tmp_path / "chat.json", tmp_path / "tools.json"
+    file.write_text(chat if isinstance(chat, str) else json.dumps(chat))
+    tools.write_text(json.dumps(TOOLS))
+    options = options.replace("TOOLS", str(tools)).replace("CHAT", str(file)).split()
+    with pytest.raises(UserError) as caught:
+        sample.main(["--checkpoint", "nowhere", "--messages", str(file), *options])
+    said = str(caught.value)
+    assert named in said and "\n" not in said and "data.ignore" not in said
+
+
 def test_raw_text_and_ids_are_continued_as_they_are(folder, capsys):
     ids = ENCODING.encode_ordinary("roses are")
     given = ["--checkpoint", str(folder), "--max-tokens", "12"]
@@ -148,6 +225,7 @@ def test_channels_are_printed_apart(capsys):
         (["--checkpoint", "DIR", "--prompt-ids", "1,1024"], "id 1024"),
         (["--checkpoint", "DIR", "--prompt-ids", "1", "--raw"], "--raw"),
         (["--checkpoint", "DIR", "--prompt", "x", "--raw", "--system", "y"], "--developer"),
+        (["--checkpoint", "DIR", "--prompt", "x", "--raw", "--tools", "y"], "--tools"),
         (["--checkpoint", "DIR", "--prompt", "", "--raw"], "prompt 0 is empty"),
         (["--checkpoint", "DIR", "--prompt", "x", "--top-p", "1.5"], "top_p is 1.5"),
         (["--checkpoint", "DIR", "--prompt", "x", "--top-k", "0"], "top_k is 0"),

@@ -50,6 +50,7 @@ from gptoss_jax.harmony.channels import ROLES as ROLES
 from gptoss_jax.harmony.channels import TURNS as TURNS
 from gptoss_jax.harmony.channels import Weights, parse_train_on, weight_of
 from gptoss_jax.harmony.dialects import read_messages as read_messages
+from gptoss_jax.harmony.dialects import read_tools as read_tools
 from gptoss_jax.harmony.messages import EFFORTS as EFFORTS
 from gptoss_jax.harmony.messages import Message, Part, check_effort, expand
 from gptoss_jax.harmony.messages import check as check

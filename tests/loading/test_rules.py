@@ -50,7 +50,8 @@ def make_run(workdir: Path, *, lora: bool = False, **data) -> Path:
 def date_of_prompt(folder: Path, *options: str) -> str | None:
     """Return the date that `sample` names in its prompt."""
     arguments = ["--checkpoint", str(folder), "--prompt", "hi", *options]
-    ids = sample.read_prompt(sample.parse(arguments), ENCODING)
+    args = sample.parse(arguments)
+    ids = sample.read_prompt(args, sample.read_chat(args), ENCODING)
     _, found, rest = ENCODING.decode(ids).partition("Current date: ")
     return rest.partition("\n")[0] if found else None
 
