@@ -58,6 +58,19 @@ def _parser() -> Parser:
     )
     add("--developer", "--system", metavar="TEXT", help="instructions to the model")
     add("--date", metavar="DATE", help=_DATE_HELP)
+    _add_rules(parser)
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, else bfloat16",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_rules(parser: Parser) -> None:
+    """Add the options that say how tokens are chosen."""
+    add = parser.add_argument
     add(
         "--max-tokens",
         type=int,
@@ -83,13 +96,6 @@ def _parser() -> Parser:
         help="leave out tokens below this share of the top probability",
     )
     add("--seed", type=int, default=0)
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: float32 on a CPU, else bfloat16",
-    )
-    add("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
