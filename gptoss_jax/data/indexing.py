@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import zipfile
 from array import array
 from collections import Counter
@@ -365,8 +366,13 @@ def _code() -> str:
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr for a pass over `total` bytes, if they are many; yield `advance(n)`."""
-    if total < PROGRESS_FROM:
+    """Show a bar on stderr for a pass over `total` bytes, if they are many; yield `advance(n)`.
+
+    Where stderr is no terminal, such as in a log or a notebook, a line says what is done.
+    """
+    if total < PROGRESS_FROM or not sys.stderr.isatty():
+        if total >= PROGRESS_FROM:
+            print(f"{title}: {total / 1e9:,.2f} GB", file=sys.stderr)
         yield lambda n: None
         return
     from rich.console import Console

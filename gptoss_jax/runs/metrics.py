@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax.runs.headlines import LOSSES, objective_of
 from gptoss_jax.runs.tensorboard import Board
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+ANSWERS = "answers.jsonl"  # answers that GRPO sampled: see `objectives/reinforcement/rollouts.py`
 CURVES = "curves.png"
 
 
@@ -119,11 +121,24 @@ def plot(workdir: str | Path) -> Path:
         if points:
             axis.plot(*zip(*points, strict=True), label=label or name.replace("_", " "), **style)
 
+    objective = objective_of(records)
+    what = LOSSES[objective]
     line(losses, "loss", color="tab:blue", alpha=0.6, linewidth=1)
-    line(losses, "held_out_loss", color="tab:orange", marker="o", markersize=4)
-    losses.set(title="loss, nats a token", xlabel="step", ylim=(0, None))
-    line(answers, "exact_match", color="tab:green", marker="o", markersize=4)
-    answers.set(title="held-out questions answered exactly", xlabel="step", ylim=(-0.02, 1.02))
+    if what.training == what.held_out:
+        losses.set(ylim=(0, None))
+        line(losses, "held_out_loss", color="tab:orange", marker="o", markersize=4)
+    losses.set(title=f"loss, {what.training}", xlabel="step")
+    if objective == "dpo":
+        line(answers, "reward_accuracy", color="tab:green", alpha=0.6, linewidth=1)
+        line(answers, "held_out_reward_accuracy", color="tab:green", marker="o", markersize=4)
+        answers.set(title="pairs whose chosen answer has the larger reward", ylim=(-0.02, 1.02))
+    elif objective == "grpo":
+        line(answers, "reward", color="tab:green")
+        answers.set(title="reward, mean over a step's answers")
+    else:
+        line(answers, "exact_match", color="tab:green", marker="o", markersize=4)
+        answers.set(title="held-out questions answered exactly", ylim=(-0.02, 1.02))
+    answers.set(xlabel="step")
     line(rates, "learning_rate", color="tab:red")
     rates.set(title="learning rate and gradient norm", xlabel="step", ylabel="learning rate")
     norms = rates.twinx()

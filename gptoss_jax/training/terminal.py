@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.runs import metrics, records, report
@@ -23,46 +23,74 @@ class RunProgress:
     def __init__(self, console: Console, *, start: int, steps: int) -> None:
         self._console, self._steps = console, steps
         self._every = max(1, steps // 20)
-        self._start, self._shown, self._began = start, start, time.perf_counter()
+        self._start, self._shown = start, start
+        # Step and time from which the pace counts: the first record, which is after compilation.
+        self._timed: tuple[int, float] | None = None
+        self._alike_said = False
+        # Not `console.is_terminal`: FORCE_COLOR, which Jupyter sets, makes it true of a pipe.
+        self._has_bar = console.file.isatty()
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("{task.fields[text]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._has_bar,
         )
         self._task = self._bar.add_task("train", total=steps, completed=start, text="compiling")
         self._bar.start()
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """Show a step's record."""
-        text = f"loss {values['loss']:.4f}"
-        for name in ("reward", "reward_accuracy"):  # what GRPO and DPO improve
-            if name in values:
-                text += f"  {name.replace('_', ' ')} {values[name]:.3f}"
+        """Show a step's record: first what DPO and GRPO improve, then the loss."""
+        parts = [
+            f"{name.replace('_', ' ')} {values[name]:.3f}"
+            for name in ("reward", "reward_accuracy", "reward_margin")
+            if name in values
+        ]
+        if "groups_alike" in values:
+            parts.append(f"groups alike {values['groups_alike']:.0%}")
+        parts.append(f"loss {values['loss']:.4f}")
         if "tokens_per_second" in values:
-            text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+            parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
         if values.get("mfu"):
-            text += f"  MFU {values['mfu']:.1%}"
+            parts.append(f"MFU {values['mfu']:.1%}")
         if values.get("skipped_steps"):
-            text += f"  skipped {values['skipped_steps']} (not finite)"
+            parts.append(f"skipped {values['skipped_steps']} (not finite)")
+        if left := self._left(step):
+            parts.append(f"left {left}")
+        text = "  ".join(parts)
         self._bar.update(self._task, completed=step, text=text)
         due = step - self._shown >= self._every or step == self._steps or step == self._start + 1
-        if not self._console.is_terminal and due:
+        if not self._has_bar and due:
             self._shown = step
-            pace = (time.perf_counter() - self._began) / (step - self._start)
-            left = duration(pace * (self._steps - step))
-            self._line(f"step {step}/{self._steps}  {text}  left {left}")
+            self._line(f"step {step}/{self._steps}  {text}")
+        if values.get("groups_alike") == 1 and not self._alike_said:
+            self._alike_said = True
+            self._line(
+                f"step {step}: all answers to a question got the same reward, for every question, "
+                "so this step teaches nothing. If most steps are so, ask questions that are "
+                "answered well sometimes, give rewards more grades, or raise "
+                "--objective.grpo.group_size"
+            )
+
+    def _left(self, step: int) -> str:
+        """Return the time left at the pace since the first record; "" at that record."""
+        now = time.perf_counter()
+        if self._timed is None:
+            self._timed = step, now
+        first, then = self._timed
+        return (
+            duration((now - then) / (step - first) * (self._steps - step)) if step > first else ""
+        )
 
     def say(self, step: int, scores: dict[str, Any]) -> None:
         """Print the scores of an evaluation as a line that stays on the screen."""
-        text = f"step {step}/{self._steps}  held-out loss {scores['held_out_loss']:.4f}"
+        loss = f"held-out loss {scores['held_out_loss']:.4f}"
         if "held_out_reward_accuracy" in scores:  # preference pairs: their loss is no likelihood
-            text += f"  reward accuracy {scores['held_out_reward_accuracy']:.3f}"
-            text += f"  margin {scores['held_out_reward_margin']:.3f}"
+            text = f"step {step}/{self._steps}  held-out reward accuracy "
+            text += f"{scores['held_out_reward_accuracy']:.3f}"
+            text += f"  margin {scores['held_out_reward_margin']:.3f}  {loss}"
         else:
+            text = f"step {step}/{self._steps}  {loss}"
             text += f"  perplexity {scores['held_out_perplexity']:,.2f}"
         if "exact_match" in scores:
             text += f"  exact match {scores['exact_match']:.3f}"
@@ -71,7 +99,7 @@ class RunProgress:
     def go_back(self, step: int, text: str) -> None:
         """Print why the run goes back to an earlier step, and count from that step."""
         self._line(text, style="bold")
-        self._start, self._shown, self._began = step, step, time.perf_counter()
+        self._start, self._shown, self._timed = step, step, (step, time.perf_counter())
         self._bar.update(self._task, completed=step, text="going on")
 
     def stop(self) -> None:
@@ -131,6 +159,8 @@ def print_summary(console: Console, workdir: Path, *, seconds: float | None) -> 
         "checkpoints": f"{workdir / records.FOLDER}, steps {', '.join(map(str, kept))}",
         "sample": f"python -m gptoss_jax.sample --checkpoint {workdir}{own_model} --prompt TEXT",
     }
+    if (workdir / metrics.ANSWERS).is_file():
+        lines["answers"] = workdir / metrics.ANSWERS
     lines["go on"] = "the same command, with a larger --train.steps once it is complete"
     if best:
         lines["best"] = f"step {best[0]}, held-out loss {best[1]:.4f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -314,11 +315,11 @@ def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Any]:
-    """Show a bar on stderr for work of over 1 GiB; yield `advance(num_bytes)`."""
+    """Show a bar for work of over 1 GiB, if stderr is a terminal; yield `advance(num_bytes)`."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    quiet = total < _PROGRESS_FROM
+    quiet = total < _PROGRESS_FROM or not sys.stderr.isatty()
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(what, total=total)

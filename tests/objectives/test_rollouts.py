@@ -217,7 +217,7 @@ def test_a_run_logs_its_rewards_and_the_sampler_s_gap(whole):
         assert first["reward_std"] > 0 and first["groups_alike"] in (0, 0.5)
         assert first["trained_tokens"] == 16 * first["answer_tokens"]
     assert records[0]["reward"] != records[2]["reward"]
-    answers = metrics.read(whole, rollouts.ANSWERS)
+    answers = metrics.read(whole, metrics.ANSWERS)
     assert {a["step"] for a in answers} == set(range(1, STEPS, 2))
     assert answers[0]["question"].startswith("count to")
     assert answers[0]["reward"] > answers[1]["reward"]
@@ -255,7 +255,7 @@ def test_stopped_and_started_again_asks_and_samples_the_same(
     assert log(tmp_path) == log(whole)[:step]
     train.main(args)
     assert log(tmp_path) == log(whole)[:5]
-    one, two = (metrics.read(folder, rollouts.ANSWERS) for folder in (whole, tmp_path))
+    one, two = (metrics.read(folder, metrics.ANSWERS) for folder in (whole, tmp_path))
     assert [a for a in one if a["step"] <= 5] == two
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from gptoss_jax.runs import metrics
 
@@ -50,3 +51,29 @@ def test_curves_are_drawn(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
     (tmp_path / "empty").mkdir()
     assert metrics.plot(tmp_path / "empty").is_file()
+
+
+def test_curves_say_what_the_losses_and_answers_are(tmp_path, monkeypatch):
+    """The titles of the two first pictures, for each objective."""
+    titles = {}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *_, **__: titles.update({objective: self.axes[:2]})
+    )
+    by_objective = {
+        "sft": {"held_out_loss": 3.0, "exact_match": 0.0},
+        "dpo": {"reward_margin": 1.0, "reward_accuracy": 0.5},
+        "grpo": {"reward": 0.5, "groups_alike": 0.5},
+        "distill": {"teacher_kl": 0.5},
+    }
+    for objective, values in by_objective.items():
+        (tmp_path / objective).mkdir()
+        log = metrics.MetricsLog(tmp_path / objective)
+        log.write(1, {"loss": 2.5, **values})
+        log.close()
+        metrics.plot(tmp_path / objective)
+    said = {name: [axis.get_title() for axis in axes] for name, axes in titles.items()}
+    assert said["sft"] == ["loss, nats a token", "held-out questions answered exactly"]
+    assert said["dpo"][1] == "pairs whose chosen answer has the larger reward"
+    assert said["grpo"][1] == "reward, mean over a step's answers"
+    for name in ("dpo", "grpo", "distill"):
+        assert "nats" not in said[name][0]

@@ -284,6 +284,87 @@ def test_the_command_prints_the_path(tmp_path, capsys):
     assert stop.value.code == 0 and "--out FILE" in capsys.readouterr().out
 
 
+# --- DPO and GRPO -----------------------------------------------------------------------------
+
+
+def write_records(workdir: Path, records: list[dict]) -> Path:
+    workdir.mkdir()
+    text = "".join(json.dumps({"step": i, **r}) + "\n" for i, r in enumerate(records, 1))
+    (workdir / "metrics.jsonl").write_text(text)
+    return workdir
+
+
+def dpo_run(workdir: Path) -> Path:
+    names = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    values = dict(zip(names, (0.75, 1.5, 1.0, -0.5), strict=True))
+    held_out = {f"held_out_{name}": value / 2 for name, value in values.items()}
+    records = [{"loss": 0.5, **values}, {"held_out_loss": 0.6, **held_out}]
+    return write_records(workdir, records)
+
+
+def grpo_run(workdir: Path, *, rounds: int = 3) -> Path:
+    names = ("reward", "reward_std", "groups_alike", "answer_tokens", "cut_off", "clipped")
+    values = dict(zip(names, (0.375, 0.5, 0.25, 30.0, 0.125, 0.0), strict=True))
+    write_records(workdir, [{"loss": 1e-6, **values}] * rounds + [{"held_out_loss": 1.5}])
+    answers = []
+    for step in range(1, rounds + 1):
+        some = {"step": step, "question": f"question {step} {EVIL}"}
+        answers.append({**some, "answer": f"good {step} {EVIL}", "reward": 1.0})
+        if step > 1:
+            answers.append({**some, "answer": f"poor {step} " + "x" * 9000, "reward": 0.25})
+    text = "".join(json.dumps(answer) + "\n" for answer in answers)
+    (workdir / metrics.ANSWERS).write_text(text)
+    return workdir
+
+
+def test_a_run_on_pairs_leads_with_its_rewards(tmp_path):
+    page = Page(report.write([dpo_run(tmp_path / "run")]))
+    assert page.titles == ["Reward accuracy", "Reward margin", "Rewards of both sides", "Loss"]
+    assert page.sections[:3] == ["numbers", "rewards", "curves"]
+    text = "|".join(page.text)
+    assert text.index("0.375|reward accuracy, held out") < text.index("held-out loss;")
+    assert "0.750|reward margin, held out" in text
+    assert "of a pair; ln 2 is no preference" in text and "nats" not in text
+    assert [s["n"] for s in page.data[0]["s"]] == ["training", "held out"]
+    assert [s["n"] for s in page.data[2]["s"]] == ["chosen", "rejected"]
+
+
+def test_a_run_on_rewards_leads_with_them_and_shows_its_answers(tmp_path):
+    page = Page(report.write([grpo_run(tmp_path / "run")]))
+    assert page.titles == [
+        *("Reward", "Spread of rewards", "Groups alike", "Answer length", "Answers cut off"),
+        *("Training loss", "Held-out loss", "clipped"),
+    ]
+    text = "|".join(page.text)
+    assert text.index("0.375|reward, training") < text.index("held-out loss;")
+    assert "25%|of the questions taught nothing" in text
+    assert "Training loss| |about 0 whatever is learnt" in text
+    assert "Held-out loss| |nats a token" in text
+    assert "answers" in page.sections and f"good 2 {EVIL}" in page.text
+    assert "step 2" in page.text and "reward 0.25" in page.text
+    assert page.text.count("all answers got this reward") == 1  # of step 1
+    assert "characters more]" in text and page.raw.count("x" * 100) > 0
+    assert page.raw.index("reward 1<") < page.raw.index("reward 0.25<")
+
+
+def test_a_long_run_shows_rounds_from_first_to_last(tmp_path):
+    path = report.write([grpo_run(tmp_path / "run", rounds=500)])
+    page = Page(path)
+    steps = [t for t in page.text if re.fullmatch(r"step \d+", t)]
+    assert len(steps) == 24 and steps[0] == "step 1" and steps[-1] == "step 500"
+    assert "24 of 500 rounds" in " ".join(page.text) and path.stat().st_size < 400_000
+
+
+def test_losses_of_different_objectives_share_no_chart(tmp_path):
+    runs_ = [dpo_run(tmp_path / "a"), make_run(tmp_path / "b"), grpo_run(tmp_path / "c")]
+    page = Page(report.write(runs_, out=tmp_path / "all.html"))
+    losses = {t: d["s"] for t, d in zip(page.titles, page.data, strict=True) if "oss of" in t}
+    assert list(losses) == [
+        *("Loss of dpo", "Loss of sft", "Training loss of grpo", "Held-out loss of grpo")
+    ]
+    assert [s["n"] for s in losses["Loss of sft"]] == ["b, training", "b, held out"]
+
+
 # --- Charts ------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,6 @@ from gptoss_jax.types import Batch, Params, TrainState
 
 ADVANTAGES, SAMPLED = "advantages", "sampled_logprobs"  # keys of `Batch.per_token`
 FRESH = "fresh"  # key of `Batch.shared`: 1 in the first step on a set of answers, else 0
-ANSWERS = "answers.jsonl"
 # Rewards differ by rounding only if their standard deviation is at most this, times the largest
 # absolute reward where that is over 1.
 _STD_FLOOR = 1e-6
@@ -152,9 +151,9 @@ class Rollouts:
         folder = Path(self._config.run_folder)
         if not (processes.is_first() and folder.is_dir()) or asked.answers is None:
             return
-        file = folder / ANSWERS
+        file = folder / metrics.ANSWERS
         if self._last_logged is None or step <= self._last_logged:
-            kept = [r for r in metrics.read(folder, ANSWERS) if r["step"] < step]
+            kept = [r for r in metrics.read(folder, metrics.ANSWERS) if r["step"] < step]
             file.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._last_logged = step
         group = asked.answers["rewards"][: self._config.objective.grpo.group_size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from gptoss_jax.runs.headlines import LOSSES
 from gptoss_jax.runs.report.charts import COLOURS, Line, chart
 from gptoss_jax.runs.report.runs import Points, Run
 
@@ -12,24 +13,18 @@ _KNOWN = {
     "loss", "held_out_loss", "held_out_perplexity", "exact_match", "learning_rate", "grad_norm",
     "tokens_per_second", "flops_per_second", "mfu", "tokens", "trained_tokens", "step_seconds",
     "load_entropy", "load_entropy_min", "dead_experts", "load_max", "dropped", "balance_loss",
-    "z_loss", "skipped_steps",
+    "z_loss", "skipped_steps", "reward", "reward_std", "groups_alike", "answer_tokens", "cut_off",
+    *(f"{of}reward_{name}" for of in ("", "held_out_")
+      for name in ("accuracy", "margin", "chosen", "rejected")),
 }  # fmt: skip
 
 
 def training(runs: list[Run]) -> str:
-    """Return the charts of loss, exact match, learning rate, gradient norm and speed."""
+    """Return the charts of the losses, exact match, learning rate, gradient norm and speed."""
     marks = _rewinds(runs)
     rates = [Line(r.name, r.points("learning_rate"), _colour(i)) for i, r in enumerate(runs)]
-    losses: list[Line] = []
-    for i, run in enumerate(runs):
-        first, second = (i, i) if len(runs) > 1 else (0, 1)
-        prefix = f"{run.name}, " if len(runs) > 1 else ""
-        losses += [
-            Line(f"{prefix}training", run.points("loss"), _colour(first), noisy=True),
-            Line(f"{prefix}held out", run.points("held_out_loss"), _colour(second), marked=True),
-        ]
     return _grid(
-        chart("Loss", losses, note="nats a token", low=0, marks=marks),
+        *_losses(runs, marks),
         chart(
             "Exact match", _lines(runs, "exact_match", marked=True), low=0, high=1,
             note="share of the held-out questions", marks=marks,
@@ -38,6 +33,87 @@ def training(runs: list[Run]) -> str:
         chart("Gradient norm", _lines(runs, "grad_norm"), note="before clipping", marks=marks),
         chart("Tokens a second", _lines(runs, "tokens_per_second"), low=0, log=False),
         chart("MFU", _lines(runs, "mfu"), note="share of the device's peak", low=0, log=False),
+    )  # fmt: skip
+
+
+def _losses(runs: list[Run], marks: list[float]) -> list[str]:
+    """Return the charts of the losses; losses that measure different things share no chart."""
+    charts: list[str] = []
+    objectives = dict.fromkeys(run.objective for run in runs)
+    for name in objectives:
+        what, of = LOSSES[name], f" of {name}" if len(objectives) > 1 else ""
+        training, held_out = _pair_of(runs, "loss", only=name)
+        if what.training == what.held_out:
+            both = [line for pair in zip(training, held_out, strict=True) for line in pair]
+            charts.append(chart(f"Loss{of}", both, note=what.training, low=0, marks=marks))
+        else:
+            charts += [
+                chart(f"Training loss{of}", training, note=what.training, low=0, marks=marks),
+                chart(f"Held-out loss{of}", held_out, note=what.held_out, low=0, marks=marks),
+            ]
+    return charts
+
+
+def _pair_of(
+    runs: list[Run], name: str, *, only: str | None = None
+) -> tuple[list[Line], list[Line]]:
+    """Return the lines of a number in training and held out, of the runs with objective `only`."""
+    training, held_out = [], []
+    for i, run in enumerate(runs):
+        if only is not None and run.objective != only:
+            continue
+        first, second = (i, i) if len(runs) > 1 else (0, 1)
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        points = run.points(name), run.points(f"held_out_{name}")
+        training.append(Line(f"{prefix}training", points[0], _colour(first), noisy=True))
+        held_out.append(Line(f"{prefix}held out", points[1], _colour(second), marked=True))
+    return training, held_out
+
+
+def rewards(runs: list[Run]) -> str:
+    """Return the charts of what DPO and GRPO improve, and of what GRPO's answers are like."""
+    marks = _rewinds(runs)
+
+    def both(name: str) -> list[Line]:
+        training, held_out = _pair_of(runs, name)
+        return [line for pair in zip(training, held_out, strict=True) for line in pair]
+
+    sides: list[Line] = []
+    for i, run in enumerate(runs):
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
+        for k, side in enumerate(("chosen", "rejected")):
+            points = run.points(f"reward_{side}")
+            colour = _colour(i if len(runs) > 1 else k)
+            sides.append(Line(prefix + side, points, colour, noisy=True, dashed=bool(k)))
+    return _grid(
+        chart(
+            "Reward", _lines(runs, "reward"), note="mean over a step's answers", log=False,
+            marks=marks,
+        ),
+        chart(
+            "Reward accuracy", both("reward_accuracy"), low=0, high=1, marks=marks,
+            note="share of pairs whose chosen answer has the larger reward",
+        ),
+        chart(
+            "Reward margin", both("reward_margin"), note="chosen minus rejected", low=0, log=False,
+            marks=marks,
+        ),
+        chart("Rewards of both sides", sides, note="training", log=False, marks=marks),
+        chart(
+            "Spread of rewards", _lines(runs, "reward_std"), low=0, log=False,
+            note="standard deviation over a step's answers",
+        ),
+        chart(
+            "Groups alike", _lines(runs, "groups_alike"), low=0, high=1, log=False,
+            note="share of questions that teach nothing: equal rewards",
+        ),
+        chart(
+            "Answer length", _lines(runs, "answer_tokens"), note="tokens, mean", low=0, log=False
+        ),
+        chart(
+            "Answers cut off", _lines(runs, "cut_off"), low=0, high=1, log=False,
+            note="share as long as max_tokens",
+        ),
     )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shlex
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ import numpy as np
 from gptoss_jax.config import Config
 from gptoss_jax.errors import UserError
 from gptoss_jax.runs import model_source
-from gptoss_jax.runs.report import curves
+from gptoss_jax.runs.report import answers, curves
 from gptoss_jax.runs.report.charts import colour_bar, heatmap, over_time
 from gptoss_jax.runs.report.runs import Run
 
 _HERE = Path(__file__).parent
-_ANSWERS = 12  # shown for a question; earlier ones are folded away
 
 # The page fetches nothing, even if an answer of the model or a name in the data holds HTML.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -31,11 +30,13 @@ def render(runs: list[Run]) -> str:
     title = runs[0].name if len(runs) == 1 else " and ".join(r.name for r in runs)
     sections = {
         "numbers": ("", "".join(_numbers(run, len(runs) > 1) for run in runs)),
+        "rewards": ("Rewards", curves.rewards(runs)),
         "curves": ("Curves", curves.training(runs)),
         "sources": ("Sources", curves.sources(runs)),
         "routing": ("Routing", curves.routing(runs)),
         "load": ("Expert load", "".join(_load(run, len(runs) > 1) for run in runs)),
-        "samples": ("Samples over time", "".join(_samples(run, len(runs) > 1) for run in runs)),
+        "answers": ("Sampled answers", _for_each(runs, answers.rounds)),
+        "samples": ("Answers to held-out questions", _for_each(runs, answers.samples)),
         "events": ("Events", "".join(_events(run, len(runs) > 1) for run in runs)),
         "other": ("Other numbers", curves.other(runs)),
         "config": ("Config", _config(runs)),
@@ -72,6 +73,12 @@ def _heading(run: Run, several: bool) -> str:
     return f"<h3>{escape(run.name)}</h3>" if several else ""
 
 
+def _for_each(runs: list[Run], show: Callable[[Run], str]) -> str:
+    """Join what `show` returns of each run, where it returns something."""
+    parts = ((run, show(run)) for run in runs)
+    return "".join(_heading(run, len(runs) > 1) + part for run, part in parts if part)
+
+
 # --- Headline numbers --------------------------------------------------------------------------
 
 
@@ -80,6 +87,7 @@ def _numbers(run: Run, several: bool) -> str:
     if run.records:
         of = run.field("train.steps")
         tiles.append((f"{run.records[-1]['step']:,}", f"steps of {of:,}" if of else "steps"))
+    tiles += _rewards(run)
     if held_out := run.points("held_out_loss"):
         step, best = min(held_out, key=lambda p: p[1])
         where = f"best {best:.4f}, at step {step:,.0f}"
@@ -98,6 +106,22 @@ def _numbers(run: Run, several: bool) -> str:
         tiles.append((_millions(total[0]), f"parameters; {_millions(total[1])} active"))
     body = "".join(f"<div><b>{escape(v)}</b><span>{escape(n)}</span></div>" for v, n in tiles)
     return f'{_heading(run, several)}<div class="tiles">{body}</div>' if tiles else ""
+
+
+def _rewards(run: Run) -> list[tuple[str, str]]:
+    """Return the headline numbers of DPO and GRPO, which come before the loss."""
+    tiles = []
+    for name in ("reward_accuracy", "reward_margin", "reward"):
+        of, points = "held out", run.points(f"held_out_{name}")
+        if not points:
+            of, points = "training", run.points(name)
+        if points:
+            text = f"{name.replace('_', ' ')}, {of}; first {points[0][1]:.3f}"
+            tiles.append((f"{points[-1][1]:.3f}", text))
+    if alike := [v for _, v in run.points("groups_alike")]:
+        text = "of the questions taught nothing: their answers had equal rewards"
+        tiles.append((f"{np.mean(alike):.0%}", text))
+    return tiles
 
 
 def _seconds(run: Run) -> float:
@@ -178,37 +202,7 @@ def _load(run: Run, several: bool) -> str:
     )
 
 
-# --- Samples and events ------------------------------------------------------------------------
-
-
-def _samples(run: Run, several: bool) -> str:
-    """Show the answers to each question; equal answers in a row are one entry."""
-    by_question: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for _, group in itertools.groupby(run.samples, key=lambda s: s["step"]):
-        for i, sample in enumerate(group):
-            by_question.setdefault((i, str(sample.get("question"))), []).append(sample)
-    cards = []
-    for (_, question), answers in by_question.items():
-        rows = []
-        for _, some in itertools.groupby(answers, key=lambda s: (s.get("answer"), s.get("right"))):
-            same = list(some)
-            steps = f"{same[0]['step']:,}" + (f" \u2013 {same[-1]['step']:,}" if same[1:] else "")
-            right = bool(same[0].get("right"))
-            sign = f'<span class="{"ok" if right else "no"}">{"✓" if right else "✗"}</span>'
-            said = escape(str(same[0].get("answer")))
-            rows.append(f'<tr><td>{steps}</td><td>{sign}</td><td class="mono pre">{said}</td></tr>')
-        table = '<table class="fixed"><tbody>{}</tbody></table>'
-        shown = table.format("".join(rows[-_ANSWERS:]))
-        if early := rows[:-_ANSWERS]:
-            summary = f"<summary>{len(early)} earlier answers</summary>"
-            shown = f"<details>{summary}{table.format(''.join(early))}</details>{shown}"
-        cards.append(
-            f'<div class="card"><p class="pre">{escape(question)}</p><p class="soft pre">expected: '
-            f'<span class="mono">{escape(str(answers[-1].get("expected")))}</span></p>'
-            f"{shown}</div>"
-        )
-    body = f'<div class="samples">{"".join(cards)}</div>' if cards else ""
-    return _heading(run, several) + body if body else ""
+# --- Events ------------------------------------------------------------------------------------
 
 
 def _events(run: Run, several: bool) -> str:

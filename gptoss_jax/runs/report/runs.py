@@ -11,6 +11,7 @@ from typing import Any
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.runs import metrics
+from gptoss_jax.runs.headlines import objective_of
 
 EVENTS = "events.jsonl"
 CONFIG = "config.json"
@@ -20,12 +21,16 @@ Points = list[tuple[float, float]]  # (step, value)
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its records in rising order of steps, and the problems in reading them."""
+    """One run: its records in rising order of steps, and the problems in reading them.
+
+    `samples` are answers to held-out questions, and `answers` those that GRPO sampled.
+    """
 
     name: str
     workdir: Path
     records: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
     events: list[dict[str, Any]]
     config: dict[str, Any]  # {} if it is missing
     problems: list[str]
@@ -46,6 +51,11 @@ class Run:
         for name in path.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
+
+    @property
+    def objective(self) -> str:
+        """The `objective.name` of the run."""
+        return objective_of(self.records)
 
     def names(self) -> list[str]:
         """Return the names of all numbers in the records, in the order of their first use."""
@@ -73,10 +83,10 @@ def _load(folder: Path, name: str) -> Run:
     problems: list[str] = []
     if not (folder / metrics.FILE).is_file():
         problems.append(f"{metrics.FILE} is missing")
-    records, samples, events = (
-        _read_lines(folder / file, problems) for file in (metrics.FILE, metrics.SAMPLES, EVENTS)
-    )
-    return Run(name, folder, records, samples, events, _read_config(folder, problems), problems)
+    files = (metrics.FILE, metrics.SAMPLES, metrics.ANSWERS, EVENTS)
+    records, samples, answers, events = (_read_lines(folder / f, problems) for f in files)
+    config = _read_config(folder, problems)
+    return Run(name, folder, records, samples, answers, events, config, problems)
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
