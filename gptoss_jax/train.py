@@ -32,7 +32,7 @@ from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.parameters import patterns
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.planning import dry_run
-from gptoss_jax.runs import checkpoints, metrics, model_source, records
+from gptoss_jax.runs import checkpoints, metrics, model_source, records, tracking
 from gptoss_jax.runs.workdir import Hold, log_event, write_text
 from gptoss_jax.training import checks, held_out, profiling, setup
 from gptoss_jax.training.record import StepRecorder
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     make_model: MakeModel = command_line.load_make_model(argv) or Transformer
     with processes.start(config.distributed), loading.ignoring(config.ignore_config):
         console = Console(highlight=False, quiet=not processes.is_first())
+        tracking.check(config.train.wandb)
         processes.same(command_line.flat(config), "the config")
         mesh = meshes.make(config.mesh)
         setup.check_mesh(config, mesh)
@@ -188,7 +189,7 @@ def run(
     setup.keep(config, load, workdir)
     start, fresh = int(state.step), record is None
     spikes = SpikeGuard(settings, record.spikes if record else {}, step=start)
-    open_log = partial(metrics.MetricsLog, workdir) if processes.is_first() else metrics.NoLog
+    open_log = partial(metrics.open_log, workdir, settings.wandb, command_line.flat(config))
     log = open_log(step=None if fresh else start)
     manager = checkpoints.open_manager(workdir, keep=settings.keep)
     make_recorder = partial(StepRecorder, config, batches.source_names, devices=mesh.size)

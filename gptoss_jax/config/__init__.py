@@ -190,6 +190,9 @@ class TrainConfig:
     spike_window: int = 50
     max_rewinds: int = 3  # rewinds in a run; one more spike stops it
     log_every: int = 1  # steps from one line of metrics to the next
+    # Project at Weights & Biases that the metrics go to as well. It needs `pip install wandb` and a
+    # login, or WANDB_MODE=offline in the environment.
+    wandb: str | None = None
     eval_every: int = 100  # steps from one evaluation to the next
     # Batches of held-out data in an evaluation, each of data.batch_size rows; 0 is all of them.
     eval_batches: int = 16

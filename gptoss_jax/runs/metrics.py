@@ -1,15 +1,18 @@
-"""The metrics of a run: JSON lines, TensorBoard files and a picture of the curves."""
+"""The metrics of a run: JSON lines, TensorBoard files, W&B, and a picture of the curves."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.runs.headlines import LOSSES, objective_of
 from gptoss_jax.runs.tensorboard import Board
+from gptoss_jax.runs.tracking import Tracker
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -17,13 +20,37 @@ ANSWERS = "answers.jsonl"  # answers that GRPO sampled: see `objectives/reinforc
 CURVES = "curves.png"
 
 
-class MetricsLog:
-    """Appends records to `metrics.jsonl`, `samples.jsonl` and TensorBoard's files in a workdir."""
+# The groups of TensorBoard and W&B; what is in none of them is in "train".
+_GROUPS = {
+    "router": {
+        "load_entropy", "load_entropy_min", "dead_experts", "load_max", "dropped", "balance_loss",
+        "z_loss",
+    },
+    "speed": {"tokens_per_second", "flops_per_second", "mfu", "step_seconds"},
+    "eval": {"exact_match"},
+}  # fmt: skip
 
-    def __init__(self, workdir: str | Path, *, step: int | None = None) -> None:
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl`, `samples.jsonl` and TensorBoard's files in a workdir.
+
+    With `project` it sends them to Weights & Biases, too.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        step: int | None = None,
+        project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         """Open the log of a run that continues after `step`, and remove later records from it.
 
-        Without a step the log starts empty.
+        Without a step the log starts empty. `config` is what W&B shows as the run's config.
+
+        Raises:
+            UserError: W&B refuses, or can't be reached.
         """
         folder = Path(workdir)
         _keep_until(folder / FILE, step)
@@ -33,23 +60,27 @@ class MetricsLog:
         self._samples = folder / SAMPLES
         purge_step = 0 if step is None else step + 1
         self._board = Board(folder / "tensorboard", purge_step=purge_step)
+        self._tracker: Tracker | None = None
+        if project is not None:
+            self._tracker = Tracker(
+                project, workdir=folder, config=config or {}, fresh=step is None
+            )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one record, without values that are None or not finite (JSON has no NaN).
 
-        Numbers go to TensorBoard too; for a list [L][E], the largest entry of each layer does.
+        Numbers go to TensorBoard and W&B too, by the names of `tagged`.
         """
         values = {k: v for k, v in values.items() if v is not None}
         values = {k: v for k, v in values.items() if isinstance(v, list) or math.isfinite(v)}
         line = (json.dumps({"step": step, **values}) + "\n").encode()
         while line:  # a disk that is almost full may take only a part
             line = line[self._file.write(line) :]
-        for name, value in values.items():
-            if not isinstance(value, list):
-                self._board.add(name, value, step=step)
-            else:
-                for layer, row in enumerate(value):
-                    self._board.add(f"{name}_max/layer_{layer}", max(row), step=step)
+        numbers = tagged(values)
+        for tag, value in numbers.items():
+            self._board.add(tag, value, step=step)
+        if self._tracker is not None:
+            self._tracker.write(step, numbers)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append the model's answers, if there are any, to `samples.jsonl`, one record each.
@@ -64,13 +95,12 @@ class MetricsLog:
         """Flush and close all files."""
         self._file.close()
         self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 class NoLog:
     """The log of every process but the first: it writes nothing."""
-
-    def __init__(self, *, step: int | None = None) -> None:
-        """Ignore `step`, which `MetricsLog` takes."""
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Do nothing."""
@@ -80,6 +110,39 @@ class NoLog:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def open_log(
+    workdir: str | Path, project: str | None, config: dict[str, Any], *, step: int | None
+) -> MetricsLog | NoLog:
+    """Open the log of a run on the first process; every other gets one that writes nothing.
+
+    `project` is the run's `train.wandb`. The other arguments and errors are those of `MetricsLog`.
+    """
+    if not processes.is_first():
+        return NoLog()
+    return MetricsLog(workdir, step=step, project=project, config=config)
+
+
+def tagged(values: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record under grouped names: train/loss, eval/loss, router/z_loss.
+
+    Sources of a mixture stay as they are, source/NAME/loss. A list [L][E], such as the load of the
+    experts, gives the largest entry of each layer.
+    """
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            largest = {f"router/{name}_max/layer_{i}": max(row) for i, row in enumerate(value)}
+            numbers |= largest
+        elif name.startswith("source/"):
+            numbers[name] = value
+        elif name.startswith("held_out_"):
+            numbers[f"eval/{name.removeprefix('held_out_')}"] = value
+        else:
+            group = next((g for g, names in _GROUPS.items() if name in names), "train")
+            numbers[f"{group}/{name}"] = value
+    return numbers
 
 
 def read(workdir: str | Path, file: str = FILE) -> list[dict[str, Any]]:
@@ -128,17 +191,7 @@ def plot(workdir: str | Path) -> Path:
         losses.set(ylim=(0, None))
         line(losses, "held_out_loss", color="tab:orange", marker="o", markersize=4)
     losses.set(title=f"loss, {what.training}", xlabel="step")
-    if objective == "dpo":
-        line(answers, "reward_accuracy", color="tab:green", alpha=0.6, linewidth=1)
-        line(answers, "held_out_reward_accuracy", color="tab:green", marker="o", markersize=4)
-        answers.set(title="pairs whose chosen answer has the larger reward", ylim=(-0.02, 1.02))
-    elif objective == "grpo":
-        line(answers, "reward", color="tab:green")
-        answers.set(title="reward, mean over a step's answers")
-    else:
-        line(answers, "exact_match", color="tab:green", marker="o", markersize=4)
-        answers.set(title="held-out questions answered exactly", ylim=(-0.02, 1.02))
-    answers.set(xlabel="step")
+    _plot_answers(objective, answers, line)
     line(rates, "learning_rate", color="tab:red")
     rates.set(title="learning rate and gradient norm", xlabel="step", ylabel="learning rate")
     norms = rates.twinx()
@@ -167,3 +220,18 @@ def plot(workdir: str | Path) -> Path:
     path = Path(workdir) / CURVES
     figure.savefig(path, dpi=110)
     return path
+
+
+def _plot_answers(objective: str, axis: Any, line: Callable[..., None]) -> None:
+    """Draw what an objective improves, by `line(axis, name, **style)`."""
+    if objective == "dpo":
+        line(axis, "reward_accuracy", color="tab:green", alpha=0.6, linewidth=1)
+        line(axis, "held_out_reward_accuracy", color="tab:green", marker="o", markersize=4)
+        axis.set(title="pairs whose chosen answer has the larger reward", ylim=(-0.02, 1.02))
+    elif objective == "grpo":
+        line(axis, "reward", color="tab:green")
+        axis.set(title="reward, mean over a step's answers")
+    else:
+        line(axis, "exact_match", color="tab:green", marker="o", markersize=4)
+        axis.set(title="held-out questions answered exactly", ylim=(-0.02, 1.02))
+    axis.set(xlabel="step")

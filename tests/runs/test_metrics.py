@@ -77,3 +77,21 @@ def test_curves_say_what_the_losses_and_answers_are(tmp_path, monkeypatch):
     assert said["grpo"][1] == "reward, mean over a step's answers"
     for name in ("dpo", "grpo", "distill"):
         assert "nats" not in said[name][0]
+
+
+def test_numbers_are_in_groups(tmp_path):
+    values = {
+        "loss": 1.0, "reward": 2.0, "held_out_loss": 3.0, "exact_match": 4.0, "z_loss": 5.0,
+        "mfu": 6.0, "source/a/loss": 7.0, "expert_load": [[0.25, 0.75], [1.0, 0.0]],
+    }  # fmt: skip
+    assert metrics.tagged(values) == {
+        "train/loss": 1.0, "train/reward": 2.0, "eval/loss": 3.0, "eval/exact_match": 4.0,
+        "router/z_loss": 5.0, "speed/mfu": 6.0, "source/a/loss": 7.0,
+        "router/expert_load_max/layer_0": 0.75, "router/expert_load_max/layer_1": 1.0,
+    }  # fmt: skip
+    log = metrics.MetricsLog(tmp_path)
+    log.write(1, values)
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    for tag in metrics.tagged(values):
+        assert tag.encode() in file.read_bytes()
