@@ -16,7 +16,7 @@ CASES ?=
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test slow test-aot plan lint venv clean help
+.PHONY: demo test slow test-aot plan lint venv constraints clean help
 
 help:
 	@echo "make demo   train a tiny GPT-OSS on this machine, draw its curves, and ask it something"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-aot  compile the kernels for TPUs and an H200 that are not here"
 	@echo "make plan   what a run takes on hardware that is not here: ARGS='--config FILE --target v5p:4x4x4'"
 	@echo "make lint   ruff and pyright"
+	@echo "make constraints  write the versions of .venv to constraints.txt"
 	@echo "make clean  remove .venv and $(DEMO)"
 
 demo: $(VENV)/installed
@@ -71,6 +72,12 @@ $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV) ..."
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
+
+# The versions that the tests ran with. Local parts of versions, such as +cpu, are left out.
+constraints: $(VENV)/installed
+	@$(RUN) -m pip list --format=freeze --exclude-editable --disable-pip-version-check 2>/dev/null \
+	  | sed 's/+.*//' | grep -v -E '^(gptoss[-_]jax|pip|setuptools|wheel)==' | sort -f > constraints.txt
+	@echo "wrote constraints.txt: $$(wc -l < constraints.txt) packages"
 
 clean:
 	rm -rf $(VENV) $(DEMO)
