@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from gptoss_jax.errors import SCRIPT, UserError, run_entry
+from gptoss_jax.errors import COMMON_OPTIONS, SCRIPT, UserError, run_entry
 
 # Each name is a module of this package. Listing the commands imports none of them, to be instant.
 COMMANDS = {
@@ -44,6 +44,7 @@ def usage() -> str:
             *lines,
             "",
             f"{SCRIPT} COMMAND --help shows the options of a command.",
+            COMMON_OPTIONS.strip(),
         ]
     )
 

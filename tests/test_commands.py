@@ -13,7 +13,7 @@ import pytest
 
 import gptoss_jax
 import gptoss_jax.__main__ as commands
-from gptoss_jax.errors import command_name, run_entry
+from gptoss_jax.errors import COMMON_OPTIONS, command_name, run_entry
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gptoss_jax"
@@ -139,3 +139,49 @@ def test_the_package_lists_its_public_names():
     assert {"Config", "Sampler", "harmony", "load", "save", "__version__"} <= set(names)
     assert "importlib" not in names and set(gptoss_jax.__all__) <= set(names)
     assert all(hasattr(gptoss_jax, name) for name in names)
+
+
+# --- Options of all commands -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *commands.COMMANDS])
+def test_every_command_says_its_version(name, capsys, monkeypatch):
+    main = commands.main if name is None else importlib.import_module(f"gptoss_jax.{name}").main
+    monkeypatch.setattr("sys.argv", ["gptoss-jax", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        run_entry(main)
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"gptoss-jax {gptoss_jax.__version__} (jax ")
+
+
+@pytest.mark.parametrize("given", [["--log-level", "info"], ["--log_level=info"]])
+def test_the_log_level_is_that_of_all_loggers(given):
+    code = (
+        "import sys, logging\n"
+        "from gptoss_jax.errors import take_common_options\n"
+        "rest = take_common_options(sys.argv[1:])\n"
+        "for name in ('absl', 'orbax', 'gptoss_jax.ops'):\n"
+        "    logging.getLogger(name).info('said by ' + name)\n"
+        "    logging.getLogger(name).debug('never')\n"
+        "print(rest)\n"
+    )
+    result = python("-c", code, "a", *given, "--out", "x")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "['a', '--out', 'x']\n"
+    assert result.stderr.count("said by") == 3 and "never" not in result.stderr
+
+
+@pytest.mark.parametrize("given", [["--log-level", "loud"], ["--log-level"]])
+def test_a_log_level_that_is_none_is_one_line(given, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gptoss-jax", "report", *given])
+    with pytest.raises(SystemExit) as stopped:
+        run_entry(commands.main)
+    assert stopped.value.code == 2
+    assert "it is one of debug, info, warning, error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_the_help_of_every_command_has_these_options(name, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"gptoss_jax.{name}").main(["--help"])
+    assert COMMON_OPTIONS in capsys.readouterr().out

@@ -22,13 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from gptoss_jax.config import Config, ModelConfig
-from gptoss_jax.errors import Parser, UserError, command_name
+from gptoss_jax.errors import COMMON_OPTIONS, Parser, UserError, command_name
 
-_CONFIG_HELP = """Start from get_config() of --config FILE; each option overrides one field.
+_CONFIG_HELP = (
+    """Start from get_config() of --config FILE; each option overrides one field.
 
   --config FILE         a file, or the name of a config that ships, such as tiny; required. The
                         defaults below are the values of that config
+
 """
+    + COMMON_OPTIONS
+)
 
 
 def load(argv: Sequence[str], *, prog: str | None = None) -> Config:
