@@ -69,7 +69,5 @@ def test_the_image_has_what_it_copies_and_extras_that_there_are():
     for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    assert set(re.findall(r"EXTRA=(\w+)", text)) <= set(extras)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"EXTRA=(\w+)", text)) <= set(project["optional-dependencies"])
