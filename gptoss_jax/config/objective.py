@@ -76,6 +76,9 @@ class GRPOConfig:
     # a run that trains adapters alone. 0 is off.
     kl: float = 0.0
     scale_by_std: bool = True  # divide advantages by the standard deviation of their group
+    # Standard deviation of a group: over group_size answers (population), or over group_size - 1
+    # (sample), as TRL and verl do. It scales all advantages by the same factor.
+    std: Literal["population", "sample"] = "population"
     updates: int = 1  # training steps on each set of sampled answers
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from tiny_training import TINY
 
 from gptoss_jax import train
 from gptoss_jax.config import command_line
+from gptoss_jax.config.objective import GRPOConfig
 from gptoss_jax.data.questions import Asked, Round
 from gptoss_jax.errors import UserError
 from gptoss_jax.objectives import make_objective
@@ -89,12 +90,22 @@ def test_advantages_by_hand():
     given = np.array([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3], [2.0, -4.0, 5.0, 5.0]])
     third = np.array([0.0, -6.0, 3.0, 3.0])
     want = [[1, -1, -1, 1], [0] * 4, third / math.sqrt(54 / 4)]
-    np.testing.assert_allclose(rollouts.advantages(given, scale_by_std=True), want, atol=1e-12)
+    np.testing.assert_allclose(rollouts.advantages(given, grpo=GRPOConfig()), want, atol=1e-12)
     want = [[0.5, -0.5, -0.5, 0.5], [0] * 4, third]
-    np.testing.assert_allclose(rollouts.advantages(given, scale_by_std=False), want, atol=1e-12)
+    plain = GRPOConfig(scale_by_std=False)
+    np.testing.assert_allclose(rollouts.advantages(given, grpo=plain), want, atol=1e-12)
     # Rounding is no difference: 0.1 + 0.2 is not 0.3 in floating point.
     alike = np.array([[0.1 + 0.2, 0.3, 0.3]])
-    assert not rollouts.advantages(alike, scale_by_std=True).any()
+    for std in ("population", "sample"):
+        assert not rollouts.advantages(alike, grpo=GRPOConfig(std=std)).any()
+
+
+def test_the_sample_deviation_is_over_one_answer_less():
+    given = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, -4.0, 5.0, 5.0]])
+    over = given - given.mean(1, keepdims=True)
+    want = over / given.std(1, ddof=1, keepdims=True)  # torch.std, which TRL and verl take
+    got = rollouts.advantages(given, grpo=GRPOConfig(std="sample"))
+    np.testing.assert_allclose(got, want, atol=1e-12)
 
 
 def answered(lengths: list[int], rewards_: list[float], *, prompt: int = 3) -> Round:

@@ -165,17 +165,21 @@ class Rollouts:
 
 
 def advantages(
-    given: Float[np.ndarray, "questions answers"], *, scale_by_std: bool
+    given: Float[np.ndarray, "questions answers"], *, grpo: GRPOConfig
 ) -> Float[np.ndarray, "questions answers"]:
     """Return each answer's reward minus the mean reward of its group.
 
-    With `scale_by_std`, it is divided by the group's standard deviation (over n, not n - 1). A
-    group whose rewards are all the same, up to rounding, gives zeros.
+    With `grpo.scale_by_std`, it is divided by the group's standard deviation. `grpo.std` says
+    whether that is over n, as in the paper's formula, or over n - 1, as in TRL and verl: all
+    advantages then are sqrt((n - 1) / n) times as large. A group whose rewards are all the same, up
+    to rounding, gives zeros.
     """
     over = given - given.mean(axis=1, keepdims=True)
     std = given.std(axis=1, keepdims=True)
     same = std <= _STD_FLOOR * np.maximum(1.0, np.abs(given).max(axis=1, keepdims=True))
-    scale = np.where(same, 1.0, std) if scale_by_std else 1.0
+    if grpo.std == "sample":
+        std = std * np.sqrt(given.shape[1] / (given.shape[1] - 1))
+    scale = np.where(same, 1.0, std) if grpo.scale_by_std else 1.0
     return np.where(same, 0.0, over / scale)
 
 
@@ -190,7 +194,7 @@ def make_batch(asked: Round, config: Config, *, fresh: bool) -> Batch:
     assert asked.answers is not None
     prompts = [q.prompt for q in asked.questions for _ in range(grpo.group_size)]
     given = np.asarray(asked.answers["rewards"], np.float64).reshape(-1, grpo.group_size)
-    over = advantages(given, scale_by_std=grpo.scale_by_std).reshape(-1)
+    over = advantages(given, grpo=grpo).reshape(-1)
     segments = []
     for prompt, ids in zip(prompts, asked.answers["tokens"], strict=True):
         weights = np.array([0.0] * len(prompt) + [1.0] * len(ids), np.float32)
@@ -242,7 +246,7 @@ def describe(answers: dict[str, Any], grpo: GRPOConfig) -> dict[str, float]:
     return {
         "reward": float(given.mean()),
         "reward_std": float(given.std()),
-        "groups_alike": float(np.mean(~advantages(given, scale_by_std=False).any(axis=1))),
+        "groups_alike": float(np.mean(~advantages(given, grpo=grpo).any(axis=1))),
         "answer_tokens": float(lengths.mean()),
         "cut_off": float(np.mean(lengths >= grpo.max_tokens)),
     }
