@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import os
 import platform
 import sys
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SCRIPT = "gptoss-jax"  # the console script
-LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVELS = {"debug": "0", "info": "0", "warning": "1", "error": "2"}  # and XLA's for each
 COMMON_OPTIONS = """every command also takes:
   --version             print the versions of gptoss-jax, jax and Python, and stop
   --log-level LEVEL     debug, info, warning or error: what libraries (JAX, Orbax) write to stderr
@@ -90,6 +91,8 @@ def take_common_options(argv: list[str]) -> list[str]:
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=level.upper(), format=form)
         absl_logging.set_verbosity(level)
+        # XLA reads this when JAX is imported, which most commands do later.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = LOG_LEVELS[level]
     return rest
 
 

@@ -98,7 +98,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--target", metavar="CHIP[:SHAPE]", help="hardware: v5p:4x4x4, h200:8, ...")
+    parser.add_argument(
+        "--target", metavar="CHIP[:SHAPE]", help="hardware: v5p:4x4x4, v6e-8, h200:8, ..."
+    )
     parser.add_argument(
         "--what", default="train", help="programs to plan, of train,prefill,decode (train)"
     )
@@ -113,15 +115,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _keep_from_devices(target: str | None) -> None:
-    """Keep JAX from looking for local devices: the programs are compiled for other hardware."""
+    """Keep JAX from looking for local devices: the programs are compiled for other hardware.
+
+    XLA's log is silenced, unless `--log-level` or the environment asks for it. The compiler's
+    errors are exceptions, and what ends the process is still written.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA reads it when JAX is imported
     import jax
 
     from gptoss_jax.chips.facts import GPUS
-    from gptoss_jax.chips.topologies import ENVIRONMENT
+    from gptoss_jax.chips.topologies import ENVIRONMENT, split
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    gpu = (target or "").partition(":")[0] in GPUS
+    try:
+        gpu = target is not None and split(target)[0] in GPUS
+    except UserError:
+        gpu = False  # `run` refuses the target
     jax.config.update("jax_platforms", None if gpu else "cpu")
 
 

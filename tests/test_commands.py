@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -185,3 +186,24 @@ def test_the_help_of_every_command_has_these_options(name, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(f"gptoss_jax.{name}").main(["--help"])
     assert COMMON_OPTIONS in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "level"), [([], "3"), (["--log-level", "warning"], "1")])
+def test_a_plan_silences_xla_before_jax_is_imported(given, level):
+    """XLA reads the variable once, when JAX is imported."""
+    code = (
+        "import os, sys\n"
+        "from gptoss_jax import plan\n"
+        "from gptoss_jax.errors import take_common_options\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'jax':\n"
+        "            print(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "take_common_options(sys.argv[1:])\n"
+        "plan._keep_from_devices('h200')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    result = python("-c", code, *given, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [level]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from gptoss_jax.chips.facts import FACTS, TARGETS, TPUS, name_of
+from gptoss_jax.chips.facts import FACTS, TARGETS, TPUS, name_of, programs_of
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -41,7 +41,7 @@ def named(kind: str, *, interpret: bool = False) -> Chip:
         return Chip("cpu", "cpu", interpret)
     if kind not in TARGETS:
         raise ValueError(f"chip {kind!r}: use one of cpu, {', '.join(TARGETS)}")
-    return Chip("tpu" if kind in TPUS else "gpu", kind, interpret)
+    return Chip("tpu" if kind in TPUS else "gpu", programs_of(kind), interpret)
 
 
 @contextlib.contextmanager
@@ -115,5 +115,5 @@ def _of(device: Any) -> Chip:
     platform: Any = device.platform
     if platform == "cpu":
         return Chip("cpu", "cpu")
-    kind = (name_of(device.device_kind) or "other").partition("-")[0]
+    kind = programs_of(name_of(device.device_kind) or "other")
     return Chip("tpu" if platform == "tpu" else "gpu", kind if kind in TARGETS else "other")

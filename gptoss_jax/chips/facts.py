@@ -42,8 +42,10 @@ def _on_gpu(reported: float) -> int:
 # devices ("dual-chiplet architecture" on that page), so all its rates are halved.
 # GPU memory is the total that CUDA reports (deviceQuery; torch's "total capacity"), less
 # GPU_RESERVE. GPU rates are from NVIDIA's data sheets, without sparsity. Links are one direction of
-# NVLink, or of PCIe (T4: 3.0, L4: 4.0, 16 lanes). The network is one 400 Gbit/s port per GPU, as in
-# DGX H100, H200 and B200, and 100 Gbit/s per GPU for T4 and L4.
+# NVLink, or of PCIe with 16 lanes (T4: 3.0; L4, L40S and RTX 4090: 4.0; RTX 5090: 5.0). The network
+# is one port per GPU: of 400 Gbit/s as in DGX H100, H200 and B200, 200 Gbit/s as in DGX A100, and
+# 100 Gbit/s for GPUs on PCIe. The rates of the two RTX cards are from the white papers of their
+# architectures, with float32 accumulation; GH200 is the one with 96 GB.
 FACTS = {
     "v5e": Target(
         197e12, 819e9, "Cloud TPU v5e page", "16 GB", int(15.75 * GiB), 200e9, 6.25e9
@@ -62,18 +64,32 @@ FACTS = {
     "h100": Target(989e12, 3350e9, "H100 SXM data sheet", "80 GB", _on_gpu(79.11), 450e9, 50e9),
     "h200": Target(989e12, 4800e9, "H200 SXM data sheet", "141 GB", _on_gpu(139.8), 450e9, 50e9),
     "b200": Target(2250e12, 8000e9, "HGX B200 data sheet", "180 GB", _on_gpu(178.34), 900e9, 50e9),
-    # Chips that a run can use, but that have no description for a compiler here. A hyphen marks the
-    # same chip in another form, with the same programs and other rates.
+    "gh200": Target(989e12, 4000e9, "GH200 data sheet", "96 GB", _on_gpu(94.5), 450e9, 50e9),
+    "a100": Target(
+        312e12, 2039e9, "A100 SXM 80 GB data sheet", "80 GB", _on_gpu(79.15), 300e9, 25e9
+    ),
+    "a100-40": Target(
+        312e12, 1555e9, "A100 SXM 40 GB data sheet", "40 GB", _on_gpu(39.38), 300e9, 25e9
+    ),
+    "l40s": Target(362e12, 864e9, "L40S data sheet", "48 GB", _on_gpu(44.39), 32e9, 12.5e9),
+    "rtx4090": Target(
+        165e12, 1008e9, "white paper of Ada", "24 GB", _on_gpu(23.64), 32e9, 12.5e9
+    ),
+    "rtx5090": Target(
+        209.5e12, 1792e9, "white paper of RTX Blackwell", "32 GB", _on_gpu(31.35), 64e9, 12.5e9
+    ),
+    # Chips that a run can use, but that have no description for a compiler here.
     "v4": Facts(275e12, 1228e9, "Cloud TPU v4 page"),
     "h100-pcie": Facts(756e12, 2000e9, "H100 PCIe data sheet"),
-    "a100": Facts(312e12, 2039e9, "A100 SXM 80 GB data sheet"),
-    "l40s": Facts(362e12, 864e9, "L40S data sheet"),
     "l40": Facts(181e12, 864e9, "L40 data sheet"),
     "v100": Facts(125e12, 900e9, "V100 SXM2 data sheet (float16)"),
 }  # fmt: skip
 TARGETS = {name: row for name, row in FACTS.items() if isinstance(row, Target)}
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = tuple(name for name in TARGETS if name not in TPUS)
+
+# Forms of a chip that take the programs of another row, at rates of their own.
+_FORMS = {"h100-pcie": "h100", "gh200": "h100", "a100-40": "a100"}
 
 # Substrings of a device's `device_kind`, and the row above that they mean; the first match counts.
 _SHOWN = {
@@ -85,10 +101,15 @@ _SHOWN = {
     "TPU7": "tpu7x",
     "TPU v7": "tpu7x",
     "H100 PCIe": "h100-pcie",
+    "GH200": "gh200",
     "H100": "h100",
     "H200": "h200",
     "B200": "b200",
+    "A100-SXM4-40GB": "a100-40",
+    "A100-PCIE-40GB": "a100-40",
     "A100": "a100",
+    "RTX 4090": "rtx4090",
+    "RTX 5090": "rtx5090",
     "L40S": "l40s",
     "L40": "l40",
     "L4": "l4",
@@ -100,3 +121,8 @@ _SHOWN = {
 def name_of(device_kind: str) -> str | None:
     """Return the name in `FACTS` of a device with this `device_kind`; None if it is not there."""
     return next((name for shown, name in _SHOWN.items() if shown in device_kind), None)
+
+
+def programs_of(name: str) -> str:
+    """Return the row of `FACTS` whose programs a chip takes: its own, or that of another form."""
+    return _FORMS.get(name, name)

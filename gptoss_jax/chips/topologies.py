@@ -36,12 +36,41 @@ ENVIRONMENT = {
 }
 
 
+# The slices that Google sells, by number of chips; the names of v5p count two cores for each chip.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+    512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16",
+}  # fmt: skip
+_SOLD = {"v5e": ("v5e", 1, _FLAT), "v5litepod": ("v5e", 1, _FLAT), "v6e": ("v6e", 1, _FLAT)}
+_SOLD |= {"v5p": ("v5p", 2, _CUBES)}
+_MEMORY = {"a100:40": "a100-40", "a100:80": "a100"}  # what follows is GB, and not a count of GPUs
+
+
 def split(target: str) -> tuple[str, str]:
     """Split a target such as "v5p:4x4x4" into chip and shape.
 
+    Names of Google's slices are targets, too: "v6e-8" is ("v6e", "2x4"), and "v5p-128", which has
+    128 cores, is ("v5p", "4x4x4"). "a100:40" is one A100 of 40 GB.
+
     Raises UserError if the chip is not known or the shape is malformed.
     """
+    if target in _MEMORY:
+        return _MEMORY[target], ""
+    family, _, size = target.partition("-")
+    if family in _SOLD and size:
+        kind, cores, shapes = _SOLD[family]
+        sold = {str(chips * cores): shape for chips, shape in shapes.items()}
+        if size not in sold:
+            known = ", ".join(f"{family}-{size}" for size in sold)
+            raise UserError(f"target {target!r}: there are {known}; or give a topology, {kind}:...")
+        return kind, sold[size]
     kind, _, shape = target.partition(":")
+    if kind.startswith("mi"):
+        raise UserError(
+            f"target {target!r}: there are no plans for AMD's GPUs: JAX compiles for them only by "
+            "ROCm's own plug-in and an installed ROCm; nothing here was tried on them"
+        )
     if kind not in TARGETS:
         raise UserError(f"target {target!r}: the chips are {', '.join(TARGETS)}")
     if shape and not all(size.isdigit() and int(size) for size in shape.split("x")):

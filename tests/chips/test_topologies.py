@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 
@@ -16,6 +17,9 @@ from gptoss_jax.errors import UserError
         ("v4:2x2x1", "'v4:2x2x1': the chips are v5e, v5p, v6e, tpu7x, t4, l4, h100, h200, b200"),
         ("h200:two", "after the colon comes a topology as in v5p:4x4x4, or a count"),
         ("v5e:4x0", "after the colon comes a topology"),
+        ("v6e-12", "there are v6e-1, v6e-4, v6e-8, .*; or give a topology, v6e:..."),
+        ("mi300x", "no plans for AMD's GPUs"),
+        ("mi300x:8", "no plans for AMD's GPUs"),
     ],
 )
 def test_a_target_that_is_none(target, words):
@@ -45,3 +49,30 @@ def test_a_compiler_that_is_not_installed_is_told_with_how_to_install(target, wo
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf"{words}.*pip install -e '.\[aot\]'"):
         topologies.devices(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("v6e-8", ("v6e", "2x4")),
+        ("v5litepod-32", ("v5e", "4x8")),
+        ("v5e-1", ("v5e", "1x1")),
+        ("v5p-8", ("v5p", "2x2x1")),  # eight cores are four chips
+        ("v5p-128", ("v5p", "4x4x4")),
+        ("a100:40", ("a100-40", "")),
+        ("a100:80", ("a100", "")),
+        ("a100:8", ("a100", "8")),
+        ("a100-40:8", ("a100-40", "8")),
+        ("rtx4090", ("rtx4090", "")),
+    ],
+)
+def test_what_a_target_means(target, parts):
+    assert topologies.split(target) == parts
+
+
+@pytest.mark.parametrize("family", topologies._SOLD)
+def test_a_slice_has_the_chips_of_its_name(family):
+    kind, cores, shapes = topologies._SOLD[family]
+    for chips in shapes:
+        found, shape = topologies.split(f"{family}-{chips * cores}")
+        assert found == kind and math.prod(map(int, shape.split("x"))) == chips
