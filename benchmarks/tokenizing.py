@@ -92,7 +92,7 @@ def render(config: Config) -> Iterator[int]:
     """Tokenise all records once, in turn."""
     examples._open.cache_clear()
     found = open_examples(config)
-    return (len(found.tokenise(i).tokens) for i in range(len(found)))
+    return (len(s.tokens) for i in range(len(found)) for s in found.tokenise(i))
 
 
 def loader(config: Config) -> Iterator[int]:

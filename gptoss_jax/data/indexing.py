@@ -331,11 +331,8 @@ def _write_cache(job: Job, found: Index) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            np.savez(
-                file,
-                about=json.dumps(about | {"unused": dict(found.unused)}),
-                **{name: np.array(getattr(found, name)) for name in _COLUMNS},
-            )
+            columns: dict[str, Any] = {name: np.array(getattr(found, name)) for name in _COLUMNS}
+            np.savez(file, about=json.dumps(about | {"unused": dict(found.unused)}), **columns)
         part.replace(path)
 
 

@@ -18,7 +18,7 @@ import tiny_checkpoint as tiny
 from tiny_training import TINY, write_chats
 
 import gptoss_jax
-from gptoss_jax import convert, train
+from gptoss_jax import convert, loading, train
 from gptoss_jax.config import (
     Config,
     DataConfig,
@@ -28,11 +28,13 @@ from gptoss_jax.config import (
     command_line,
 )
 from gptoss_jax.errors import UserError
+from gptoss_jax.loading import checkpoint
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
 from gptoss_jax.ops import mxfp4
 from gptoss_jax.parallel import mesh as meshes
 from gptoss_jax.runs import checkpoints
+from gptoss_jax.runs.frozen_base import Base
 from gptoss_jax.types import TrainState
 
 MATRICES = ("gate_up_weight", "down_weight")
@@ -82,6 +84,14 @@ def test_one_tuned_value_is_enough_to_refuse(folders: Path, sizes) -> None:
     for name in MATRICES:
         got = mxfp4.decode(params["layers"]["experts"][name])
         np.testing.assert_array_equal(got, kept["layers"]["experts"][name])
+
+
+def test_a_run_finds_its_base_as_it_packed_it(folders: Path) -> None:
+    """It was meant, or came before the check; checksums say whether the values are the same."""
+    model = dataclasses.replace(loading.read_config(folders / "tuned"), experts="mxfp4")
+    base = Base(str(folders / "tuned"), folder=str(folders / "tuned"))
+    params = checkpoint._read_base(base, model, folders / "tuned", Transformer)
+    assert params["layers"]["experts"]["down_weight"].blocks.dtype == jnp.uint8
 
 
 def test_what_mxfp4_holds_is_packed_without_a_word(folders: Path, tmp_path: Path) -> None:
