@@ -63,12 +63,14 @@ from gptoss_jax.harmony.system import chat_template as chat_template
 from gptoss_jax.harmony.system import system_text
 from gptoss_jax.harmony.system import template_rules as template_rules
 from gptoss_jax.harmony.tokenizer import (
-    VOCAB_SIZE,
     encode,
     get_tokenizer,
     special_id,
     stop_ids,
 )
+from gptoss_jax.harmony.turns import count_untrained as count_untrained
+from gptoss_jax.harmony.turns import drop_analysis, untrained_of
+from gptoss_jax.harmony.turns import split_turns as split_turns
 
 if TYPE_CHECKING:
     import tiktoken
@@ -127,8 +129,8 @@ def render(
     trained = parse_train_on(train_on)
     before = parts[: len(expand(messages[:given], tools, encoding.n_vocab))] if given else []
     turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
-    kept = _drop_analysis(parts[:turn], history) + parts[turn:]
-    before += _untrained(parts, kept, turn, turns)
+    kept = drop_analysis(parts[:turn], history) + parts[turn:]
+    before += untrained_of(parts, kept, turn, turns)
     parts = kept
     named = identity, tuple(builtin_tools)
     tokens = list(_system(encoding, reasoning, date, bool(tools), *named))
@@ -235,7 +237,7 @@ def render_prompt(
     encoding = tokenizer or get_tokenizer()
     named = identity, tuple(builtin_tools)
     tokens = list(_system(encoding, reasoning, date, bool(tools), *named))
-    parts = _drop_analysis(expand(messages, tools, encoding.n_vocab), history)
+    parts = drop_analysis(expand(messages, tools, encoding.n_vocab), history)
     for rendered in _render_parts(parts, encoding, to_answer=True):
         tokens += rendered.head + rendered.body
     return [*tokens, special_id(encoding, "<|start|>"), *_short(encoding, "assistant")]
@@ -335,69 +337,3 @@ def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list
         return head, ids
     size = len(head) if ids[: len(head)] == head else 1  # 1: the model sampled another header
     return ids[:size], ids[size:]
-
-
-def _drop_analysis(parts: list[Part], history: str) -> list[Part]:
-    """Drop the analysis that a prompt leaves out; see `render_prompt`."""
-    if history not in HISTORIES:
-        raise UserError(f"history is {history!r}: it is one of {', '.join(HISTORIES)}")
-    finals = [i for i, part in enumerate(parts) if part.channel == "final"]
-    spoken = [part.channel for part in parts if part.role == "assistant"]
-    if not finals or (history == "harmony" and spoken[-1] != "final"):
-        return parts
-    upto = finals[0] if history == "harmony" else finals[-1]
-    return [part for part in parts[:upto] if part.channel != "analysis"] + parts[upto:]
-
-
-def _untrained(parts: list[Part], kept: list[Part], last: int, turns: str) -> list[Part]:
-    """Return the messages of the assistant that `turns` leaves untrained; `last`: the last turn."""
-    if turns not in TURNS:
-        raise UserError(f"turns is {turns!r}: it is one of {', '.join(TURNS)}")
-    if turns == "last":
-        return [part for part in parts[:last] if part.role == "assistant"]
-    rendered = {id(part) for part in kept}
-    untrained: list[Part] = []
-    dropped = False  # analysis of the turn that is looked at
-    for part in parts:
-        dropped = part.role != "user" and (dropped or id(part) not in rendered)
-        if dropped and part.role == "assistant":
-            untrained.append(part)
-    return untrained
-
-
-def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Return one chat for each turn of the assistant: what it saw, and the turn itself at the end.
-
-    Rendered with turns="last", each turn is trained with its own analysis, after a history as it is
-    when the model is asked.
-    """
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    after = [*roles[1:], "user"]
-    ends = [i for i, role in enumerate(roles) if role != "user" and after[i] == "user"]
-    found, begin = [], 0
-    for end in ends:
-        if "assistant" in roles[begin : end + 1]:
-            found.append(list(messages[: end + 1]))
-        begin = end + 1
-    return found or [list(messages)]
-
-
-def count_untrained(
-    messages: Sequence[Message], tools: Any = None, *, history: str = "harmony", given: int = 0
-) -> int:
-    """Count the turns that `render` leaves untrained because their analysis is dropped.
-
-    Turns that begin among the first `given` messages are not trained anyway, and do not count.
-    """
-    parts = expand(messages, tools, VOCAB_SIZE)
-    first = len(expand(messages[:given], tools, VOCAB_SIZE)) if given else 0
-    turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
-    kept = _drop_analysis(parts[:turn], history) + parts[turn:]
-    untrained = {id(part) for part in _untrained(parts, kept, turn, "all")}
-    count, counted = 0, False
-    for i, part in enumerate(parts):
-        if part.role == "user":
-            counted = False
-        elif id(part) in untrained and not counted:
-            count, counted = count + (i >= first), True
-    return count

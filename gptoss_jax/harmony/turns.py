@@ -1,0 +1,77 @@
+"""Turns of a chat: the analysis that a history leaves out, and which turns are trained then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.channels import HISTORIES, TURNS
+from gptoss_jax.harmony.messages import Message, Part, expand
+from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
+
+
+def drop_analysis(parts: list[Part], history: str) -> list[Part]:
+    """Drop the analysis that a prompt leaves out; see `render_prompt`."""
+    if history not in HISTORIES:
+        raise UserError(f"history is {history!r}: it is one of {', '.join(HISTORIES)}")
+    finals = [i for i, part in enumerate(parts) if part.channel == "final"]
+    spoken = [part.channel for part in parts if part.role == "assistant"]
+    if not finals or (history == "harmony" and spoken[-1] != "final"):
+        return parts
+    upto = finals[0] if history == "harmony" else finals[-1]
+    return [part for part in parts[:upto] if part.channel != "analysis"] + parts[upto:]
+
+
+def untrained_of(parts: list[Part], kept: list[Part], last: int, turns: str) -> list[Part]:
+    """Return the messages of the assistant that `turns` leaves untrained; `last`: the last turn."""
+    if turns not in TURNS:
+        raise UserError(f"turns is {turns!r}: it is one of {', '.join(TURNS)}")
+    if turns == "last":
+        return [part for part in parts[:last] if part.role == "assistant"]
+    rendered = {id(part) for part in kept}
+    untrained: list[Part] = []
+    dropped = False  # analysis of the turn that is looked at
+    for part in parts:
+        dropped = part.role != "user" and (dropped or id(part) not in rendered)
+        if dropped and part.role == "assistant":
+            untrained.append(part)
+    return untrained
+
+
+def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return one chat for each turn of the assistant: what it saw, and the turn itself at the end.
+
+    Rendered with turns="last", each turn is trained with its own analysis, after a history as it is
+    when the model is asked.
+    """
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    after = [*roles[1:], "user"]
+    ends = [i for i, role in enumerate(roles) if role != "user" and after[i] == "user"]
+    found, begin = [], 0
+    for end in ends:
+        if "assistant" in roles[begin : end + 1]:
+            found.append(list(messages[: end + 1]))
+        begin = end + 1
+    return found or [list(messages)]
+
+
+def count_untrained(
+    messages: Sequence[Message], tools: Any = None, *, history: str = "harmony", given: int = 0
+) -> int:
+    """Count the turns that `render` leaves untrained because their analysis is dropped.
+
+    Turns that begin among the first `given` messages are not trained anyway, and do not count.
+    """
+    parts = expand(messages, tools, VOCAB_SIZE)
+    first = len(expand(messages[:given], tools, VOCAB_SIZE)) if given else 0
+    turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
+    kept = drop_analysis(parts[:turn], history) + parts[turn:]
+    untrained = {id(part) for part in untrained_of(parts, kept, turn, "all")}
+    count, counted = 0, False
+    for i, part in enumerate(parts):
+        if part.role == "user":
+            counted = False
+        elif id(part) in untrained and not counted:
+            count, counted = count + (i >= first), True
+    return count
