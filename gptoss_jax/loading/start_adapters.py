@@ -16,7 +16,8 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters as lora_adapters
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.initial import init_params
-from gptoss_jax.parameters import patterns, table
+from gptoss_jax.parallel import padding
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
 from gptoss_jax.weights import peft
@@ -76,38 +77,31 @@ def put(
         )
     key = jax.random.fold_in(jax.random.key(seed), 1)  # as `adapters.add`
     new = flatten(jax.jit(partial(lora_adapters.init, config=model))(key))
-    given = flatten(own)
+    given = flatten(padding.resize({lora_adapters.ROOT: own}, by=model.expert_padding)["lora"])
     for path in {path.rpartition("/")[0] for path in given}:
         a, b = (given[f"{path}/{part}"] for part in "ab")
-        new[f"{path}/a"] = _filled(a, b, new[f"{path}/a"], stacked=table.row(path).in_layers)
+        new[f"{path}/a"] = _filled(a, b, new[f"{path}/a"], lead=len(table.row(path).lead))
         new[f"{path}/b"] = jnp.asarray(b)
     return {**params, lora_adapters.ROOT: nest(new)}
 
 
-def _filled(a: np.ndarray, b: np.ndarray, new: Any, *, stacked: bool) -> Float[Array, "..."]:
-    """Replace ranks of A that are all zero in both A and B with those of `new`, layer by layer."""
-    lead = a.shape[:1] if stacked else (1,)
-    rank = a.shape[-1]
-    there = a.reshape(*lead, -1, rank).any(1) | b.reshape(*lead, rank, -1).any(2)  # [L, r]
-    shape = (*(lead if stacked else ()), *(1,) * (a.ndim - 1 - stacked), rank)
+def _filled(a: np.ndarray, b: np.ndarray, new: Any, *, lead: int) -> Float[Array, "..."]:
+    """Replace ranks of A that are all zero in both A and B with those of `new`.
+
+    The first `lead` axes are layers and experts: each has ranks of its own.
+    """
+    first, rank = a.shape[:lead], a.shape[-1]
+    there = a.reshape(*first, -1, rank).any(-2) | b.reshape(*first, rank, -1).any(-1)
+    shape = (*first, *(1,) * (a.ndim - 1 - lead), rank)
     return jnp.where(there.reshape(shape), a, new)
 
 
 def _options(config: Config, own: LoRAConfig) -> list[str]:
     """Return the options that make `model.lora` fit the adapters; [] if it already does."""
     mine, options = config.model.lora, []
-    given = Transformer(config.model).abstract_params()
-    adaptable = lora_adapters.adaptable()
-    leaves = {path: leaf for path, leaf in flatten(given).items() if path in adaptable}
-    even = np.ones((config.model.num_layers, config.model.num_experts))
-
-    def chosen(of: LoRAConfig) -> dict[str, np.ndarray]:
-        if not of.targets:
-            return {path: np.zeros(1, bool) for path in leaves}
-        texts = lora_adapters.target_patterns(dataclasses.replace(config.model, lora=of))
-        return patterns.selected("model.lora.targets", texts, leaves, load=even)
-
-    have, need = chosen(mine), chosen(own)
+    have, need = (
+        lora_adapters.selected(dataclasses.replace(config.model, lora=lora)) for lora in (mine, own)
+    )
     if any(np.any(need[path] & ~np.broadcast_arrays(have[path], need[path])[0]) for path in need):
         options.append(f"--model.lora.targets {' '.join(own.targets)}")
     if mine.rank != own.rank:

@@ -21,7 +21,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Bool
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
@@ -83,6 +84,25 @@ def adapted(config: ModelConfig) -> list[str]:
                 f"names, has a side of {side}: choose a smaller rank, or leave it out"
             )
     return paths
+
+
+def selected(config: ModelConfig) -> dict[str, Bool[np.ndarray, "..."]]:
+    """Return path -> a mask of what the targets select of each weight that can be adapted.
+
+    The mask broadcasts to the weight: it can be False for layers and for experts. Of experts
+    chosen by load ([top4]), which is not known here, it has the right number, and not which.
+    """
+    leaves = {
+        path: jax.ShapeDtypeStruct(
+            (config.num_layers,) * table.row(path).in_layers + table.row(path).shape(config),
+            jnp.float32,
+        )
+        for path in adaptable()
+    }
+    if not config.lora.targets:
+        return {path: np.zeros((1,) * leaf.ndim, bool) for path, leaf in leaves.items()}
+    load = np.ones((config.num_layers, config.num_experts))
+    return patterns.selected("model.lora.targets", target_patterns(config), leaves, load=load)
 
 
 def shapes(config: ModelConfig) -> dict[str, LowRank]:

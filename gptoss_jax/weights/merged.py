@@ -201,8 +201,9 @@ class Report:
             return
         if cost.written == "MXFP4":
             instead = (
-                "write the experts in bf16 (--experts bf16, experts='dense'), tune attention and "
-                "router instead, or tune with model.qat"
+                "write the experts in bf16 (--experts bf16, experts='dense'), keep the adapters "
+                "beside the model (--to peft), tune attention and router instead, or tune with "
+                "model.qat"
             )
         else:
             instead = (

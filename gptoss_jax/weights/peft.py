@@ -1,24 +1,15 @@
 """Read and write adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-PEFT (Hugging Face's library) keeps two tensors for each adapted module of transformers' model: A as
-[rank, inputs] and B as [outputs, rank]. Their names contain the module's name:
-
-    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight      q, k, v, o
-    base_model.model.model.layers.3.mlp.router.lora_A.weight            router
-    base_model.model.lm_head.lora_A.weight                              unembedding
-
-In transformers, the router's weight is a bare parameter, so the config names it in
-`target_parameters` (PEFT 0.17 and later). Adapters of experts are not written, because the way PEFT
-stores A and B of a stack of experts depends on the versions of PEFT and transformers. Adapters of
-the embedding are not written either.
+PEFT (Hugging Face's library) keeps two tensors for each adapted module or parameter of
+transformers' model: see `peft_layout`. Adapters of the embedding are not read or written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +21,11 @@ from gptoss_jax.lora import adapters as lora_adapters
 from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.types import Params
-from gptoss_jax.weights import config_io, safetensors_io
+from gptoss_jax.weights import config_io, peft_layout, safetensors_io
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Weights that PEFT adapts as a parameter of a module, not as a module.
-_PARAMETERS = {"layers/router/weight": "mlp.router.weight"}
 # Settings that change the function in other ways than adding A B, or that change the base. Each
 # has the value with which it does not.
 _PLAIN = {
@@ -50,21 +39,18 @@ _OF_THE_BASE = (".base_layer.weight", ".base_layer.bias")
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _modules() -> dict[str, str]:
-    """Return weight -> module of transformers' model, for the weights that PEFT has a place for."""
-    names = {path: table.row(path).tensor("hf") or "" for path in lora_adapters.adaptable()}
-    return {
-        path: name.removesuffix(".weight")
-        for path, name in names.items()
-        if name.endswith(".weight") and not table.row(path).lookup
-    }
-
-
 def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
-    """Return adapter_config.json; `base` is the name or folder from which PEFT loads the model."""
-    paths = lora_adapters.adapted(config)
-    _refuse(paths)
-    modules = [_modules()[path].rpartition(".")[2] for path in paths if path not in _PARAMETERS]
+    """Return adapter_config.json; `base` is the name or folder from which PEFT loads the model.
+
+    Raises:
+        UserError: there are adapters of weights that the layout has no place for.
+    """
+    layers = _adapted_layers(config)
+    modules: list[str] = []
+    parameters: list[str] = []
+    for path, chosen in layers.items():
+        names = parameters if peft_layout.is_parameter(path) else modules
+        names += _config_names(path, chosen, config)
     return {
         "base_model_name_or_path": base or None,
         "bias": "none",
@@ -76,44 +62,75 @@ def config_of(config: ModelConfig, *, base: str = "") -> dict[str, Any]:
         "peft_type": "LORA",
         "r": config.lora.rank,
         "target_modules": modules,
-        "target_parameters": [_PARAMETERS[path] for path in paths if path in _PARAMETERS] or None,
+        "target_parameters": parameters or None,
         "task_type": "CAUSAL_LM",
         "use_rslora": config.lora.rslora,
     }
 
 
 def tensors_of(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
-    """Return PEFT's tensors by name, in float32.
+    """Return PEFT's tensors by name, in float32, of the layers that `model.lora.targets` selects.
 
     Raises:
         UserError: there are adapters of weights that the layout has no place for.
     """
-    paths = lora_adapters.adapted(config)
-    _refuse(paths)
     leaves = flatten(adapters)
+    layers = _adapted_layers(config)
+    stacks = [of for path, of in layers.items() if peft_layout.is_stack(path)]
     out: dict[str, np.ndarray] = {}
-    for path in paths:
-        module, stacked = _modules()[path], table.row(path).in_layers
+    for path, chosen in layers.items():
         for part, letter in (("a", "A"), ("b", "B")):
             stack = np.asarray(leaves[f"{path}/{part}"], np.float32)
-            for n, leaf in enumerate(stack if stacked else stack[None]):
-                rank = config.lora.rank
-                # [*inputs, r] -> [r, inputs]; [r, *outputs] -> [outputs, r]
-                flat = leaf.reshape(-1, rank) if part == "a" else leaf.reshape(rank, -1)
-                name = f"{_PREFIX}{module.format(n=n)}.lora_{letter}.weight"
-                out[name] = np.ascontiguousarray(flat.T)
+            for n in chosen:
+                both = len(stacks) > 1 and all(n in of for of in stacks)
+                module = peft_layout.module(path, n, both=both)
+                leaf = stack if n is None else stack[n]
+                out[f"{_PREFIX}{module}.lora_{letter}.weight"] = peft_layout.to_peft(
+                    path, part, leaf
+                )
     return out
 
 
-def _refuse(paths: list[str]) -> None:
-    names = {path: name for name, path in lora_adapters.names().items()}
+def _adapted_layers(config: ModelConfig) -> dict[str, list[int | None]]:
+    """Return weight -> the layers in which it has adapters; [None] for one outside the layers."""
+    paths = lora_adapters.adapted(config)
+    readable = _readable(config)
     for path in paths:
-        if path not in _modules():
+        if path not in readable:
             raise UserError(
-                f"{path} ({names[path]} of model.lora.targets) has adapters that PEFT's layout has "
-                "no fixed place for: merge them into the model (--to hf or --to openai), or tune "
-                f"only {', '.join(names[p] for p in _modules())}"
+                f"{path} ({_target_name(path)} of model.lora.targets) has adapters that PEFT's "
+                "layout has no fixed place for: merge them into the model (--to hf or --to "
+                f"openai), or tune only {', '.join(map(_target_name, readable))}"
             )
+    chosen = lora_adapters.selected(config)
+    layers: dict[str, list[int | None]] = {}
+    for path in paths:
+        layers[path] = [None]
+        if table.row(path).in_layers:
+            of_layer = chosen[path].any(tuple(range(1, chosen[path].ndim)))
+            of_layer = np.broadcast_to(of_layer, config.num_layers)
+            layers[path] = [int(n) for n in np.flatnonzero(of_layer)]
+    return layers
+
+
+def _readable(model: ModelConfig) -> list[str]:
+    """Return the weights of this model whose adapters PEFT's layout has a place for.
+
+    A stack of one expert is not among them: PEFT takes it for a matrix.
+    """
+    return [p for p in peft_layout.names() if model.num_experts > 1 or not peft_layout.is_stack(p)]
+
+
+def _config_names(path: str, layers: list[int | None], config: ModelConfig) -> list[str]:
+    """Return the entries of PEFT's target_modules or target_parameters for a weight."""
+    name = peft_layout.names()[path]
+    if layers != [None] and len(layers) < config.num_layers:
+        return [name.removeprefix("model.").format(n=n) for n in layers]
+    return [name.rpartition("{n}." if peft_layout.is_parameter(path) else ".")[2]]
+
+
+def _target_name(path: str) -> str:
+    return next(name for name, pattern in lora_adapters.names().items() if pattern == path)
 
 
 def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
@@ -135,26 +152,28 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
     _check_config(file, raw)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS} in it: save the adapters as safetensors")
+    model = dataclasses.replace(model, expert_padding=0)
     pairs = _pairs(folder / WEIGHTS, model)
-    rank = max(a.shape[0] for a, _ in pairs.values())
+    rank = max(a.shape[-1] for a, _ in pairs.values())
     rslora, alpha = bool(raw.get("use_rslora")), _number(file, raw, "lora_alpha")
     config = LoRAConfig(rank=rank, alpha=alpha, rslora=rslora)
     there = {path for path, _ in pairs}
     own_paths = tuple(path for path in lora_adapters.adaptable() if path in there)
     full = dataclasses.replace(config, targets=own_paths)
-    shapes = lora_adapters.shapes(dataclasses.replace(model, lora=full, expert_padding=0))
+    shapes = lora_adapters.shapes(dataclasses.replace(model, lora=full))
     adapters: dict[str, np.ndarray] = {}
     layers: dict[str, list[int]] = {}
     for (path, n), (a, b) in pairs.items():
-        own, its_alpha = a.shape[0], _of_pattern(raw, "alpha_pattern", path, n, alpha)
+        own, its_alpha = a.shape[-1], _of_pattern(raw, "alpha_pattern", path, n, alpha)
         its_scale = its_alpha / (own**0.5 if rslora else own)
-        for part, x, shape in (("a", a.T, shapes[path].a), ("b", b.T, shapes[path].b)):
+        for part, x, shape in (("a", a, shapes[path].a), ("b", b, shapes[path].b)):
             leaf = adapters.setdefault(f"{path}/{part}", np.zeros(shape, np.float32))
             at = leaf if n is None else leaf[n]
             if part == "a":
-                at.reshape(-1, rank)[:, :own] = x
-            else:
-                at.reshape(rank, -1)[:own] = x * np.float32(its_scale / config.scale)
+                at[..., :own] = x
+            else:  # the rank follows the experts, if there are any
+                ranks = np.s_[:, :own] if peft_layout.is_stack(path) else np.s_[:own]
+                at[ranks] = x * np.float32(its_scale / config.scale)
         layers.setdefault(path, []).append(0 if n is None else n)
     order = [path for path in lora_adapters.adaptable() if path in layers]
     targets = [_target(path, sorted(layers[path]), model.num_layers) for path in order]
@@ -165,7 +184,7 @@ def read(folder: str | Path, model: ModelConfig) -> tuple[LoRAConfig, Params]:
 def _target(path: str, layers: list[int], count: int) -> str:
     """Return the entry of `model.lora.targets` for a weight in these layers."""
     if not path.startswith("layers/") or len(layers) == count:
-        return next(name for name, pattern in lora_adapters.names().items() if pattern == path)
+        return _target_name(path)
     return path.replace("layers", f"layers[{','.join(map(str, layers))}]", 1)
 
 
@@ -195,10 +214,10 @@ def _number(file: Path, raw: dict[str, Any], name: str) -> float:
 
 
 def _of_pattern(raw: dict[str, Any], name: str, path: str, n: int | None, default: float) -> float:
-    """Return a module's value from PEFT's patterns: that of the first that its name ends in."""
-    module = _modules()[path].format(n=n)
+    """Return a weight's value from PEFT's patterns: that of the first that its name ends in."""
+    name_of_weight = peft_layout.names()[path].format(n=n)
     for pattern, value in (raw.get(name) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(rf"(.*\.)?({pattern})$", name_of_weight):
             return float(value)
     return default
 
@@ -206,40 +225,94 @@ def _of_pattern(raw: dict[str, Any], name: str, path: str, n: int | None, defaul
 def _pairs(
     file: Path, model: ModelConfig
 ) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
-    """Return (weight, layer) -> (A, B) in PEFT's shapes, checked against the model's sizes."""
-    modules: dict[str, tuple[str, int | None]] = {}
-    for path, module in _modules().items():
-        layers = range(model.num_layers) if "{n}" in module else [None]
-        modules |= {module.format(n=n): (path, n) for n in layers}
-    parts: dict[tuple[str, int | None], dict[str, np.ndarray]] = {}
+    """Return (weight, layer) -> (A, B) in our arrangement, checked against the model's sizes."""
+    places: dict[str, tuple[str, int | None]] = {}
+    experts: dict[str, int] = {}
+    for path in _readable(model):
+        row = table.row(path)
+        for n in range(model.num_layers) if row.in_layers else [None]:
+            if n is not None and peft_layout.is_stack(path):
+                experts |= {peft_layout.module(path, n, both=both): n for both in (False, True)}
+            else:
+                places[peft_layout.module(path, n)] = path, n
+    found, of_experts = {}, {}
+    for module, (a, b) in _tensors(file, {*places, *experts}, model).items():
+        if module in experts:
+            of_experts[module] = a, b
+            continue
+        where = places[module]
+        inputs, outputs = peft_layout.sides(where[0], model)
+        _check_sides(file, module, a=a, b=b, inputs=inputs, outputs=outputs)
+        found[where] = peft_layout.from_peft(where[0], a, b, model)
+    return found | _pairs_of_experts(file, of_experts, layers=experts, model=model)
+
+
+def _pairs_of_experts(
+    file: Path,
+    tensors: dict[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    layers: dict[str, int],
+    model: ModelConfig,
+) -> dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]]:
+    """Return `_pairs` of experts; their shapes say which weight's they are, and if mirrored."""
+    stacks = {module: peft_layout.stacks_of(*pair, model) for module, pair in tensors.items()}
+    mirrored = any(False not in of for of in stacks.values())
+    found = {}
+    for module, (a, b) in tensors.items():
+        if mirrored not in stacks[module] or a.shape[0] % model.num_experts:
+            sizes = ", ".join(
+                f"{peft_layout.sides(path, model)} of {_target_name(path)}"
+                for path in _readable(model)
+                if peft_layout.is_stack(path)
+            )
+            raise UserError(
+                f"{file}: lora_A and lora_B of {module} have shapes {list(a.shape)} and "
+                f"{list(b.shape)}, and the model's sides are {sizes}, with ranks for "
+                f"{model.num_experts} experts: they are of another base"
+            )
+        where = stacks[module][mirrored], layers[module]
+        if where in found:
+            raise UserError(f"{file}: two adapters of {where[0]}, layer {where[1]}")
+        found[where] = peft_layout.from_peft(where[0], a, b, model, mirrored=mirrored)
+    return found
+
+
+def _tensors(
+    file: Path, modules: Collection[str], model: ModelConfig
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return module -> PEFT's A and B, matrices of one rank, of the modules that are read here."""
+    parts: dict[str, dict[str, np.ndarray]] = {}
     for name, entry in safetensors_io.read_header(file).items():
         if name.endswith(_OF_THE_BASE):
             continue
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match is None or match[1] not in modules:
+            names = ", ".join(map(_target_name, _readable(model)))
             raise UserError(
-                f"{file}: tensor {name!r} adapts nothing that is read here (q, k, v, o, router, "
-                f"unembedding of {model.num_layers} layers): is it of another base? Else merge it "
-                "with PEFT (merge_and_unload) and convert the whole model"
+                f"{file}: tensor {name!r} adapts nothing that is read here ({names} of "
+                f"{model.num_layers} layers): is it of another base? Else merge it with PEFT "
+                "(merge_and_unload) and convert the whole model"
             )
-        where, letter = modules[match[1]], match[2]
-        row = table.row(where[0])
-        size = row.all_sizes(model)
-        side = math.prod(size[x] for x in (row.inputs if letter == "A" else row.outputs))
-        axis = 1 if letter == "A" else 0
-        if len(entry.shape) != 2 or entry.shape[axis] != side:
-            raise UserError(
-                f"{file}: tensor {name!r} has shape {list(entry.shape)}, and the model's side is "
-                f"{side}: it is of another base"
-            )
+        if len(entry.shape) != 2:
+            raise UserError(f"{file}: tensor {name!r} has shape {list(entry.shape)}: no matrix")
         x = entry.read_rows(0, entry.shape[0]).astype(np.float32)
         if not np.isfinite(x).all():
             raise UserError(f"{file}: tensor {name!r} has NaN or infinity")
-        parts.setdefault(where, {})[letter] = x
+        parts.setdefault(match[1], {})[match[2]] = x
     if not parts:
         raise UserError(f"{file}: there are no adapters in it")
-    for (path, n), pair in parts.items():
-        module = _modules()[path].format(n=n)
+    for module, pair in parts.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise UserError(f"{file}: lora_A and lora_B of {module} are not a pair of one rank")
-    return {where: (pair["A"], pair["B"]) for where, pair in parts.items()}
+    return {module: (pair["A"], pair["B"]) for module, pair in parts.items()}
+
+
+def _check_sides(
+    file: Path, module: str, *, a: np.ndarray, b: np.ndarray, inputs: int, outputs: int
+) -> None:
+    for letter, x, found, side in (("A", a, a.shape[1], inputs), ("B", b, b.shape[0], outputs)):
+        if found != side:
+            raise UserError(
+                f"{file}: tensor '{_PREFIX}{module}.lora_{letter}.weight' has shape "
+                f"{list(x.shape)}, and the model's side is {side}: it is of another base"
+            )

@@ -150,6 +150,34 @@ def test_what_is_not_there_begins_anew(tmp_path: Path) -> None:
             assert np.all(np.any(np.asarray(leaf) != 0, axis=-2)), path
 
 
+def test_each_expert_s_ranks_begin_anew_where_it_has_none(tmp_path: Path) -> None:
+    """PEFT's rank of down is 2 of the run's 4, and expert 3 has none; a mesh pads the experts."""
+    lora = LoRAConfig(("q", "experts"), rank=4, alpha=6.0)
+    model = dataclasses.replace(CONFIG.model, lora=lora)
+    folder = write(tmp_path / "theirs", model)
+    held = load_file(folder / peft.WEIGHTS)
+    for n in range(model.num_layers):
+        at = f"base_model.model.model.layers.{n}.mlp.experts.lora_"
+        a = held[f"{at}A.weight"].reshape(E, 4, -1)[:, :2].copy()
+        b = held[f"{at}B.weight"].reshape(D, 4, E)[:, :2].copy()
+        a[3], b[:, :, 3] = 0, 0
+        held |= {f"{at}A.weight": a.reshape(2 * E, -1), f"{at}B.weight": b.reshape(D, -1)}
+    save_file(held, folder / peft.WEIGHTS)
+    padded = dataclasses.replace(model, expert_padding=32)
+    config = dataclasses.replace(CONFIG, model=padded, init_adapters=str(folder))
+    _, given = peft.read(folder, model)
+    found = start_adapters.put(config, None, given)["lora"]["layers"]["experts"]
+    own, given = found["down_weight"], given["layers"]["experts"]["down_weight"]
+    assert own["a"].shape[2] == 64 and not own["a"][:, :, 32:].any()
+    np.testing.assert_array_equal(
+        own["a"][:, [0, 1, 2, 4], :32, :2], given["a"][:, [0, 1, 2, 4], :, :2]
+    )
+    assert np.any(np.asarray(own["a"]) != 0, axis=2).all()
+    want = np.zeros_like(own["b"])
+    want[:, [0, 1, 2, 4], :2] = given["b"][:, [0, 1, 2, 4], :2]
+    np.testing.assert_array_equal(own["b"], want)
+
+
 @pytest.mark.parametrize(
     ("changes", "say"),
     [

@@ -33,6 +33,7 @@ from gptoss_jax.planning.shapes import checkpoint_bytes, shapes, tree_bytes
 from gptoss_jax.runs import metrics
 from gptoss_jax.training import setup
 from gptoss_jax.types import Batch
+from gptoss_jax.weights import peft
 
 ROOT = Path(__file__).parents[2]
 CONFIG = [*TINY, "--model.experts", "mxfp4", "--init", "random", "--model.layer_pattern", "full"]
@@ -294,9 +295,11 @@ def test_a_run_is_exported_merged(ran, tmp_path):
     report = convert(ran[0], tmp_path / "packed", to="hf", force=True)
     assert {cost.path for cost in report.costs} == set(lora_paths(model.config))
     same(tmp_path / "packed", *fold.merge(model.config, params))
-    with pytest.raises(UserError, match=r"gate_up_weight .* no fixed place for"):
-        convert(ran[0], tmp_path / "peft", to="peft")
-    assert not (tmp_path / "peft").exists()
+    convert(ran[0], tmp_path / "peft", to="peft")
+    own, written = peft.read(tmp_path / "peft", model.config)
+    assert own.targets == ("q", "k", "v", "o", "gate_up", "down") and own.rank == 3
+    for path, leaf in flatten(params["lora"]).items():
+        assert np.array_equal(flatten(written)[path], leaf), path
 
 
 @pytest.mark.slow

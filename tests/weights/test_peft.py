@@ -191,18 +191,139 @@ def test_other_ranks_scales_and_layers_become_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("targets", "experts", "message"),
     [
-        (("q", "gate_up"), r"gate_up_weight \(gate_up of .* no fixed place for: merge them"),
-        (("experts",), r"--to hf or --to openai\), or tune only q, k, v, o, router, unembedding"),
-        (("embedding",), r"embedding/weight \(embedding of model\.lora\.targets\)"),
+        (
+            ("q", "embedding"),
+            E,
+            r"embedding/weight \(embedding of .* no fixed place for: merge them",
+        ),
+        (("embedding",), E, r"--to openai\), or tune only q, k, v, o, router, gate_up, down, unem"),
+        (("down",), 1, r"down_weight \(down .* or tune only q, k, v, o, router, unembedding$"),
     ],
 )
-def test_adapters_that_it_has_no_place_for(targets, message) -> None:
-    config, tree = adapted(*targets)
+def test_adapters_that_it_has_no_place_for(targets, experts, message) -> None:
+    model = dataclasses.replace(SIZES, num_experts=experts, active_experts=1)
+    config, tree = adapted(*targets, model=model)
     for call in (lambda: peft.config_of(config), lambda: peft.tensors_of(config, tree)):
         with pytest.raises(UserError, match=message):
             call()
+
+
+EXPERTS = "base_model.model.model.layers.{}.mlp.experts"
+F = tiny.F
+
+
+def test_experts_in_peft_s_arrangement(tmp_path: Path) -> None:
+    """ParamWrapper adds sum_r B[o, r E + e] A[e r, i] to the parameter [E, inputs, outputs]."""
+    config, tree = adapted("experts")
+    found = write(tmp_path / "c", config, tree)
+    assert len(found) == 4 * L
+    own = tree["layers"]["experts"]
+    for n in range(L):
+        inner, outer = EXPERTS.format(n) + ".base_layer", EXPERTS.format(n)
+        for module, name, inputs, outputs in (
+            (inner, "gate_up_weight", D, 2 * F),
+            (outer, "down_weight", F, D),
+        ):
+            a, b = (found[f"{module}.lora_{letter}.weight"] for letter in "AB")
+            assert a.shape == (3 * E, inputs) and b.shape == (outputs, 3 * E)
+            mine = own[name]["a"][n], own[name]["b"][n]
+            for e, r in np.ndindex(E, 3):
+                assert np.array_equal(a[3 * e + r], mine[0][e, :, r])
+                column = b[:, E * r + e]
+                if name == "gate_up_weight":  # gate and up alternate
+                    assert np.array_equal(column[0::2], mine[1][e, r, 0])
+                    assert np.array_equal(column[1::2], mine[1][e, r, 1])
+                else:
+                    assert np.array_equal(column, mine[1][e, r])
+    raw = peft.config_of(config)
+    assert raw["target_modules"] == []
+    assert raw["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+SOME = ("layers[1,3]/experts/gate_up_weight", "layers[3]/experts/down_weight")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [("gate_up",), ("down",), ("gate_up", "down"), ("q", "router", "gate_up", "down"), SOME],
+)
+def test_experts_there_and_back(tmp_path: Path, targets) -> None:
+    config, tree = adapted(*targets)
+    found = write(tmp_path / "c", config, tree)
+    own, back = peft.read(tmp_path / "c", SIZES)
+    assert own == config.lora
+    if targets == SOME:
+        outer, inner = EXPERTS.format(1), EXPERTS.format(3) + ".base_layer"
+        sides = {name: x.shape[1] for name, x in found.items() if ".lora_A" in name}
+        assert sides == {
+            f"{outer}.lora_A.weight": D,  # gate_up alone
+            f"{inner}.lora_A.weight": D,  # gate_up inside down
+            f"{EXPERTS.format(3)}.lora_A.weight": F,
+        }
+        assert json.loads((tmp_path / "c" / peft.CONFIG).read_text())["target_parameters"] == [
+            "layers.1.mlp.experts.gate_up_proj",
+            "layers.3.mlp.experts.gate_up_proj",
+            "layers.3.mlp.experts.down_proj",
+        ]
+    layers = {"gate_up_weight": [1, 3], "down_weight": [3]} if targets == SOME else {}
+    for path, leaf in flatten(tree).items():
+        at = layers.get(path.split("/")[2], slice(None))
+        assert np.array_equal(flatten(back)[path][at], leaf[at]), path
+        rest = np.delete(flatten(back)[path], at, axis=0)
+        assert not rest.any()
+
+
+def transposed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the file of a PEFT that takes the parameter as [E, outputs, inputs].
+
+    Its B [inputs, r, E] holds our A, and its A [E, r, outputs] our B.
+    """
+    out = {}
+    for name, x in tensors.items():
+        if ".lora_A" in name:  # [E r, inputs] -> [inputs, r E]
+            other = x.reshape(E, -1, x.shape[1]).transpose(2, 1, 0).reshape(x.shape[1], -1)
+            out[name.replace(".lora_A", ".lora_B")] = np.ascontiguousarray(other)
+        else:  # [outputs, r E] -> [E r, outputs]
+            other = x.reshape(x.shape[0], -1, E).transpose(2, 1, 0).reshape(-1, x.shape[0])
+            out[name.replace(".lora_B", ".lora_A")] = np.ascontiguousarray(other)
+    return out
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_experts_of_a_peft_that_exchanges_inputs_and_outputs(tmp_path: Path, square) -> None:
+    """With transformers 4. Where down is square, as in published models, gate_up tells."""
+    model = dataclasses.replace(SIZES, d_expert=D) if square else SIZES
+    config, tree = adapted("gate_up", "down", model=model)
+    save = transposed(write(tmp_path / "c", config, tree))
+    save_file(save, tmp_path / "c" / peft.WEIGHTS)
+    own, back = peft.read(tmp_path / "c", model)
+    assert own == config.lora
+    for path, leaf in flatten(tree).items():
+        assert np.array_equal(flatten(back)[path], leaf), path
+
+
+def test_experts_of_another_base(tmp_path: Path) -> None:
+    write(tmp_path / "c", *adapted("down"))
+    message = r"shapes \[15, 96\] and \[64, 15\], .* \(64, 160\) of gate_up, \(80, 64\) of down"
+    with pytest.raises(UserError, match=message):
+        peft.read(tmp_path / "c", dataclasses.replace(SIZES, d_expert=80))
+    with pytest.raises(UserError, match=r"ranks for 7 experts: they are of another base"):
+        peft.read(tmp_path / "c", dataclasses.replace(SIZES, num_experts=7))
+
+
+def test_patterns_know_parameters_by_their_own_names(tmp_path: Path) -> None:
+    """PEFT compares alpha_pattern with mlp.router.weight, not with the module mlp.router."""
+    write(tmp_path / "c", *adapted("router", "down"))
+    plain = flatten(peft.read(tmp_path / "c", SIZES)[1])
+    patterns = {"mlp.router.weight": 14, r"1\.mlp\.experts\.down_proj": 21, "mlp.router": 100}
+    edit(tmp_path / "c", alpha_pattern=patterns)
+    found = flatten(peft.read(tmp_path / "c", SIZES)[1])
+    router, down = "layers/router/weight/b", "layers/experts/down_weight/b"
+    np.testing.assert_allclose(found[router], 2 * plain[router], rtol=1e-6)
+    np.testing.assert_allclose(found[down][1], 3 * plain[down][1], rtol=1e-6)
+    assert np.array_equal(found[down][2], plain[down][2])
 
 
 REFUSED = [
