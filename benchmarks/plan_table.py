@@ -29,6 +29,7 @@ BF16 = (
 )
 SHORT = "--data.sequence_length 1024"
 ATTENTION = "--model.lora.targets attention --model.lora.rank 16"
+EXPERTS = "--model.lora.targets attention experts"
 ON_HOST = "--model.embedding_on_host"
 LONG = "--data.sequence_length 131072 --model.expert_chunk 16384"
 
@@ -55,23 +56,27 @@ ROWS = (
     Row("20b-t4", "20b sampling, 8,192 tokens, float16", "t4",
         f"--config configs/20b.py {SAMPLE} {PACKED} --model.dtype float16 "
         "--model.param_dtype float16"),
-    Row("20b-lora-h100", "20b LoRA, packed experts", "h100",
+    Row("20b-lora-router-h100", "20b LoRA of attention and router, 4,096 tokens", "h100",
         "--config configs/20b_lora.py"),
-    Row("20b-lora-v6e", "20b LoRA, packed experts", "v6e:1x1",
+    Row("20b-lora-router-v6e", "20b LoRA of attention and router, 4,096 tokens", "v6e:1x1",
         "--config configs/20b_lora.py"),
+    Row("20b-lora-h100", "20b LoRA, experts too, 4,096 tokens", "h100",
+        f"--config configs/20b_lora.py {EXPERTS}"),
+    Row("20b-lora-v6e", "20b LoRA, experts too, 4,096 tokens", "v6e:1x1",
+        f"--config configs/20b_lora.py {EXPERTS}"),
     Row("20b-lora-1k", "20b LoRA of attention, rank 16, 1,024 tokens, embedding on the host",
         "h200", f"--config configs/20b_lora.py {SHORT} {ATTENTION} {ON_HOST}"),
     Row("20b-lora-1k-experts", "20b LoRA, experts too, rank 8, 1,024 tokens, embedding on the host",
-        "h200", f"--config configs/20b_lora.py {SHORT} {ON_HOST}"),
+        "h200", f"--config configs/20b_lora.py {EXPERTS} {SHORT} {ON_HOST}"),
     Row("20b-lora-1k-v5p", "20b LoRA of attention, 1,024 tokens, embedding and layers' inputs on "
         "the host", "v5p:1x1x1",
         f"--config configs/20b_lora.py {SHORT} {ATTENTION} {ON_HOST} --model.remat offload"),
     Row("20b-lora-131k", "20b LoRA, experts too, 131,072 tokens", "h200",
-        f"--config configs/20b_lora.py {LONG}"),
+        f"--config configs/20b_lora.py {EXPERTS} {LONG}"),
     Row("20b-lora-131k-h100", "20b LoRA, experts too, 131,072 tokens", "h100",
-        f"--config configs/20b_lora.py {LONG}"),
+        f"--config configs/20b_lora.py {EXPERTS} {LONG}"),
     Row("20b-lora-131k-offload", "20b LoRA, experts too, 131,072 tokens, inputs on host", "h100",
-        f"--config configs/20b_lora.py {LONG} --model.remat offload"),
+        f"--config configs/20b_lora.py {EXPERTS} {LONG} --model.remat offload"),
     Row("20b-v5e-4x8", "20b full, float32 AdamW", "v5e:4x8",
         "--config configs/20b_v5e_4x8.py"),
     Row("20b-v5e-4x4", "20b full, bfloat16 moments, no copy", "v5e:4x4",
@@ -86,12 +91,14 @@ ROWS = (
         f"--config configs/120b.py {SAMPLE} {PACKED}"),
     Row("120b-v5p", "120b sampling, 8,192 tokens", "v5p:1x1x1",
         f"--config configs/120b.py {SAMPLE} {PACKED}"),
-    Row("120b-lora-h200", "120b LoRA, packed experts", "h200",
+    Row("120b-lora-router-h200", "120b LoRA of attention and router, 4,096 tokens", "h200",
         "--config configs/120b_lora.py"),
+    Row("120b-lora-h200", "120b LoRA, experts too, 4,096 tokens", "h200",
+        f"--config configs/120b_lora.py {EXPERTS}"),
     Row("120b-lora-1k", "120b LoRA of attention, rank 16, 1,024 tokens, embedding on the host",
         "h200", f"--config configs/120b_lora.py {SHORT} {ATTENTION} {ON_HOST}"),
     Row("120b-lora-1k-experts", "120b LoRA, experts too, rank 8, 1,024 tokens, embedding on the "
-        "host", "h200", f"--config configs/120b_lora.py {SHORT} {ON_HOST}"),
+        "host", "h200", f"--config configs/120b_lora.py {EXPERTS} {SHORT} {ON_HOST}"),
     Row("120b-h200x8", "120b full, Adafactor, no copy", "h200:8",
         "--config configs/120b_h200x8.py"),
     Row("120b-v5p-4x4x4", "120b full, float32 AdamW", "v5p:4x4x4",

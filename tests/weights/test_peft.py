@@ -15,13 +15,14 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import D, E, H, K, L, N, V
 
 from gptoss_jax import loading, weights
-from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig
+from gptoss_jax.config import Config, DataConfig, LoRAConfig, ModelConfig, command_line
 from gptoss_jax.convert import main
 from gptoss_jax.errors import UserError, run_entry
 from gptoss_jax.loading import start_adapters
 from gptoss_jax.loading.convert import _base_name, convert
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
+from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import flatten, nest
 from gptoss_jax.runs import records
 from gptoss_jax.runs.frozen_base import Base
@@ -31,6 +32,7 @@ SIZES = ModelConfig(
     vocab_size=V, num_layers=L, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H,
     num_experts=E, active_experts=tiny.A, d_expert=tiny.F, window=tiny.W,
 )  # fmt: skip
+ROOT = Path(__file__).parents[2]
 HELD = ("attention", "router", "unembedding")
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 3 * tiny.W))
 # What PEFT calls a weight's module, and the sides of it.
@@ -324,6 +326,14 @@ def test_patterns_know_parameters_by_their_own_names(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[router], 2 * plain[router], rtol=1e-6)
     np.testing.assert_allclose(found[down][1], 3 * plain[down][1], rtol=1e-6)
     assert np.array_equal(found[down][2], plain[down][2])
+
+
+@pytest.mark.parametrize("name", ["20b_lora", "120b_lora"])
+def test_the_first_recipes_can_be_exported(name: str) -> None:
+    """By --to peft, and in MXFP4, which would lose the updates of experts."""
+    model = command_line.load(["--config", str(ROOT / f"configs/{name}.py")]).model
+    assert peft.config_of(model)["target_parameters"] == ["mlp.router.weight"]
+    assert not any(table.row(path).packable for path in adapters.adapted(model))
 
 
 REFUSED = [
