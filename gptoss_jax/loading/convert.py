@@ -75,8 +75,6 @@ def convert(
         given = [n for n, x in options if x]
         _write_peft(folder, destination, weights, step=step, base=base, given=given)
         model_source.keep_copy(make_model, weights.config, Path(destination))
-        template = read_rules(folder, step=step).template()
-        (Path(destination) / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         return Report()
     form = experts or weights.config.experts
     template = _template(folder, weights, to=to, step=step, adapters=adapters)
@@ -176,8 +174,8 @@ def _write_peft(
 ) -> None:
     """Write a workdir's adapters, with the name of their base: the model that the run started from.
 
-    `base` is where that model is now, if it has moved. `given` are the options that `--to peft`
-    does not take.
+    The run's chat template is written too. `base` is where that model is now, if it has moved.
+    `given` are the options that `--to peft` does not take.
     """
     if given:
         raise UserError(f"--to peft writes a run's adapters as they are: leave out --{given[0]}")
@@ -191,6 +189,8 @@ def _write_peft(
             "no place for: --to hf writes all of it"
         )
     write_adapters(destination, weights, base=_base_name(record, base, whose=folder))
+    template = read_rules(folder, step=step).template()
+    (Path(destination) / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _base_name(record: Record, given: str | Path | None, *, whose: Path) -> str:

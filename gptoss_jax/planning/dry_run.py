@@ -66,9 +66,6 @@ def show(
     config = setup.with_steps(config, record) if config.data.train else config
     run, given = shapes(config, make_model), checks.check_new(config)
     missing = _check(config, record, mesh, make_model)
-    packs = config.model.experts == "mxfp4" and not config.model.requantise
-    if packs and config.init is not None and Path(config.init).is_dir():
-        check_packs(config.init)
     command_line.print_config(config, console)
     say("\nparameters")
     for line in parameter_table(run):
@@ -123,6 +120,9 @@ def _check(
         missing.append("train needs weights to start from: --init DIR, or --init random")
     elif config.init == "random" or Path(config.init).is_dir():
         checks.check_init(config)
+        packs = config.model.experts == "mxfp4" and not config.model.requantise
+        if packs and config.init != "random":
+            check_packs(config.init)
     else:  # a name on the hub: a dry run downloads nothing
         missing.append(f"not checked: --init {config.init} is no folder here")
     return missing
