@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptoss_jax.harmony import StreamParser, parse, render, render_prompt, to_messages
 from gptoss_jax.harmony.parser import MessageEnd, MessageStart, TextDelta
-from gptoss_jax.harmony.tokenizer import decode, get_tokenizer, special_id, special_tokens
+from gptoss_jax.harmony.tokenizer import STOPS, decode, get_tokenizer, special_id, special_tokens
 
 ENCODINGS = get_tokenizer(), get_tokenizer(1024)
 HAS_ORACLE = importlib.util.find_spec("openai_harmony") is not None
@@ -134,7 +134,7 @@ def check_message(message, encoding):
     """The content is the text of its ids; what ends it and what stands before it is where it is."""
     begin, end = message.span
     assert 0 <= begin <= end <= len(message.ids)
-    ends = [special_id(encoding, name) for name in ("<|end|>", "<|return|>", "<|call|>")]
+    ends = [special_id(encoding, name) for name in ("<|end|>", *STOPS)]
     if message.stop is None:
         assert end == len(message.ids)
     else:
@@ -176,7 +176,7 @@ def check_history(messages, ids, encoding):
     expected = list(ids)
     if last.stop is None:
         expected.append(special_id(encoding, "<|end|>"))
-    elif last.stop == "<|return|>":
+    elif last.stop in ("<|return|>", "<|endoftext|>"):
         at = len(ids) - len(last.ids) + last.span[1]
         expected[at] = special_id(encoding, "<|end|>")
     assert middle == expected
