@@ -337,7 +337,7 @@ def test_what_does_not_fit_is_exit_code_1(
         (["--target", "h200:8", "--data.batch_size", "6"], "data.batch_size"),
         (["--target", "h200:8", "--batch", "0"], "--batch is 0"),
         (["--target", "h200:8", "--batch", "x"], "--batch: invalid int value: 'x'"),
-        (["--target", "a100"], "the chips are v5e"),
+        (["--target", "v100"], "the chips are v5e"),
         (["--target", "h200:8", "--model.layers", "3"], "unknown option --model.layers"),
     ],
 )
