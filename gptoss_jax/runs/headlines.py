@@ -1,4 +1,4 @@
-"""What the numbers of a run are, by its objective: the same words on its page and its curves."""
+"""What the losses of a run measure: the same words on its page and beside its curves."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any, NamedTuple
 class Losses(NamedTuple):
     """What the losses of a run measure: a few words beside their curves."""
 
+    kind: str  # tells runs with different losses apart on one page
     training: str
     held_out: str
 
 
 _NATS = "nats a token"
-LOSSES = {
-    "sft": Losses(_NATS, _NATS),
-    "dpo": Losses("of a pair; ln 2 is no preference", "of a pair; ln 2 is no preference"),
-    "distill": Losses("divergence from the teacher, a token", _NATS),
-    "grpo": Losses("about 0 whatever is learnt: see the reward", _NATS),
+_PAIRS = "of a pair; ln 2 is no preference"
+_LIKELIHOOD = Losses("sft", _NATS, _NATS)
+# By a number that only runs with these losses log.
+_BY_NUMBER = {
+    "groups_alike": Losses("grpo", "about 0 whatever is learnt: see the reward", _NATS),
+    "reward_margin": Losses("dpo", _PAIRS, _PAIRS),
+    "teacher_kl": Losses("distill", "divergence from the teacher, a token", _NATS),
 }
 
 
-def objective_of(records: Sequence[dict[str, Any]]) -> str:
-    """Return the `objective.name` of a run, from the names of the numbers in its records."""
+def losses_of(records: Sequence[dict[str, Any]]) -> Losses:
+    """Return what the losses of a run measure, from the names of the numbers in its records."""
     names = {name for record in records for name in record}
-    by_name = {"groups_alike": "grpo", "reward_margin": "dpo", "teacher_kl": "distill"}
-    return next((kind for name, kind in by_name.items() if name in names), "sft")
+    return next((what for name, what in _BY_NUMBER.items() if name in names), _LIKELIHOOD)

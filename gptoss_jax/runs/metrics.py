@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.parallel.hosts import processes
-from gptoss_jax.runs.headlines import LOSSES, objective_of
+from gptoss_jax.runs.headlines import losses_of
 from gptoss_jax.runs.tensorboard import Board
 from gptoss_jax.runs.tracking import Tracker
 
@@ -184,14 +184,13 @@ def plot(workdir: str | Path) -> Path:
         if points:
             axis.plot(*zip(*points, strict=True), label=label or name.replace("_", " "), **style)
 
-    objective = objective_of(records)
-    what = LOSSES[objective]
+    what = losses_of(records)
     line(losses, "loss", color="tab:blue", alpha=0.6, linewidth=1)
     if what.training == what.held_out:
         losses.set(ylim=(0, None))
         line(losses, "held_out_loss", color="tab:orange", marker="o", markersize=4)
     losses.set(title=f"loss, {what.training}", xlabel="step")
-    _plot_answers(objective, answers, line)
+    _plot_answers({name for record in records for name in record}, answers, line)
     line(rates, "learning_rate", color="tab:red")
     rates.set(title="learning rate and gradient norm", xlabel="step", ylabel="learning rate")
     norms = rates.twinx()
@@ -222,13 +221,13 @@ def plot(workdir: str | Path) -> Path:
     return path
 
 
-def _plot_answers(objective: str, axis: Any, line: Callable[..., None]) -> None:
-    """Draw what an objective improves, by `line(axis, name, **style)`."""
-    if objective == "dpo":
+def _plot_answers(names: set[str], axis: Any, line: Callable[..., None]) -> None:
+    """Draw how good the answers are, by `line(axis, name, **style)`: `names` are the numbers."""
+    if "reward_accuracy" in names:
         line(axis, "reward_accuracy", color="tab:green", alpha=0.6, linewidth=1)
         line(axis, "held_out_reward_accuracy", color="tab:green", marker="o", markersize=4)
         axis.set(title="pairs whose chosen answer has the larger reward", ylim=(-0.02, 1.02))
-    elif objective == "grpo":
+    elif "reward" in names:
         line(axis, "reward", color="tab:green")
         axis.set(title="reward, mean over a step's answers")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gptoss_jax.runs.headlines import LOSSES
+from gptoss_jax.runs.headlines import Losses
 from gptoss_jax.runs.report.charts import COLOURS, Line, chart
 from gptoss_jax.runs.report.runs import Points, Run
 
@@ -39,10 +39,10 @@ def training(runs: list[Run]) -> str:
 def _losses(runs: list[Run], marks: list[float]) -> list[str]:
     """Return the charts of the losses; losses that measure different things share no chart."""
     charts: list[str] = []
-    objectives = dict.fromkeys(run.objective for run in runs)
-    for name in objectives:
-        what, of = LOSSES[name], f" of {name}" if len(objectives) > 1 else ""
-        training, held_out = _pair_of(runs, "loss", only=name)
+    kinds = dict.fromkeys(run.losses for run in runs)
+    for what in kinds:
+        of = f" of {what.kind}" if len(kinds) > 1 else ""
+        training, held_out = _pair_of(runs, "loss", only=what)
         if what.training == what.held_out:
             both = [line for pair in zip(training, held_out, strict=True) for line in pair]
             charts.append(chart(f"Loss{of}", both, note=what.training, low=0, marks=marks))
@@ -55,12 +55,12 @@ def _losses(runs: list[Run], marks: list[float]) -> list[str]:
 
 
 def _pair_of(
-    runs: list[Run], name: str, *, only: str | None = None
+    runs: list[Run], name: str, *, only: Losses | None = None
 ) -> tuple[list[Line], list[Line]]:
-    """Return the lines of a number in training and held out, of the runs with objective `only`."""
+    """Return the lines of a number in training and held out, of the runs with the losses `only`."""
     training, held_out = [], []
     for i, run in enumerate(runs):
-        if only is not None and run.objective != only:
+        if only is not None and run.losses != only:
             continue
         first, second = (i, i) if len(runs) > 1 else (0, 1)
         prefix = f"{run.name}, " if len(runs) > 1 else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.runs import metrics
-from gptoss_jax.runs.headlines import objective_of
+from gptoss_jax.runs.headlines import Losses, losses_of
 
 EVENTS = "events.jsonl"
 CONFIG = "config.json"
@@ -53,9 +53,9 @@ class Run:
         return value
 
     @property
-    def objective(self) -> str:
-        """The `objective.name` of the run."""
-        return objective_of(self.records)
+    def losses(self) -> Losses:
+        """What the losses of the run measure."""
+        return losses_of(self.records)
 
     def names(self) -> list[str]:
         """Return the names of all numbers in the records, in the order of their first use."""
