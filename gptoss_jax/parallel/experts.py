@@ -9,7 +9,7 @@ scattered again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,16 +39,22 @@ from gptoss_jax.parallel.exchange import (
 )
 from gptoss_jax.parallel.mesh import ROWS, current
 from gptoss_jax.parameters import table
-from gptoss_jax.parameters.table import EXPERT
+from gptoss_jax.parameters.table import EXPERT, Axis
 from gptoss_jax.types import MXFP4, MXFP4_BLOCK, LayerOf, Relaid
 
+
+def _stored(axes: Sequence[Axis]) -> int:
+    """Return which axis is split over EXPERT for storage."""
+    return next(
+        i
+        for i, axis in enumerate(axes)
+        if isinstance(axis, tuple) and axis[-len(EXPERT) :] == EXPERT
+    )
+
+
+_ROWS = {name: table.row(f"layers/experts/{name}_weight") for name in ("gate_up", "down")}
 # The axis of a layer's matrix that is split over EXPERT for storage: F, and D.
-STORED = {
-    row.name: axis
-    for row in (table.row(f"layers/experts/{name}_weight") for name in ("gate_up", "down"))
-    for axis, split in enumerate(row.mesh_axes)
-    if isinstance(split, tuple) and split[-len(EXPERT) :] == EXPERT
-}
+STORED = {row.name: _stored(row.mesh_axes) for row in _ROWS.values()}
 # The name of gathered weights, for a `jax.checkpoint` policy that need not keep them.
 GATHERED = "gathered_experts"
 
@@ -202,13 +208,13 @@ def _held(weight: Any) -> Any:
 
 
 def _specs(weights: dict[str, Any]) -> dict[str, Any]:
-    """Return the shardings of the weights, and of the adapters among them, which are small."""
+    """Return the shardings of the weights, and of the adapters among them."""
     specs = {name: _spec(name, w) for name, w in weights.items() if name != "adapters"}
     if weights.get("adapters") is None:
         return specs
     found: dict[str, Any] = {}
     for name, own in weights["adapters"]._asdict().items():
-        axes = (table.row(f"layers/experts/{name}_weight").adapter(part)[1] for part in "ab")
+        axes = (_ROWS[name].adapter(part)[1] for part in "ab")
         found[name] = own and LowRank(*(P(*each[1:]) for each in axes))  # pyright: ignore[reportArgumentType]
     return {**specs, "adapters": moe.Adapters(**found)}
 
@@ -236,18 +242,32 @@ def _local_weights(weights: dict[str, Any], quantised_to: Any = None) -> dict[st
         weights = moe.quantised(weights, quantised_to)
     if lax.axis_size(EXPERT) > 1:
         for name, axis in STORED.items():
-            weights[name] = jax.tree.map(
-                lambda w, axis=axis: checkpoint_name(
-                    lax.all_gather(w, EXPERT, axis=axis, tiled=True), GATHERED
-                ),
-                layer_of(weights[name]),
-            )
+            weights[name] = _gathered(layer_of(weights[name]), axis)
+        if adapted:
+            weights["adapters"] = _gathered_adapters(weights["adapters"])
     if quantised_to is not None and adapted:
         weights = moe.quantised(weights, quantised_to)
     if lax.axis_size("tensor") > 1:
         bias: Any = layer_of(weights["down_bias"])
         weights["down_bias"] = jnp.where(lax.axis_index("tensor") == 0, bias, 0)
     return weights
+
+
+def _gathered(weight: Any, axis: int) -> Any:
+    """Gather the arrays of a weight that are split for storage along an axis."""
+    return jax.tree.map(
+        lambda w: checkpoint_name(lax.all_gather(w, EXPERT, axis=axis, tiled=True), GATHERED),
+        weight,
+    )
+
+
+def _gathered_adapters(adapters: moe.Adapters) -> moe.Adapters:
+    """Gather A and B of a layer's experts; they are split for storage as the table says."""
+    found: dict[str, Any] = {}
+    for name, own in adapters._asdict().items():
+        axes = (_stored(_ROWS[name].adapter(part)[1][1:]) for part in "ab")
+        found[name] = own and LowRank(*map(_gathered, own, axes))
+    return moe.Adapters(**found)
 
 
 def _gather_rows(x: Array, ids: Array, shares: Array) -> tuple[Array, Array, Array]:

@@ -327,7 +327,7 @@ def test_full_tuning_is_what_it_was():
 
 @pytest.mark.slow
 def test_a_mesh_gives_the_adapters_that_one_device_gives():
-    """With padding, since 3 blocks of 32 do not divide over 2 devices."""
+    """With padding where 3 blocks of 32 do not divide: over `tensor`."""
     config = config_of(
         "--model.lora.targets", *EVERY, "--model.lora.rank", "3", "--model.d_expert", "96",
         "--model.num_heads", "8", "--model.num_kv_heads", "2", "--data.batch_size", "4",
@@ -354,9 +354,13 @@ def test_a_mesh_gives_the_adapters_that_one_device_gives():
 
     want, losses, extra = run(MeshConfig())
     assert extra == 0
-    got, spread, extra = run(MeshConfig(fsdp=2, expert=2, tensor=2))
-    assert extra == 32
-    np.testing.assert_allclose(spread, losses, rtol=1e-5)
-    for path, x in flatten(want).items():
-        limit = 1e-5 * np.abs(x).max()
-        np.testing.assert_allclose(flatten(got)[path], x, atol=limit, rtol=0, err_msg=path)
+    for mesh, padded in (
+        (MeshConfig(fsdp=2, expert=2, tensor=2), 32),
+        (MeshConfig(fsdp=2, context=2), 0),
+    ):
+        got, spread, extra = run(mesh)
+        assert extra == padded
+        np.testing.assert_allclose(spread, losses, rtol=1e-5)
+        for path, x in flatten(want).items():
+            limit = 1e-5 * np.abs(x).max()
+            np.testing.assert_allclose(flatten(got)[path], x, atol=limit, rtol=0, err_msg=path)

@@ -270,6 +270,7 @@ def test_layers_of_stacks(sizes: dict, layout: str | None, exchange: str) -> Non
     [
         ({"expert": 2, "tensor": 2}, "all_to_all", 31),
         pytest.param({"expert": 4, "fsdp": 2}, "all_gather", None, marks=pytest.mark.slow),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, "all_gather", None),
         pytest.param({"tensor": 4}, "all_gather", 13, marks=pytest.mark.slow),
     ],
 )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from typing import Any
 
 import jax
 import pytest
 from programs import make_program
 from test_meshes import CONFIG, MODEL, make_batch, make_mesh
 
+from gptoss_jax.config import LoRAConfig
 from gptoss_jax.parallel import sharding
 
 E, V, D, F = MODEL.num_experts, MODEL.vocab_size, MODEL.d_model, MODEL.d_expert
 SHAPE = re.compile(r"(?:f32|bf16|s32|u8|pred)\[([\d,]+)\]")
 
 
-def compiled_step(text: str) -> str:
+def compiled_step(text: str, **model: Any) -> str:
     mesh = make_mesh(text)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **model))
     with jax.set_mesh(mesh):
-        program = make_program(CONFIG)
+        program = make_program(config)
         shapes = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             make_batch(),
@@ -55,3 +60,16 @@ def test_no_experts_no_vocabulary_and_no_logits_are_gathered(text: str):
     assert not logits, f"whole rows of logits exist: {logits}"
     kinds = ["all-gather"] if text == "tensor 8" else ["all-gather", "reduce-scatter", "all-to-all"]
     assert any(kind in line for line in lines for kind in kinds)
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_gather_no_frozen_expert_unpacked():
+    """FSDP gathers packed bytes and a layer's A and B, of the device's own experts alone."""
+    lora = LoRAConfig(targets=("attention", "experts"), rank=3)
+    lines = compiled_step("expert 2 fsdp 2 tensor 2", experts="mxfp4", lora=lora).splitlines()
+    results = [line.split(" all-gather", 1)[0] for line in lines if " all-gather" in line]
+    gathered = shapes_of([result for result in results if "=" in result])
+    assert [s for s in gathered if s[-2:] == (D, 3)], "A of gate_up is split over fsdp"
+    assert not [s for s in gathered if E in s and s[-2:] != (E, D)]  # that is the router's weight
+    packed = [result.replace("u8[", "bytes[") for result in results if "=" in result]
+    assert max(map(math.prod, shapes_of(packed))) < E // 2 * D * F // 2

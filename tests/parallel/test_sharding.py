@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 from programs import make_program
 
 from gptoss_jax import loading, weights
-from gptoss_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+from gptoss_jax.config import (
+    Config,
+    DataConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
@@ -53,6 +60,23 @@ def test_a_state_is_split_over_all_that_the_mesh_has(optimizer: Any, experts: An
     flat = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
     assert flat["params/layers/attention/sinks"].sharding.spec == P(None, "tensor")
     assert flat["step"].sharding.spec == P()
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"expert": 2, "fsdp": 2, "context": 2}])
+def test_adapters_and_their_moments_are_split_where_they_are_large(sizes: dict):
+    """Those of experts. Small ones are whole on each device."""
+    lora = LoRAConfig(targets=("attention", "router", "experts"), rank=8)
+    model = dataclasses.replace(MODEL, experts="mxfp4", num_heads=4, lora=lora)
+    config = Config(model=model, data=DataConfig(sequence_length=48))
+    with jax.set_mesh(mesh_of(**sizes)):
+        state = make_program(config).abstract_state()
+    flat = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    adapters = {path: x for path, x in flat.items() if "lora/" in path}
+    assert len(adapters) == 3 * 2 * (4 + 1 + 2)  # they and two moments, A and B
+    for path, x in adapters.items():
+        parts = 8 if "/experts/" in path else 1
+        part = math.prod(x.sharding.shard_shape(x.shape))
+        assert part * parts == math.prod(x.shape), f"{path} is split as {x.sharding.spec}"
 
 
 def test_kv_heads_are_whole_where_there_are_more_shards_than_heads():

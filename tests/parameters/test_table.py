@@ -12,6 +12,7 @@ from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.initial import init_params
 from gptoss_jax.parameters import table
+from gptoss_jax.parameters.table import EXPERT
 from gptoss_jax.parameters.tree import flatten
 from gptoss_jax.weights.names import tensors
 
@@ -47,10 +48,10 @@ def test_shapes_and_mesh_axes():
         ("layers/attention/k_weight", ("LDr", (None,) * 3), ("LrKH", (None,) * 4)),
         ("layers/attention/o_weight", ("LNHr", (None, "tensor", None, None)),
          ("LrD", (None,) * 3)),
-        ("layers/experts/gate_up_weight", ("LEDr", (None, "expert", None, None)),
-         ("LErCF", (None, "expert", None, None, "tensor"))),
-        ("layers/experts/down_weight", ("LEFr", (None, "expert", "tensor", None)),
-         ("LErD", (None, "expert", None, None))),
+        ("layers/experts/gate_up_weight", ("LEDr", (None, "expert", EXPERT, None)),
+         ("LErCF", (None, "expert", None, None, ("tensor", *EXPERT)))),
+        ("layers/experts/down_weight", ("LEFr", (None, "expert", ("tensor", *EXPERT), None)),
+         ("LErD", (None, "expert", None, EXPERT))),
         ("layers/router/weight", ("LDr", (None,) * 3), ("LrE", (None,) * 3)),
         ("embedding/weight", ("Vr", (None,) * 2), ("rD", (None,) * 2)),
         ("unembedding/weight", ("Dr", (None,) * 2), ("rV", (None,) * 2)),
