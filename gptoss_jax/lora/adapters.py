@@ -174,6 +174,21 @@ def join(params: Any) -> Params:
     }
 
 
+def switched_off(params: Params) -> Params:
+    """Return the parameters of the reference, the model without its adapters, inside a jit.
+
+    Adapters stay where they are, and their B is zero. So the reference and the adapted model are
+    the same operations on arrays of the same sharding, and XLA gives them the same kernels: without
+    adapters it would add a bias in another kernel, for example. XLA does not see that B is zero.
+    """
+    if ROOT not in params:
+        return params
+    on = jax.lax.optimization_barrier(jnp.zeros((), bool))
+    flat = flatten(params[ROOT])
+    off = {k: jnp.where(on, x, 0) if k.endswith("/b") else x for k, x in flat.items()}
+    return {**params, ROOT: nest(off)}
+
+
 def adapter(module: nn.Module, name: str, scale: float) -> LowRank | None:
     """Return the adapter of a weight in a layer's module, with B scaled; None without one."""
     if not module.has_variable("params", "lora"):

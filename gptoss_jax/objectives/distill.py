@@ -30,7 +30,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.lora import adapters
 from gptoss_jax.model import Transformer
 from gptoss_jax.objectives import sft
-from gptoss_jax.objectives.objective import Objective
+from gptoss_jax.objectives.objective import ROUND_AS_WRITTEN, Objective
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, trained_first
 from gptoss_jax.ops.divergence import Mix, divergence
 from gptoss_jax.ops.lora import widen
@@ -53,6 +53,7 @@ def objective(config: Config) -> Objective:
         make_prepare=lambda model: teacher,
         loss=partial(distill_loss, distill=config.objective.distill, **sft.router_losses(config)),
         complete=teacher.complete,
+        compares_models=True,
     )
 
 
@@ -155,7 +156,8 @@ class Teacher:
         model, params = loading.load(
             place, dtype=jnp.dtype(self._config.model.dtype), mesh=None if over.empty else over
         )
-        return partial(jax.jit(partial(teach, model.dropless())), params)
+        run = jax.jit(partial(teach, model.dropless()), compiler_options=ROUND_AS_WRITTEN)
+        return partial(run, params)
 
 
 def teach(model: Transformer, params: Params, batch: Batch) -> Batch:

@@ -8,6 +8,10 @@ p_0 the reference, which is the same model without its adapters,
     loss of a pair = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin)
                      + sft_weight * mean_t of -log p over the chosen answer, weighted by w
 
+The reference keeps its adapters, with B = 0 (`adapters.switched_off`), and the step is compiled
+with `objective.ROUND_AS_WRITTEN`. So new adapters begin at a loss of log 2 exactly, in bfloat16
+too.
+
 s is `label_smoothing`, the chance that a pair is the wrong way round (Mitchell 2023, "A note on DPO
 with noisy preferences"). The loss of a batch is the mean over its pairs. In a row, pair k is the
 segments 2k + 1, chosen, and 2k + 2, rejected: see `data/preferences.py`.
@@ -25,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.config import Config
 from gptoss_jax.config.objective import DPOConfig
 from gptoss_jax.errors import UserError
+from gptoss_jax.lora import adapters
 from gptoss_jax.objectives import sft
 from gptoss_jax.objectives.objective import Loss, Objective
 from gptoss_jax.objectives.token_loss import LossSums, forward, router_penalty, weighted_nll
@@ -40,6 +45,7 @@ def objective(config: Config) -> Objective:
         held_out_loss=_held_out_loss(config.objective.dpo),
         has_perplexity=False,
         compares_with_base=True,
+        compares_models=True,
     )
 
 
@@ -83,7 +89,7 @@ def dpo_loss(
     weights = jnp.asarray(ordered.weights, jnp.float32)
     _, nll = weighted_nll(model, params, out.hidden, ordered.targets, weights)
     with jax.named_scope("reference"):
-        base = jax.lax.stop_gradient({k: v for k, v in params.items() if k != "lora"})
+        base = jax.lax.stop_gradient(adapters.switched_off(params))
         hidden = forward(model, base, batch)[1].hidden
         _, reference = weighted_nll(model, base, hidden, ordered.targets, weights)
 

@@ -7,7 +7,8 @@ its group,
     loss = mean over all answer tokens of the step of
            -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl * (exp(b - x) - (b - x) - 1)
 
-where b = log p(token) under the reference, the same model without its adapters. The second term is
+where b = log p(token) under the reference, the same model without its adapters, computed as in DPO,
+so that new adapters begin at a divergence of 0. The second term is
 the "k3" estimate of the divergence from the reference. As in GRPO, the gradient is that of this
 estimate.
 
@@ -33,7 +34,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.config import Config
 from gptoss_jax.config.objective import GRPOConfig
-from gptoss_jax.lora.adapters import ROOT
+from gptoss_jax.lora import adapters
 from gptoss_jax.objectives import sft
 from gptoss_jax.objectives.objective import Objective
 from gptoss_jax.objectives.reinforcement import rollouts
@@ -54,6 +55,7 @@ def objective(config: Config) -> Objective:
         make_prepare=partial(rollouts.Rollouts, config),
         loss=partial(grpo_loss, grpo=config.objective.grpo, **sft.router_losses(config)),
         compares_with_base=config.objective.grpo.kl > 0,
+        compares_models=True,
         complete=rollouts.complete,
     )
 
@@ -91,8 +93,7 @@ def grpo_loss(
     x = logprobs(params, hidden)
     reference = None
     if grpo.kl:
-        base = {name: child for name, child in params.items() if name != ROOT}
-        base = jax.lax.stop_gradient(base)
+        base = jax.lax.stop_gradient(adapters.switched_off(params))
         reference = logprobs(base, forward(model, base, given)[1].hidden / grpo.temperature)
     each, slope, extra = token_losses(
         x,

@@ -14,6 +14,13 @@ Loss = Callable[[Any, Params, Batch], LossSums]  # takes (model, parameters, bat
 Spread = Callable[[Batch], Batch]  # makes global arrays from the rows of this process
 
 
+# Options of XLA for programs that compare two models. By default XLA leaves out a rounding to
+# bfloat16 wherever it merges two operations, which depends on what surrounds them: two passes that
+# compute the same then differ, and routers send near ties to other experts. With this option every
+# value is rounded where the program says.
+ROUND_AS_WRITTEN = {"xla_allow_excess_precision": False}
+
+
 class Prepare(Protocol):
     """A function that prepares a batch of the data for a step.
 
@@ -41,8 +48,15 @@ class Objective(NamedTuple):
     has_perplexity: bool = True  # whether the held-out loss is the mean nll of a token
     # Whether the model without its adapters is the reference that the model is compared with.
     compares_with_base: bool = False
+    # Whether it compares two models, so that its losses are compiled with ROUND_AS_WRITTEN.
+    compares_models: bool = False
     # Turns the shapes of a batch of tokens into those of a prepared batch, for planning.
     complete: Callable[[Batch], Batch] = lambda batch: batch
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """XLA's options for the programs of the loss and of the held-out loss."""
+        return ROUND_AS_WRITTEN if self.compares_models else None
 
 
 def spread_batch(state: TrainState, batch: Batch, spread: Spread) -> tuple[Batch, dict[str, float]]:

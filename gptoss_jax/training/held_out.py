@@ -14,7 +14,7 @@ from gptoss_jax.config import Config
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import Transformer
 from gptoss_jax.objectives import make_objective
-from gptoss_jax.objectives.objective import Loss
+from gptoss_jax.objectives.objective import ROUND_AS_WRITTEN, Loss
 from gptoss_jax.sampler import Sampler
 from gptoss_jax.types import Batch, Params
 
@@ -42,7 +42,7 @@ def evaluate(
     # Fetch each result before the next batch starts. Several processes on CPUs may deadlock
     # otherwise: see `runs/checksums.py`.
     objective = make_objective(config)
-    measure = _measure(objective.held_out_loss)
+    measure = _measure(objective.held_out_loss, objective.compares_models)
     sums = [jax.device_get(measure(model, params, batch)) for batch in batches]
     nll, weight = (sum(float(s[i]) for s in sums) for i in (0, 1))
     loss = nll / weight if weight else math.nan
@@ -81,7 +81,7 @@ def evaluate(
 
 
 @cache
-def _measure(loss: Loss) -> Callable[..., Any]:
+def _measure(loss: Loss, compares_models: bool) -> Callable[..., Any]:
     """Return a jitted function of (model, params, batch) that gives the sums nll, weight and extra.
 
     The cache has one function for each loss, so that each is compiled once.
@@ -91,7 +91,8 @@ def _measure(loss: Loss) -> Callable[..., Any]:
         sums = loss(model, params, batch)
         return sums.nll, sums.weight, sums.extra
 
-    return jax.jit(run, static_argnums=0)
+    options = ROUND_AS_WRITTEN if compares_models else None
+    return jax.jit(run, static_argnums=0, compiler_options=options)
 
 
 def _final_text(ids: list[int], encoding: Any) -> str | None:

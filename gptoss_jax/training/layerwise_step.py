@@ -46,6 +46,7 @@ def make_layerwise_step(
     factors: Params,
     frozen_paths: Collection[str] = (),
     total: Callable[[Batch], Float[Array, ""]] = trained_weight,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
@@ -61,6 +62,7 @@ def make_layerwise_step(
         factors: Factors on the learning rate of each parameter, as given to the optimizer.
         frozen_paths: Parameters that are not trained.
         total: Returns the value that `LossSums.weight` of a batch will have.
+        compiler_options: XLA's, beside the step's own.
 
     Raises:
         UserError: the current mesh has several devices.
@@ -83,7 +85,8 @@ def make_layerwise_step(
         given = {"trainable": trainable, "factors": factors, "weight": total(batch)}
         return _step(model, state, batch, loss_fn=loss_fn, apply=apply, **given)
 
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
+    options = {**(compiler_options or {}), **_compiler_options()}
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _step(
@@ -140,14 +143,14 @@ def _step(
     return state, metrics
 
 
-def _compiler_options() -> dict[str, str] | None:
+def _compiler_options() -> dict[str, str]:
     """Turn off XLA's rematerialization on GPUs, because it overestimates the memory of this step.
 
     It counts a stack that is updated in place as one more array. So it takes the step for far too
     large, and recomputes the update of each stack: three times in all.
     """
     if chips.current().platform != "gpu":
-        return None
+        return {}
     return {"xla_disable_hlo_passes": "rematerialization"}
 
 

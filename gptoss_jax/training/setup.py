@@ -137,6 +137,7 @@ def make_step(
     """
     common: dict[str, Any] = {
         "total": objective.total,
+        "compiler_options": objective.compiler_options,
         "frozen_paths": patterns.frozen_paths(factors),
     }
     if config.optimizer.fused:

@@ -81,6 +81,7 @@ def make_train_step(
     frozen_paths: Collection[str] = (),
     ema: float = 0.0,
     total: Callable[[Batch], Float[Array, ""]] = trained_weight,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Return the jitted `step(state, batch) -> (state, metrics)`, which donates the state.
 
@@ -90,7 +91,7 @@ def make_train_step(
     microbatches, weighted by their tokens. Gradients accumulate in float32. Packed weights and
     those at `frozen_paths` are passed through and not differentiated. `ema` is the decay of the
     state's averaged parameters, if it has them. `total` returns the value that `LossSums.weight` of
-    a whole batch will have, before the batch runs.
+    a whole batch will have, before the batch runs. `compiler_options` are options of XLA.
 
     With `on_nan="skip"`, a step whose loss or gradient is not finite leaves parameters and
     optimizer state unchanged, but counts as a step. With "stop" the caller has to check
@@ -130,7 +131,7 @@ def make_train_step(
         state = TrainState(state.step + 1, params, opt_state, state.rng, average)
         return sharding.constrain_tree(state), sharding.replicate(metrics)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def _gradient(
