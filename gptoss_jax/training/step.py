@@ -90,14 +90,13 @@ def make_train_step(
     batch. The load-balancing loss of the routers is the one exception: it is a mean over
     microbatches, weighted by their tokens. Gradients accumulate in float32. Packed weights and
     those at `frozen_paths` are passed through and not differentiated. `ema` is the decay of the
-    state's averaged parameters, if it has them. `total` returns the value that `LossSums.weight` of
-    a whole batch will have, before the batch runs. `compiler_options` are options of XLA.
+    state's averaged parameters, if it has them. `total` returns what `LossSums.weight` of a whole
+    batch will be, before it runs. `compiler_options` are options of XLA.
 
     With `on_nan="skip"`, a step whose loss or gradient is not finite leaves parameters and
     optimizer state unchanged, but counts as a step. With "stop" the caller has to check
     `metrics.finite`.
     """
-
     update = optax.with_extra_args_support(optimizer).update  # some take the experts' load
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
