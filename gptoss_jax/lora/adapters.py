@@ -180,13 +180,14 @@ def switched_off(params: Params) -> Params:
     Adapters stay where they are, and their B is zero. So the reference and the adapted model are
     the same operations on arrays of the same sharding, and XLA gives them the same kernels: without
     adapters it would add a bias in another kernel, for example. XLA does not see that B is zero.
+    Adapters of a user's own kind, which are not A and B, are left out.
     """
-    if ROOT not in params:
-        return params
+    flat = flatten(params.get(ROOT, {}))
+    if not all(path.endswith(("/a", "/b")) for path in flat):
+        return {name: child for name, child in params.items() if name != ROOT}
     on = jax.lax.optimization_barrier(jnp.zeros((), bool))
-    flat = flatten(params[ROOT])
     off = {k: jnp.where(on, x, 0) if k.endswith("/b") else x for k, x in flat.items()}
-    return {**params, ROOT: nest(off)}
+    return {**params, ROOT: nest(off)} if flat else params
 
 
 def adapter(module: nn.Module, name: str, scale: float) -> LowRank | None:
