@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
@@ -63,13 +62,11 @@ def test_no_experts_no_vocabulary_and_no_logits_are_gathered(text: str):
 
 
 @pytest.mark.slow
-def test_adapters_of_experts_gather_no_frozen_expert_unpacked():
-    """FSDP gathers packed bytes and a layer's A and B, of the device's own experts alone."""
+def test_adapters_of_experts_are_gathered_of_the_device_s_own_experts_alone():
+    """FSDP gathers a layer's A and B, and nothing is gathered over expert."""
     lora = LoRAConfig(targets=("attention", "experts"), rank=3)
     lines = compiled_step("expert 2 fsdp 2 tensor 2", experts="mxfp4", lora=lora).splitlines()
     results = [line.split(" all-gather", 1)[0] for line in lines if " all-gather" in line]
     gathered = shapes_of([result for result in results if "=" in result])
     assert [s for s in gathered if s[-2:] == (D, 3)], "A of gate_up is split over fsdp"
     assert not [s for s in gathered if E in s and s[-2:] != (E, D)]  # that is the router's weight
-    packed = [result.replace("u8[", "bytes[") for result in results if "=" in result]
-    assert max(map(math.prod, shapes_of(packed))) < E // 2 * D * F // 2
