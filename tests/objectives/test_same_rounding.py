@@ -1,6 +1,10 @@
 """In bfloat16 a model that equals its reference has its log-probabilities, bit for bit."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +28,7 @@ from gptoss_jax.model.initial import init_params
 from gptoss_jax.objectives import make_objective
 from gptoss_jax.objectives.reinforcement.rollouts import ADVANTAGES, FRESH, SAMPLED
 from gptoss_jax.parallel import mesh as meshes
+from gptoss_jax.runs import metrics
 from gptoss_jax.training import held_out, setup
 
 V, T, ROWS = 40, 24, 4
@@ -92,10 +97,30 @@ def check_dpo(config, **mesh):
 DPO = ObjectiveConfig(name="dpo")
 
 
+@pytest.mark.slow
+def test_a_run_of_dpo_begins_at_log_2_compiled_as_users_have_it(tmp_path):
+    """XLA leaves out roundings only where it merges operations, so with its full optimisation."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [f for f in flags if "optimization_level" not in f and "fusion_emitters" not in f]
+    command = [sys.executable, "-m", "gptoss_jax.train", "--config", "configs/tiny_dpo.py"]
+    options = "--model.dtype bfloat16 --model.param_dtype bfloat16 --train.steps 1 --data.held-out"
+    subprocess.run(
+        [*command, *options.split(), "--workdir", str(tmp_path)],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "XLA_FLAGS": " ".join(kept)},
+    )
+    first = next(r for r in metrics.read(tmp_path) if "loss" in r)
+    assert np.float32(first["loss"]) == LOG_2
+    assert (first["reward_margin"], first["reward_accuracy"]) == (0, 0.5)
+
+
+@pytest.mark.slow
 def test_dpo_begins_at_log_2():
     check_dpo(config_of(DPO, accumulate=2))
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_of_dpo_begins_at_log_2():
     config = config_of(DPO)
     model, _, state, _ = start(config)
@@ -119,6 +144,7 @@ def test_dpo_begins_at_log_2_in_every_form_of_the_step(lora, remat, mesh):
     check_dpo(config_of(DPO, lora=lora, remat=remat), **mesh)
 
 
+@pytest.mark.slow
 def test_grpo_begins_at_its_reference():
     grpo = GRPOConfig(kl=0.1, reward="unread", group_size=2, max_tokens=4)
     config = config_of(ObjectiveConfig(name="grpo", grpo=grpo))
@@ -139,6 +165,7 @@ def distilled(tmp_path, *, lora, remat="none", **optimizer):
         return jax.device_get(step(state, batch)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "form"),
     [
