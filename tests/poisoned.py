@@ -45,8 +45,8 @@ class Poisoned:
     def get_state(self) -> dict[str, Any]:
         return {"inner": self._inner.get_state(), "at": self._at}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._inner.set_state(state["inner"])
+    def set_state(self, state: dict[str, Any], **how: Any) -> None:
+        self._inner.set_state(state["inner"], **how)
         self._at = state["at"]
 
 

@@ -50,7 +50,11 @@ class Reading:
             return read
         try:
             for name, chat in chats.items():
-                read.fields[name] = harmony.read_messages(chat, name, ignore=keys)
+                chat = harmony.read_messages(chat, name, ignore=[k for k in keys if k != "name"])
+                read.fields[name] = [
+                    _plain(message, f"{name}[{i}]", named="name" not in keys)
+                    for i, message in enumerate(chat)
+                ]
         except UserError as error:
             raise ValueError(str(error)) from None
         return read
@@ -81,6 +85,23 @@ class Reading:
         where = "" if self.plain_special_tokens else _spelled(messages, "messages")
         if where:
             raise ValueError(f"{where} {SPELLS}")
+
+
+def _plain(message: dict[str, Any], where: str, *, named: bool) -> dict[str, Any]:
+    """Return a message of a data set without a recipient or a name that says nothing.
+
+    With `named`, any other name of one who is no tool is refused, as a rendering has no place for
+    it. The renderer has both: a recipient "all" ends a message in `<|call|>`.
+    """
+    kept = {k: v for k, v in message.items() if k != "recipient" or v != "all"}
+    if message.get("role") in ("system", "developer", "user", "assistant"):
+        name = kept.pop("name", None)
+        if named and name not in (None, "", message["role"]):
+            raise UserError(
+                f"{where}.name: only a tool has a name in a rendering; put the name into the text, "
+                "or pass it over with data.ignore messages.name (which leaves the names of tools)"
+            )
+    return kept
 
 
 def _check_answers(messages: list[dict[str, Any]]) -> None:

@@ -29,7 +29,6 @@ THINKING = ("thinking", "reasoning_content", "reasoning")  # all mean the analys
 # Keys of answers as servers log them, which say nothing that a rendering has.
 _UNREAD = frozenset({"id", "object", "created", "index", "finish_reason", "logprobs", "status"})
 _EMPTY = ("annotations", "audio", "refusal", "function_call", "tool_calls", "images", "videos")
-_NAMELESS = ("system", "developer", "user", "assistant")  # roles
 _TEXTS = ("text", "input_text", "output_text")  # types of content parts that are text
 
 _CALL = frozenset({"id", "type", "index", "function", "name", "arguments", "content_type"})
@@ -85,8 +84,6 @@ def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> d
     """
     if not isinstance(message, dict):
         raise UserError(f"{where} is {kind(message)}: it must be an object")
-    if message.get("role") not in _NAMELESS:
-        ignore = [key for key in ignore if key != "name"]
     given = {k: v for k, v in message.items() if v is not None and k not in ignore}
     read: dict[str, Any] = {k: v for k, v in given.items() if k in FIELDS and k != "thinking"}
     rest = [k for k in given if k not in FIELDS and k not in THINKING and k not in _UNREAD]
@@ -116,13 +113,6 @@ def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> d
             )
     if read.get("role") == "function":  # OpenAI's role of a result before there were tools
         read["role"] = "tool"
-    if read.get("recipient") == "all":  # how ChatGPT's exports say that there is none
-        del read["recipient"]
-    if read.get("role") in _NAMELESS and read.get("name") not in (None, "", read["role"]):
-        raise UserError(
-            f"{where}.name: only a tool has a name in a rendering; put the name into the text, or "
-            "pass it over with data.ignore messages.name (which leaves the names of tools)"
-        )
     return read
 
 

@@ -315,11 +315,16 @@ def check_params(config: ModelConfig, leaves: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Any]:
-    """Show a bar for work of over 1 GiB, if stderr is a terminal; yield `advance(num_bytes)`."""
+    """Show a bar on stderr for work of over 1 GiB; yield `advance(num_bytes)`.
+
+    Where stderr is no terminal, such as in a log or a notebook, a line says what is done.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     quiet = total < _PROGRESS_FROM or not sys.stderr.isatty()
+    if quiet and total >= _PROGRESS_FROM:
+        print(f"{what}: {total / 1e9:,.2f} GB", file=sys.stderr)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(what, total=total)

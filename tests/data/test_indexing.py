@@ -16,7 +16,7 @@ from gptoss_jax.errors import UserError
 def records(count, *, bad=()):
     rng, found = random.Random(0), []
     for k in range(count):
-        said = "é🦆" * rng.randrange(40)
+        said = "é🦆" * rng.randrange(1, 40)
         chat = [{"role": "user", "content": f"{k}"}, {"role": "assistant", "content": said}]
         found.append({"messages": chat if k not in bad else "{", "id": k})
     return found

@@ -58,7 +58,8 @@ def test_chips_have_the_names_of_their_devices():
         ("gpu", "NVIDIA H200", "h200"),
         ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
         ("gpu", "Tesla T4", "t4"),
-        ("gpu", "NVIDIA L40S", "other"),
+        ("gpu", "NVIDIA L40S", "l40s"),
+        ("gpu", "NVIDIA L40", "other"),
         ("gpu", "NVIDIA L4", "l4"),
         ("cpu", "cpu", "cpu"),
     ]:

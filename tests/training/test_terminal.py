@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from gptoss_jax.data import sources as data_sources
+from gptoss_jax.data import indexing
 from gptoss_jax.training import terminal
 from gptoss_jax.training.terminal import RunProgress
 from gptoss_jax.weights import sources as weight_sources
@@ -89,7 +89,7 @@ def test_an_evaluation_of_pairs_leads_with_their_rewards(monkeypatch):
 def test_what_is_no_terminal_gets_no_bars(monkeypatch, capsys):
     """Jupyter sets FORCE_COLOR, for which rich takes the pipe of a notebook for a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(data_sources, "PROGRESS_FROM", 0)
+    monkeypatch.setattr(indexing, "PROGRESS_FROM", 0)
     monkeypatch.setattr(weight_sources, "_PROGRESS_FROM", 0)
     out = io.StringIO()
     console = Console(file=out, width=80, highlight=False)
@@ -98,7 +98,7 @@ def test_what_is_no_terminal_gets_no_bars(monkeypatch, capsys):
     for step in (1, 2):
         progress.step(step, {"loss": 1.0})
     progress.stop()
-    for bar in (data_sources.progress, weight_sources.progress):
+    for bar in (indexing.progress, weight_sources.progress):
         with bar("a pass", 10) as advance:
             advance(10)
     said = out.getvalue() + "".join(capsys.readouterr())
