@@ -198,15 +198,20 @@ def named(pages: list[Path], slow: Container[str] = ()) -> list[Any]:
 def test_python_runs(page: Path, place, checkpoints, monkeypatch):
     monkeypatch.setattr(table, "_ROWS", dict(table._ROWS))  # a page adds a row
     write_files(page, place)
-    for block in filter(is_commands, blocks(page)):
-        for words in commands(block):
-            if words[0] in ("cp", "sed"):
-                check(words)
+    copy_files(page)
     names: dict[str, Any] = {"__name__": "pasted"}
     for block in blocks(page):
         if block.language == "python":
             where = "\n" * (block.line - 1)  # so that a traceback shows the page's line
             exec(compile(where + block.text, str(page), "exec"), names)
+
+
+def copy_files(page: Path) -> None:
+    """Run the commands of a page that copy and edit files."""
+    for block in filter(is_commands, blocks(page)):
+        for words in commands(block):
+            if words[0] in ("cp", "sed"):
+                check(words)
 
 
 @pytest.mark.parametrize("page", named([p for p in PAGES if any(map(is_commands, blocks(p)))]))
@@ -221,6 +226,7 @@ def test_inline_commands_and_options_exist(place):
     options = command_line._option_types()
     for page in PAGES:
         write_files(page, place)
+        copy_files(page)
         for span in spans(page):
             if span.startswith(("python -m gptoss_jax.", "gptoss-jax ")) and " --" in span:
                 check(shlex.split(span))
