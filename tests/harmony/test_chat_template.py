@@ -31,6 +31,11 @@ def _tools(*names):
     return [{"type": "function", "function": {"name": name, "description": "d"}} for name in names]
 
 
+def _declares(name, **properties):
+    schema = {"type": "object", "properties": properties}
+    return [{"type": "function", "function": {"name": name, "parameters": schema}}]
+
+
 def _call(call_id, name, **arguments):
     function = {"name": name, "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
@@ -84,6 +89,30 @@ MORE_CHATS = {
     ),
     "reasoning_content": (
         [USER, {"role": "assistant", "content": "4", "reasoning_content": "Sum."}],
+        None,
+    ),
+    "names that are also methods": (
+        [
+            USER,
+            _calls(_call("a", "f", items=[1], keys={}, values=2, get="x", length=3, pop=[])),
+            _result("1"),
+        ],
+        _declares("f", **{name: {"type": "string"} for name in ("items", "keys", "values", "get")}),
+    ),
+    "nulls": (
+        [USER, _calls(_call("a", "f", x=None, y=None, z=1)), _result("1")],
+        _declares("f", x={"type": "string"}, w=None),
+    ),
+    "parts": (
+        [
+            {
+                "role": "system",
+                "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "!"}],
+            },
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": None, "refusal": "No."},
+            USER,
+        ],
         None,
     ),
     "analysis of a tool": (
@@ -222,9 +251,9 @@ def test_the_template_uses_only_what_every_engine_has():
     text = re.sub(r"\{#.*?#\}", "", harmony.chat_template(), flags=re.DOTALL)
     code = "\n".join(re.findall(r"\{[%{](.*?)[%}]\}", text, flags=re.DOTALL))
     code = re.sub(r'"(\\.|[^"\\])*"|\'(\\.|[^\'\\])*\'', "''", code)
-    assert set(re.findall(r"\.(\w+)\(", code)) == {"items", "keys", "replace", "split"}
+    assert set(re.findall(r"\.(\w+)\(", code)) == {"replace", "split"}
     assert set(re.findall(r"\|\s*(\w+)", code)) == {"tojson"}
-    tests = {"defined", "sequence", "string", "mapping", "true"}
+    tests = {"defined", "sequence", "string", "mapping", "true", "none"}
     assert set(re.findall(r"\bis (?:not )?(\w+)", code)) == tests
     loops = {"first", "last", "index", "index0"}
     assert set(re.findall(r"\bloop\.(\w+)", code)) == loops
