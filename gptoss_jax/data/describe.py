@@ -18,8 +18,11 @@ from gptoss_jax.data.windows import Windows
 HASH_WHOLE = 1 << 30  # bytes; a file up to this size is hashed as a whole
 SAMPLES = 64  # places at which a larger file is hashed, spread evenly
 SAMPLE_BYTES = 1 << 20
-# Settings that may change while a run goes on: they say what becomes of records that are bad.
-_MENDING = ("data.on_bad_record", "data.ignore", "data.plain_special_tokens")
+# Settings that may change while a run goes on: which records are refused, and where they lie.
+_MENDING = (
+    *("data.on_bad_record", "data.ignore", "data.plain_special_tokens"),
+    "files a source",
+)
 
 
 def describe(config: Config, *, held_out: bool = False) -> str:
@@ -238,9 +241,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def changes(config: Config, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the differences of two fingerprints that make a run another one.
 
-    None of them does that are files whose records are mostly those of the run, and settings about
-    bad records: `data/mended.py` says how the run goes on. A .txt file has no records, so it must
-    stay as it is.
+    Two kinds do not: other files, if most of the run's records are in them, and the settings in
+    `_MENDING`. `data/mended.py` says how the run then goes on. A .txt file has no records, so it
+    must stay as it is.
     """
     found = differences(then, now)
     if not found or not all(source.examples.follows for source in open_sources(config)):

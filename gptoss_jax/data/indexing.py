@@ -66,7 +66,9 @@ class Index:
             self.bad.append((line, str(error)))
             return
         self.unused.update(read.unused)
-        content = json.dumps(read.fields, sort_keys=True, default=str).encode()
+        # A text is another record if it is read as the chat that it spells.
+        chat = "text" in read.fields and reading.is_rendering(read.fields["text"])
+        content = json.dumps([read.fields, chat], sort_keys=True, default=str).encode()
         self.add(content, offset=offset, size=size, line=line)
 
     def add(self, content: bytes, *, offset: int, size: int, line: int) -> None:

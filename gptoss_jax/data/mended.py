@@ -94,4 +94,5 @@ def read(folder: Path) -> list[list[int]] | None:
 
 def has_begun(folder: Path) -> bool:
     """Say whether a run has written a checkpoint into its folder."""
-    return any((folder / _CHECKPOINTS).glob("[0-9]*"))
+    kept = folder / _CHECKPOINTS
+    return kept.is_dir() and any(path.name.isdecimal() for path in kept.iterdir())

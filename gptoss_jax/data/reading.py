@@ -72,11 +72,15 @@ class Reading:
                 self._check_chat(read.fields)
                 if not self.questions:
                     _check_answers(read.fields["messages"])
-            elif harmony.spelled(read.fields["text"]) is not None and not self.plain_special_tokens:
+            elif self.is_rendering(read.fields["text"]):
                 harmony.read_rendering(read.fields["text"])
         except UserError as error:
             raise ValueError(str(error)) from None
         return read
+
+    def is_rendering(self, text: str) -> bool:
+        """Whether a text is read as a rendered chat, because it spells special tokens."""
+        return not self.plain_special_tokens and harmony.spelled(text) is not None
 
     def _check_chat(self, fields: dict[str, Any]) -> None:
         """Check all that the renderer needs, so that it refuses nothing during training."""

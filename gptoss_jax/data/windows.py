@@ -134,6 +134,7 @@ class Rows:
         """Return the next row."""
         while not self._rows:  # a window without trained tokens has no rows
             self._rows = next(self.windows)
+            self._seen = [item for row in self._rows[: self._row] for item in row.items]
             if not self._rows:
                 self._begin(self._window + 1)
         row = self._rows[self._row]

@@ -34,8 +34,8 @@ _PLAIN = {
     "layer_replication": None, "alora_invocation_tokens": None, "velora_config": None,
     "monteclora_config": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
 }  # fmt: skip
-# Endings of tensors of the base that PEFT saves beside an adapted embedding or lm_head.
-_OF_THE_BASE = (".base_layer.weight", ".base_layer.bias")
+# Tensors of the base that PEFT saves beside an adapted embedding or lm_head.
+_OF_THE_BASE = re.compile(r".+\.(lm_head|embed_tokens)\.base_layer\.weight")
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -283,7 +283,13 @@ def _tensors(
     """Return module -> PEFT's A and B, matrices of one rank, of the modules that are read here."""
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, entry in safetensors_io.read_header(file).items():
-        if name.endswith(_OF_THE_BASE):
+        if _OF_THE_BASE.fullmatch(name):
+            table = (model.vocab_size, model.d_model)
+            if tuple(entry.shape) != table:
+                raise UserError(
+                    f"{file}: {name} is {list(entry.shape)}, and the model has {list(table)}: the "
+                    "adapters are of a base with another vocabulary"
+                )
             continue
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match is None or match[1] not in modules:

@@ -133,6 +133,36 @@ def test_a_second_checkpoint_in_the_mended_window_goes_on_too(tmp_path):
     assert sorted(seen + list(map(question, third))) == list(range(N))
 
 
+def test_a_checkpoint_of_before_without_what_was_seen(tmp_path):
+    lines = [chat(k) for k in range(N)]
+    file = write(tmp_path / "a.jsonl", lines)
+    config = make_config(tmp_path, file, pack_window=N)
+    begin(config, tmp_path)
+    first, state = take(data.train_batches(config), 2)
+    del state["seen"]
+    batches = data.train_batches(config)
+    batches.set_state(state)
+    second, state = take(batches, 1)
+    seen = [question(t) for batch in first + second for t in batch]
+    left = N - len(seen)
+    lines[7] = chat(7, "mended")
+    write(tmp_path / "a.jsonl", lines)
+    rest = epoch(config, state, changed=True, seen=left)[:left]
+    assert sorted(seen + list(map(question, rest))) == list(range(N))
+
+
+def test_a_text_that_is_read_otherwise_is_another_record(tmp_path):
+    rendered = (
+        "<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|end|>"
+    )
+    file = write(tmp_path / "a.jsonl", [json.dumps({"text": rendered})] * 3)
+    config = make_config(tmp_path, file)
+    begin(config, tmp_path)
+    before = data.fingerprint(config)
+    plain = make_config(tmp_path, file, plain_special_tokens=True)
+    assert "data.plain_special_tokens" in data.changes(plain, before, data.fingerprint(plain))[0]
+
+
 def test_records_are_known_in_another_file_and_order(tmp_path):
     lines = [chat(k) for k in range(N)]
     config = make_config(tmp_path, write(tmp_path / "a.jsonl", lines))
@@ -155,7 +185,11 @@ def test_sources_of_a_mixture_are_mended_one_by_one(tmp_path):
     begin(config, tmp_path)
     before = data.fingerprint(config)
     _, state = take(data.train_batches(config), 2)
-    files[0] = write(tmp_path / "a.jsonl", [chat(0, "mended"), *lines[1:9]])
+    write(tmp_path / "a.jsonl", [chat(0, "mended"), *lines[1:5]])
+    write(tmp_path / "a2.jsonl", lines[5:9])
+    config = make_config(
+        tmp_path, f"a={tmp_path}/a*.jsonl", files[1], weights=(1.0, 2.0), turns="split"
+    )
     assert data.changes(config, before, data.fingerprint(config)) == []
     batches = data.train_batches(config)
     batches.set_state(state, changed=True)
@@ -194,10 +228,11 @@ def test_a_folder_without_a_checkpoint_holds_no_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     data.keep_records(config, run)
+    (run / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)  # it was cut off
     assert mended.read(run) is None and not open_examples(config).follows
     write(tmp_path / "a.jsonl", [chat(k) for k in range(N + 5)])
     data.keep_records(config, run)  # the run begins anew, with these records
-    (run / "checkpoints" / "1").mkdir(parents=True)
+    (run / "checkpoints" / "1").mkdir()
     kept = mended.read(run)
     assert kept is not None and [len(source) for source in kept] == [N + 5]
     data.keep_records(make_config(tmp_path, file, on_long="refuse"), run)
