@@ -57,12 +57,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--for",
         dest="programs",
-        metavar="PROGRAM",
-        action="extend",
-        nargs="+",
-        choices=_PROGRAMS,
+        metavar="PROGRAM,...",
+        action="append",
         default=[],
-        help="warn of what a program does not serve: vllm, llama.cpp, mlx; several may be given",
+        help="warn of what a program does not serve: vllm, llama.cpp, mlx; commas between several",
     )
     parser.add_argument(
         "--force",
@@ -70,6 +68,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="write weights even if they keep less than 0.9 of their update",
     )
     args = parser.parse_args(argv)
+    args.programs = [name for given in args.programs for name in given.split(",")]
+    for name in args.programs:
+        if name not in _PROGRAMS:
+            raise UserError(f"--for {name}: it is one of {', '.join(_PROGRAMS)}")
     if args.programs and args.to == "peft":
         raise UserError("--for is for whole models: leave it out with --to peft")
     return args
@@ -82,7 +84,10 @@ def _warn(args: argparse.Namespace, experts: Form | None) -> None:
 
     with loading.ignoring(args.ignore_config):
         config = loading.read_config(args.source)
-    export = serving.Export(config, args.to, experts or config.experts)
+    rules = loading.read_rules(args.source, step=args.step)
+    date = "today" if rules.date.startswith("today") else rules.date
+    form = experts or config.experts
+    export = serving.Export(config, args.to, form, history=rules.history, date=date)
     for program in args.programs:
         for line in serving.warnings(program, export):
             print(f"warning: {line}", file=sys.stderr)

@@ -19,11 +19,13 @@ _SWIGLU_LIMIT, _RMS_EPS = 7.0, 1e-5  # those of the published models
 
 
 class Export(NamedTuple):
-    """What is written: the model, the layout, and the form of the experts."""
+    """What is written: the model, the layout, the form of the experts, and the rules of prompts."""
 
     config: ModelConfig
     layout: Layout
     form: Form
+    history: str = "harmony"  # `data.history`
+    date: str = "today"  # `data.date`
 
 
 class _Row(NamedTuple):
@@ -87,6 +89,13 @@ _ROWS = (
     ),
     _Row(
         ("vllm",),
+        lambda x: x.history != "harmony" or x.date not in ("today", "record"),
+        "writes prompts without the chat template: with today's date, and earlier analysis by "
+        "openai-harmony's rule. The model was trained with data.date {date} and data.history "
+        "{history}",
+    ),
+    _Row(
+        ("vllm",),
         lambda x: x.form == "mxfp4",
         "needs AMX to run MXFP4 on a CPU: on a CPU without it, write --experts bf16 (GPUs need "
         "nothing)",
@@ -96,7 +105,7 @@ _ROWS = (
 
 def warnings(program: Program, export: Export) -> list[str]:
     """Return a line for each thing of an export that a program does not serve as it is."""
-    values = vars(export.config)
+    values = vars(export.config) | {"date": export.date, "history": export.history}
     return [
         f"{program} {row.says.format_map(values)}"
         for row in _ROWS

@@ -45,11 +45,30 @@ def test_each_program_is_warned_of_what_it_does_not_serve(changes, layout, form,
             assert line.startswith(program) and part in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("history", "date", "warns"),
+    [
+        ("harmony", "today", False),
+        ("harmony", "record", False),
+        ("harmony", "none", True),
+        ("harmony", "2031-02-03", True),
+        ("template", "today", True),
+    ],
+)
+def test_vllm_writes_prompts_by_rules_of_its_own(history, date, warns) -> None:
+    export = serving.Export(PUBLISHED, "hf", "dense", history=history, date=date)
+    lines = serving.warnings("vllm", export)
+    assert [f"data.date {date} and data.history {history}" in line for line in lines] == [
+        True
+    ] * warns
+    assert not any("data.date" in line for line in serving.warnings("llama.cpp", export))
+
+
 def test_the_command_warns_and_writes(tmp_path: Path, capsys) -> None:
     assert convert._PROGRAMS == serving.PROGRAMS
     tiny.write(tmp_path / "a", tiny.make_tree(packed=True), "hf")
     command = [str(tmp_path / "a"), str(tmp_path / "b"), "--to=hf"]
-    convert.main([*command, "--for", "llama.cpp", "mlx", "--for", "vllm", "--experts", "bf16"])
+    convert.main(["--for", "llama.cpp,mlx", *command, "--for", "vllm", "--experts", "bf16"])
     told = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
     assert told == ["llama.cpp"] * 2 + ["mlx"] * 3 + ["vllm"]
     assert (tmp_path / "b" / "config.json").is_file()
