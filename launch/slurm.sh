@@ -2,8 +2,10 @@
 # Train on several nodes of GPUs under Slurm, with the arguments of gptoss_jax.train:
 #
 #   sbatch launch/slurm.sh --config configs/120b_h200x8.py --init /data/gpt-oss-120b \
-#       --data.train /data/chats.jsonl --workdir /data/runs/first --mesh.fsdp -1
+#       --data.train /data/chats.jsonl --workdir /data/runs/first \
+#       --mesh.fsdp -1 --data.batch-size 16
 #
+# The batch size is a multiple of the number of GPUs, here 2 nodes of 8.
 # The workdir has to lie on a disk that all nodes share; weights and data may, too. Send the same
 # line again, with any number of nodes, and the run goes on from its newest checkpoint. To stop it:
 # scancel --signal=TERM JOB (all nodes agree on a step, save, and exit 0).
