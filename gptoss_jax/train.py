@@ -55,8 +55,8 @@ def main(argv: list[str]) -> None:
     make_model: MakeModel = command_line.load_make_model(argv) or Transformer
     with processes.start(config.distributed), loading.ignoring(config.ignore_config):
         console = Console(highlight=False, quiet=not processes.is_first())
-        tracking.check(config.train.wandb)
         processes.same(command_line.flat(config), "the config")
+        processes.from_first(partial(tracking.check, config.train.wandb))  # it alone logs
         mesh = meshes.make(config.mesh)
         setup.check_mesh(config, mesh)
         if config.dry_run:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import types
 
 import pytest
 
+from gptoss_jax import train
 from gptoss_jax.errors import UserError
 from gptoss_jax.runs import metrics, tracking
 
@@ -69,6 +71,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"train.wandb is p, .* pip install 'gptoss-jax\[wandb\]'"):
         tracking.check("p")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_process_that_logs_has_to_be_logged_in(first, monkeypatch):
+    checked = []
+    monkeypatch.setattr(train.processes, "start", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(train.processes, "from_first", lambda do: do() if first else None)
+    monkeypatch.setattr(train.tracking, "check", checked.append)
+    monkeypatch.setattr(train.meshes, "make", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--config", "20b_lora", "--train.wandb", "p"])
+    assert checked == (["p"] if first else [])
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
