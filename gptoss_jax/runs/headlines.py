@@ -17,15 +17,16 @@ class Losses(NamedTuple):
 _NATS = "nats a token"
 _PAIRS = "of a pair; ln 2 is no preference"
 _LIKELIHOOD = Losses("sft", _NATS, _NATS)
-# By a number that only runs with these losses log.
+# By a number that only runs with these losses log, in training or held out. The records don't say
+# whether the loss has a further term (distill's nll_weight), so the words hold with and without.
 _BY_NUMBER = {
-    "groups_alike": Losses("grpo", "about 0 whatever is learnt: see the reward", _NATS),
+    "groups_alike": Losses("grpo", "no measure of what is learnt: see the reward", _NATS),
     "reward_margin": Losses("dpo", _PAIRS, _PAIRS),
-    "teacher_kl": Losses("distill", "divergence from the teacher, a token", _NATS),
+    "teacher_kl": Losses("distill", "divergence from the teacher, or its mix with nll", _NATS),
 }
 
 
 def losses_of(records: Sequence[dict[str, Any]]) -> Losses:
     """Return what the losses of a run measure, from the names of the numbers in its records."""
-    names = {name for record in records for name in record}
+    names = {name.removeprefix("held_out_") for record in records for name in record}
     return next((what for name, what in _BY_NUMBER.items() if name in names), _LIKELIHOOD)

@@ -20,7 +20,7 @@ from gptoss_jax import report as command
 from gptoss_jax.config import Config, DataConfig, ModelConfig, TrainConfig, command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony import tokenizer
-from gptoss_jax.runs import metrics, report
+from gptoss_jax.runs import headlines, metrics, report
 from gptoss_jax.runs.report import charts, runs
 from gptoss_jax.training import held_out
 
@@ -338,7 +338,7 @@ def test_a_run_on_rewards_leads_with_them_and_shows_its_answers(tmp_path):
     text = "|".join(page.text)
     assert text.index("0.375|reward, training") < text.index("held-out loss;")
     assert "25%|of the questions taught nothing" in text
-    assert "Training loss| |about 0 whatever is learnt" in text
+    assert "Training loss| |no measure of what is learnt" in text
     assert "Held-out loss| |nats a token" in text
     assert "answers" in page.sections and f"good 2 {EVIL}" in page.text
     assert "step 2" in page.text and "reward 0.25" in page.text
@@ -352,7 +352,22 @@ def test_a_long_run_shows_rounds_from_first_to_last(tmp_path):
     page = Page(path)
     steps = [t for t in page.text if re.fullmatch(r"step \d+", t)]
     assert len(steps) == 24 and steps[0] == "step 1" and steps[-1] == "step 500"
-    assert "24 of 500 rounds" in " ".join(page.text) and path.stat().st_size < 400_000
+    assert "24 of 500 rounds; all rounds are in answers.jsonl" in " ".join(page.text)
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "words"),
+    [
+        (["held_out_loss", "held_out_reward_margin"], "dpo", "of a pair"),  # of step 0 alone
+        (["loss", "teacher_kl", "nll"], "distill", "or its mix with nll"),
+        (["loss", "groups_alike", "kl"], "grpo", "no measure"),
+        (["loss", "held_out_loss"], "sft", "nats"),
+    ],
+)
+def test_what_the_losses_measure_is_true_of_every_run_that_logs_these_numbers(names, kind, words):
+    what = headlines.losses_of([dict.fromkeys(names, 0.5)])
+    assert what.kind == kind and words in what.training
 
 
 def test_losses_of_different_objectives_share_no_chart(tmp_path):

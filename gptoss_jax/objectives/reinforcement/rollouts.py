@@ -59,7 +59,7 @@ def check(config: Config) -> None:
     if config.train.on_spike == "rewind":
         raise UserError(
             "train.on_spike is rewind, which watches the loss, but the loss of objective.name grpo "
-            "is about 0 whatever the model does: set train.on_spike to ignore"
+            "does not measure what the model learns: set train.on_spike to ignore"
         )
 
 

@@ -59,7 +59,8 @@ def rounds(run: Run) -> str:
         only = "" if group[1:] else '<p class="soft">all answers got this reward</p>'
         cards.append(_card(str(group[0].get("question")), only + _table(rows), f"step {step:,}"))
     of = f"{count} of {len(every):,} rounds" if count < len(every) else "every round"
-    text = f"The best and the worst answer to one question, {of}; all are in {metrics.ANSWERS}."
+    text = f"The best and the worst answer to one question, {of}; all rounds are in "
+    text += f"{metrics.ANSWERS}."
     return f'<p>{text}</p><div class="samples">{"".join(cards)}</div>'
 
 
