@@ -20,7 +20,8 @@ SCRIPT = "gptoss-jax"  # the console script
 LOG_LEVELS = {"debug": "0", "info": "0", "warning": "1", "error": "2"}  # and XLA's for each
 COMMON_OPTIONS = """every command also takes:
   --version             print the versions of gptoss-jax, jax and Python, and stop
-  --log-level LEVEL     debug, info, warning or error: what libraries (JAX, Orbax) write to stderr
+  --log-level LEVEL     debug, info, warning or error: what libraries (JAX, Orbax) write to stderr;
+                        by `gptoss-jax COMMAND` and for plans XLA, too
 """
 
 
@@ -69,10 +70,11 @@ def take_common_options(argv: list[str]) -> list[str]:
     """Return a command line without the options that all commands have, after obeying them.
 
     `--version` prints the versions and exits. `--log-level` sets what Python's loggers write to
-    stderr.
+    stderr, and XLA's log if JAX is not imported yet: by `gptoss-jax COMMAND` it is not, and by
+    `python -m gptoss_jax.COMMAND` most commands have imported it.
 
     Raises:
-        UserError: the level is none of `LOG_LEVELS`.
+        UserError: the level is none of `LOG_LEVELS`, in small letters or capitals.
     """
     if "--version" in argv:
         print(version())
@@ -83,15 +85,16 @@ def take_common_options(argv: list[str]) -> list[str]:
         if name.replace("_", "-") != "--log-level":
             rest.append(argument)
             continue
-        level = level if equals else next(left, "")
+        given = level if equals else next(left, "")
+        level = given.lower()
         if level not in LOG_LEVELS:
-            raise UserError(f"--log-level is {level!r}: it is one of {', '.join(LOG_LEVELS)}")
+            raise UserError(f"--log-level is {given!r}: it is one of {', '.join(LOG_LEVELS)}")
         from absl import logging as absl_logging  # Orbax's logger, with a level of its own
 
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=level.upper(), format=form)
         absl_logging.set_verbosity(level)
-        # XLA reads this when JAX is imported, which most commands do later.
+        # XLA reads this once, when JAX is imported.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = LOG_LEVELS[level]
     return rest
 

@@ -155,7 +155,7 @@ def test_every_command_says_its_version(name, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith(f"gptoss-jax {gptoss_jax.__version__} (jax ")
 
 
-@pytest.mark.parametrize("given", [["--log-level", "info"], ["--log_level=info"]])
+@pytest.mark.parametrize("given", [["--log-level", "INFO"], ["--log_level=info"]])
 def test_the_log_level_is_that_of_all_loggers(given):
     code = (
         "import sys, logging\n"
@@ -179,6 +179,23 @@ def test_a_log_level_that_is_none_is_one_line(given, capsys, monkeypatch):
         run_entry(commands.main)
     assert stopped.value.code == 2
     assert "it is one of debug, info, warning, error" in capsys.readouterr().err
+
+
+def test_the_console_script_sets_the_level_before_jax_is_imported():
+    """XLA reads the variable once, when JAX is imported, and the help says that it holds here."""
+    code = (
+        "import os, sys\n"
+        "from gptoss_jax import __main__ as commands\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'jax':\n"
+        "            sys.exit(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "commands.run_script()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    result = python("-c", code, "train", "--log-level", "error", env=environment)
+    assert result.stderr.strip() == "2"
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
