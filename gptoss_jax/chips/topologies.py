@@ -36,27 +36,36 @@ ENVIRONMENT = {
 }
 
 
-# The slices that Google sells, by number of chips; the names of v5p count two cores for each chip.
+# The slices that Google sells, by number of chips; the names of v5p and tpu7x count two cores for
+# each chip (TPU_ACCELERATOR_TYPE in GKE: "tpu7x-16" is 2x2x2).
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
     512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16",
 }  # fmt: skip
 _SOLD = {"v5e": ("v5e", 1, _FLAT), "v5litepod": ("v5e", 1, _FLAT), "v6e": ("v6e", 1, _FLAT)}
-_SOLD |= {"v5p": ("v5p", 2, _CUBES)}
-_MEMORY = {"a100:40": "a100-40", "a100:80": "a100"}  # what follows is GB, and not a count of GPUs
+_SOLD |= {"v5p": ("v5p", 2, _CUBES), "tpu7x": ("tpu7x", 2, _CUBES)}
+_MEMORY = {"40": "a100-40", "80": "a100"}  # what follows "a100:" is GB, and not a count of GPUs
 
 
 def split(target: str) -> tuple[str, str]:
     """Split a target such as "v5p:4x4x4" into chip and shape.
 
     Names of Google's slices are targets, too: "v6e-8" is ("v6e", "2x4"), and "v5p-128", which has
-    128 cores, is ("v5p", "4x4x4"). "a100:40" is one A100 of 40 GB.
+    128 cores, is ("v5p", "4x4x4"). "a100:40" is one A100 of 40 GB, and "a100:80" one of 80 GB.
+    Capitals mean the same as small letters.
 
     Raises UserError if the chip is not known or the shape is malformed.
     """
-    if target in _MEMORY:
-        return _MEMORY[target], ""
+    target = target.lower()
+    if target.startswith("a100:"):
+        memory, _, count = target.removeprefix("a100:").partition(":")
+        if memory in _MEMORY and count:
+            raise UserError(
+                f"target {target!r}: several A100 of {memory} GB are {_MEMORY[memory]}:{count}"
+            )
+        if memory in _MEMORY:
+            return _MEMORY[memory], ""
     family, _, size = target.partition("-")
     if family in _SOLD and size:
         kind, cores, shapes = _SOLD[family]

@@ -59,6 +59,9 @@ def test_a_compiler_that_is_not_installed_is_told_with_how_to_install(target, wo
         ("v5e-1", ("v5e", "1x1")),
         ("v5p-8", ("v5p", "2x2x1")),  # eight cores are four chips
         ("v5p-128", ("v5p", "4x4x4")),
+        ("tpu7x-16", ("tpu7x", "2x2x2")),  # sixteen cores are eight chips
+        ("V6E-8", ("v6e", "2x4")),
+        ("A100", ("a100", "")),
         ("a100:40", ("a100-40", "")),
         ("a100:80", ("a100", "")),
         ("a100:8", ("a100", "8")),
@@ -68,6 +71,13 @@ def test_a_compiler_that_is_not_installed_is_told_with_how_to_install(target, wo
 )
 def test_what_a_target_means(target, parts):
     assert topologies.split(target) == parts
+
+
+@pytest.mark.parametrize(("target", "right"), [("a100:40:8", "a100-40:8"), ("a100:80:8", "a100:8")])
+def test_a_count_after_the_memory_is_refused_with_the_right_name(target, right):
+    with pytest.raises(UserError, match=rf"several A100 of \d0 GB are {right}$"):
+        topologies.split(target)
+    assert topologies.split(right)[1] == "8"
 
 
 @pytest.mark.parametrize("family", topologies._SOLD)
