@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -140,6 +141,18 @@ def test_the_package_lists_its_public_names():
     assert {"Config", "Sampler", "harmony", "load", "save", "__version__"} <= set(names)
     assert "importlib" not in names and set(gptoss_jax.__all__) <= set(names)
     assert all(hasattr(gptoss_jax, name) for name in names)
+
+
+def test_every_package_that_the_tests_need_has_a_version_in_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().split()}
+
+    def plain(name: str) -> str:  # PyPI reads "-", "_" and capitals alike
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    names = {plain(re.split(r"[<>=!\[ ]", requirement)[0]) for requirement in needed}
+    assert names <= {plain(name) for name in pinned}
 
 
 # --- Options of all commands -------------------------------------------------------------------
