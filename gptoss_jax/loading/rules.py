@@ -27,7 +27,7 @@ class PromptRules(NamedTuple):
         """Say the rules in a few words."""
         date = dates.of_template(self.date)
         named = {"none": "no date", "today": "today's date"}.get(date, f"the date {date}")
-        return f"history as {self.history}, {named}"
+        return f"earlier analysis by the rule {self.history}; {named}"
 
 
 # A checkpoint without a record: OpenAI's servers write today's date, and trained so.

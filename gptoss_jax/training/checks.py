@@ -95,5 +95,5 @@ def describe_jump(config: Config, record: Record | None) -> list[str]:
         f"rate jumps from {before:.3g} at step {step:,} to {after:.3g} at step {step + 1:,} "
         f"(optimizer.schedule {optimizer.schedule}). To avoid that, start a new run from this one, "
         f"with a warm-up of its own: --init {config.run_folder} --workdir NEW. A run that may be "
-        "made longer takes --optimizer.schedule constant; or wsd, if it is before the decay"
+        "made longer takes --optimizer.schedule constant, or wsd if it resumes before wsd's decay"
     ]

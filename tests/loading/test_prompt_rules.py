@@ -99,7 +99,9 @@ def test_a_checkpoint_that_is_not_ours_keeps_its_template_and_gets_today(tmp_pat
     weights.save(tmp_path / "original", model, params, to="openai")
     assert date_of_prompt(tmp_path / "original") == DAY
     command.main([str(tmp_path / "original"), str(tmp_path / "hf"), "--to", "hf"])
-    assert capsys.readouterr().out.endswith("ours (history as harmony, today's date)\n")
+    assert capsys.readouterr().out.endswith(
+        "ours (earlier analysis by the rule harmony; today's date)\n"
+    )
     assert date_of_prompt(tmp_path / "hf") == DAY
     old = "{#- Harmony prompts, as gptoss_jax.harmony renders them -#}"  # exported before rules
     (tmp_path / "hf" / "chat_template.jinja").write_text(old)
@@ -109,7 +111,7 @@ def test_a_checkpoint_that_is_not_ours_keeps_its_template_and_gets_today(tmp_pat
 def test_adapters_bring_the_template_of_their_run(tmp_path, capsys):
     run = make_run(tmp_path / "run", lora=True, history="template", date=FIXED)
     command.main([str(run), str(tmp_path / "peft"), "--to", "peft"])
-    said = f"chat template: ours (history as template, the date {FIXED})\n"
+    said = f"chat template: ours (earlier analysis by the rule template; the date {FIXED})\n"
     assert capsys.readouterr().out.endswith(said)
     weights.save(tmp_path / "base", *small_model(vocab_size=300))
     (tmp_path / "base" / "chat_template.jinja").write_text(OTHER)
