@@ -20,7 +20,7 @@ from gptoss_jax.config import DType
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import CHAT_TEMPLATE, TOKENIZER_FILES
 from gptoss_jax.loading.checkpoint import find_base, open_workdir
-from gptoss_jax.loading.folders import find_folder
+from gptoss_jax.loading.folders import find_folder, is_hub_name
 from gptoss_jax.loading.rules import UNRECORDED, read_rules
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.runs import model_source, records
@@ -203,8 +203,8 @@ def _base_name(record: Record, given: str | Path | None, *, whose: Path) -> str:
     if init == "random":
         return ""
     if given is None and record.base is not None:
-        folder = Path(str(record.base.folder))
-        if folder.parts[-len(Path(init).parts) :] != Path(init).parts:
+        parts = Path(init).parts
+        if is_hub_name(init) and Path(str(record.base.folder)).parts[-2:] != parts:
             return init  # the folder is the hub's copy in the cache
         return os.path.abspath(find_base(record.base, None, whose=whose))
     return os.path.abspath(init) if Path(init).is_dir() else init

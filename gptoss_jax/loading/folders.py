@@ -11,6 +11,14 @@ from gptoss_jax.runs import records
 from gptoss_jax.weights.read import open_checkpoint
 
 
+def is_hub_name(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint can be a name on the hub, OWNER/NAME, by its form alone.
+
+    A relative path of two folders has this form too. "./DIR" and "../DIR" do not.
+    """
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(checkpoint)) is not None
+
+
 def find_folder(checkpoint: str | Path) -> Path:
     """Return the folder of a checkpoint; fetch it first if `checkpoint` is a name on the hub.
 
@@ -19,7 +27,7 @@ def find_folder(checkpoint: str | Path) -> Path:
     folder = Path(checkpoint)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+    if not is_hub_name(checkpoint):
         raise UserError(f"{checkpoint}: there is no such folder")
     import huggingface_hub  # takes half a second, and only a name on the hub needs it
 

@@ -103,12 +103,12 @@ def record_of(init: str, *, folder: Path | None) -> records.Record:
     return records.Record(1, Config(init=init), {}, {}, base=base)
 
 
-@pytest.mark.parametrize("init", ["base", "./base", "../run/base"])
+@pytest.mark.parametrize("init", ["base", "./base", "../run/base", ".", "base/../base"])
 def test_the_base_of_written_adapters_is_found_from_elsewhere(tmp_path, monkeypatch, init) -> None:
     """A relative --init is relative to where the run began, which no other program knows."""
     folder = tmp_path / "run" / "base"
     folder.mkdir(parents=True)
-    record = record_of(init, folder=tmp_path / "run" / init)
+    record = record_of(init, folder=(folder if init == "." else tmp_path / "run") / init)
     for cwd in (tmp_path / "run", tmp_path):
         monkeypatch.chdir(cwd)
         assert _base_name(record, None, whose=tmp_path) == str(folder)
