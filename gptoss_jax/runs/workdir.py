@@ -53,10 +53,53 @@ class Hold:
         return self
 
     def _enter(self) -> str | None:
+        self._is_new = not self.workdir.is_dir()
+        if self._is_new:
+            self._check_place()
+        return None if self._is_new else self._take()
+
+    def check(self) -> None:
+        """Refuse the workdirs that a run can't take, without taking or writing anything.
+
+        To see whether another run holds the lock, it takes a shared one for a moment.
+
+        Raises:
+            UserError: as `with` and `take`, in the same words; but a disk may still get full.
+        """
+
+        def check() -> None:
+            self._check_place()
+            try:
+                file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise self._cannot_write(error.strerror) from None
+            try:
+                self._flock(file, fcntl.LOCK_SH)
+            finally:
+                os.close(file)
+
+        processes.from_first(check)
+
+    def _check_place(self) -> None:
+        """Refuse a workdir that is a file, or that this user can't write."""
         if self.workdir.exists() and not self.workdir.is_dir():
             raise UserError(f"the workdir {self.workdir} is a file: name a folder")
-        self._is_new = not self.workdir.is_dir()
-        return None if self._is_new else self._take()
+        there = self.workdir.absolute()
+        while not there.exists():  # the nearest folder that is there, in which others are made
+            there = there.parent
+        if not there.is_dir():
+            raise self._cannot_write(os.strerror(errno.ENOTDIR))
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            raise self._cannot_write(os.strerror(errno.EROFS))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise self._cannot_write(os.strerror(errno.EACCES))
+
+    def _cannot_write(self, why: str | None) -> UserError:
+        return UserError(
+            f"the workdir {self.workdir} can't be written: {why}; name another with --workdir"
+        )
 
     def take(self) -> None:
         """Make the folder and take the lock, unless this already has it.
@@ -92,10 +135,7 @@ class Hold:
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._file = self._lock()
         except OSError as error:
-            raise UserError(
-                f"the workdir {self.workdir} can't be written: {error.strerror}; "
-                "name another with --workdir"
-            ) from None
+            raise self._cannot_write(error.strerror) from None
         if self._is_new and records.steps(self.workdir):
             raise UserError(
                 f"another run has begun in {self.workdir}: give the same command again to continue "
@@ -107,19 +147,12 @@ class Hold:
         while True:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
+                locked = self._flock(file, fcntl.LOCK_EX)
+            except BaseException:
                 os.close(file)
-                raise UserError(
-                    f"the workdir {self.workdir} is in use by {holder or 'another process'}; "
-                    "wait for its end, or name another with --workdir"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    os.close(file)
-                    raise
-                return file  # the file system has no locks: run without one rather than not at all
+                raise
+            if not locked:
+                return file  # run without a lock rather than not at all
             if _is_at(self._path, file):
                 break
             os.close(file)  # its holder removed it between the two calls
@@ -132,6 +165,25 @@ class Hold:
             os.close(file)
             raise
         return file
+
+    def _flock(self, file: int, kind: int) -> bool:
+        """Lock an open file; return False if its file system has no locks.
+
+        Raises UserError if another process has the lock.
+        """
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 1000, 0).decode(errors="replace").strip()
+            raise UserError(
+                f"the workdir {self.workdir} is in use by {holder or 'another process'}; "
+                "wait for its end, or name another with --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            return False
+        return True
 
     def __exit__(
         self,

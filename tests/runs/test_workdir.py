@@ -76,13 +76,33 @@ def test_many_at_once_never_hold_together(tmp_path):
 
 
 def test_a_file_and_below_a_file(tmp_path):
+    """Known before anything is read, and to one who only asks."""
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(UserError, match="is a file: name a folder"), Hold(file):
-        pass
-    with pytest.raises(UserError, match="can't be written: Not a directory"):  # noqa: SIM117
-        with Hold(file / "w") as hold:
-            hold.take()
+    for folder, match in (
+        (file, "is a file: name a folder"),
+        (file / "v" / "w", "can't be written: Not a directory; name another"),
+    ):
+        with pytest.raises(UserError, match=match), Hold(folder):
+            pass
+        with pytest.raises(UserError, match=match):
+            Hold(folder).check()
+
+
+def test_who_asks_takes_nothing(tmp_path, monkeypatch):
+    Hold(tmp_path / "new" / "run").check()
+    Hold(tmp_path).check()
+    assert not list(tmp_path.iterdir())
+    with Hold(tmp_path):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+            Hold(tmp_path).check()
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+    (tmp_path / "lock").write_text("of a process that was killed\n")
+    Hold(tmp_path).check()
+    assert (tmp_path / "lock").read_text() == "of a process that was killed\n"
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match="new/run can't be written: Permission denied"):
+        Hold(tmp_path / "new" / "run").check()
 
 
 def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
