@@ -59,11 +59,12 @@ def main(argv: list[str]) -> None:
         processes.from_first(partial(tracking.check, config.train.wandb))  # it alone logs
         mesh = meshes.make(config.mesh)
         setup.check_mesh(config, mesh)
+        config = setup.with_day(config)
         if config.dry_run:
             dry_run.show(config, console, mesh=mesh, make_model=make_model)
             return
         with Hold(config.run_folder) as hold, jax.set_mesh(mesh):
-            run(setup.with_day(config), mesh, hold, console=console, make_model=make_model)
+            run(config, mesh, hold, console=console, make_model=make_model)
 
 
 def run(
@@ -115,7 +116,7 @@ def run(
         checks.check_init_given(config)
         given_adapters = checks.check_new(config)
         base = frozen_base.begin(config)
-        checks.check_init(config)
+        checks.check_init(config, make_model=make_model)
     # Nothing is printed before the checks, so that an error stands alone.
     command_line.print_config(config, console)
     for line in described:

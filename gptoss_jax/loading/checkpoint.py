@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import UserError
 from gptoss_jax.loading import assemble
 from gptoss_jax.loading.folders import find_folder, read_config
+from gptoss_jax.loading.frozen_base import find_base, new_place
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.initial import add_missing, init_params
 from gptoss_jax.parallel import padding, sharding
@@ -34,7 +34,7 @@ from gptoss_jax.parallel.mesh import AXES
 from gptoss_jax.parameters import table
 from gptoss_jax.parameters.tree import nest, overlay, path_name, split_layers
 from gptoss_jax.runs import checkpoints, frozen_base, model_source, records
-from gptoss_jax.runs.frozen_base import PLACE, RANDOM, WAY, Base, Sum
+from gptoss_jax.runs.frozen_base import RANDOM, Base, Sum
 from gptoss_jax.runs.orbax_reader import DamagedError
 from gptoss_jax.runs.records import Record
 from gptoss_jax.types import Params
@@ -106,22 +106,28 @@ def load(
     return model, params
 
 
-def check_packs(checkpoint: str | Path) -> None:
+def check_packs(checkpoint: str | Path) -> bool:
     """Refuse dense experts that MXFP4 does not hold exactly, before a folder's weights are loaded.
 
-    It reads one expert of each layer, so that it is quick. `load` compares all of them, and those
-    of a workdir, which this function passes over.
+    It reads one expert of each layer, so that it is quick. `load` compares all of them.
+
+    Returns:
+        Whether it looked at all experts' layers: of a workdir with dense experts it looks at none,
+        since orbax reads a stack of layers only as a whole. `load` compares these too.
 
     Raises:
         UserError: as `load` with experts="mxfp4".
     """
     folder = find_folder(checkpoint)
     if records.is_workdir(folder):
-        return
+        model = records.read_record(folder).config.model
+        return model.experts == "mxfp4" or trained_rounded(model)
     source = open_checkpoint(folder)
-    for path in (path for path in source.shapes if table.row(path).packable):
-        for layer in range(source.config.num_layers):
-            read_as(source, path, layer, form="mxfp4", rows=range(1), dtype="float32")
+    with assemble.no_mesh():
+        for path in (path for path in source.shapes if table.row(path).packable):
+            for layer in range(source.config.num_layers):
+                read_as(source, path, layer, form="mxfp4", rows=range(1), dtype="float32")
+    return True
 
 
 def _assemble(
@@ -307,12 +313,8 @@ def load_base(
         UserError: the base is not there, or differs; the message names the arrays that differ in
             shape or checksum.
     """
+    place = new_place(base, place, whose=whose)
     if base.init == RANDOM:
-        if place not in (None, RANDOM):
-            raise UserError(
-                f"the base of {whose} is random, of seed {base.seed}, and not {place}: leave "
-                "--init out, or choose another --workdir"
-            )
         found, where = (
             init_params(make_model(sharding.padded(model)), seed=base.seed),
             f"the random model of seed {base.seed}",
@@ -320,13 +322,9 @@ def load_base(
         if base.made_by != frozen_base.maker():
             where += f", made by {frozen_base.maker()} (the run used {base.made_by}),"
     else:
-        # "random" may come from the config file: ignore it.
-        is_new = place not in (None, RANDOM, base.init)
-        folder = find_base(base, place if is_new else None, whose=whose)
+        # Headers say most before the large arrays are read.
+        folder = check_base(base, model, place, whose=whose, make_model=make_model)
         base, where = dataclasses.replace(base, folder=str(folder.absolute())), str(folder)
-        frozen_base.check(
-            base, _base_shapes(model, folder, make_model), where=where, whose=whose
-        )  # before the large arrays are read
         found = _read_base(base, model, folder, make_model)
     frozen = frozen_base.split(found, base)[1]
     here = frozen_base.sums(frozen, expert_padding=sharding.padded(model).expert_padding)
@@ -334,20 +332,18 @@ def load_base(
     return frozen, base
 
 
-def find_base(base: Base, place: str | None, *, whose: str | Path) -> Path:
-    """Return the folder of a base: see `load_base` for the order."""
-    if place is not None:
-        return find_folder(place)
-    if Path(str(base.folder)).is_dir():
-        return Path(str(base.folder))
-    if os.environ.get(PLACE):
-        return find_folder(os.environ[PLACE])
-    try:
-        return find_folder(base.init)  # relative to another current folder, or on the hub
-    except UserError:
-        raise UserError(
-            f"{base.folder}, the base of {whose}, is not there: say where it is now, {WAY}"
-        ) from None
+def check_base(
+    base: Base, model: ModelConfig, place: str | None, *, whose: str | Path, make_model: MakeModel
+) -> Path:
+    """Find the folder of a base, and refuse it by its headers; `place` is that of `new_place`.
+
+    Raises:
+        UserError: the base is not there, or has arrays of other shapes.
+    """
+    folder = find_base(base, place, whose=whose)
+    shapes = _base_shapes(model, folder, make_model)
+    frozen_base.check(base, shapes, where=str(folder), whose=whose)
+    return folder
 
 
 def _base_shapes(model: ModelConfig, folder: Path, make_model: MakeModel) -> dict[str, Sum]:

@@ -19,8 +19,9 @@ from typing import Any, Literal
 from gptoss_jax.config import DType
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import CHAT_TEMPLATE, TOKENIZER_FILES
-from gptoss_jax.loading.checkpoint import find_base, open_workdir
+from gptoss_jax.loading.checkpoint import open_workdir
 from gptoss_jax.loading.folders import find_folder, is_hub_name
+from gptoss_jax.loading.frozen_base import find_base
 from gptoss_jax.loading.rules import UNRECORDED, read_rules
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.runs import model_source, records

@@ -19,6 +19,11 @@ def is_hub_name(checkpoint: str | Path) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(checkpoint)) is not None
 
 
+def is_away(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint is no folder here, and may be on the hub."""
+    return is_hub_name(checkpoint) and not Path(checkpoint).is_dir()
+
+
 def find_folder(checkpoint: str | Path) -> Path:
     """Return the folder of a checkpoint; fetch it first if `checkpoint` is a name on the hub.
 

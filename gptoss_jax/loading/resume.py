@@ -9,10 +9,13 @@ from pathlib import Path
 import jax
 
 from gptoss_jax.errors import UserError
-from gptoss_jax.loading.checkpoint import load_base
+from gptoss_jax.loading.checkpoint import check_base, load_base
+from gptoss_jax.loading.folders import is_away
+from gptoss_jax.loading.frozen_base import new_place, where
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.parallel.hosts import processes
 from gptoss_jax.runs import checkpoints, records
+from gptoss_jax.runs.frozen_base import RANDOM
 from gptoss_jax.runs.orbax_reader import DamagedError
 from gptoss_jax.runs.records import Record
 from gptoss_jax.types import Params, TrainState
@@ -53,9 +56,7 @@ def restore(
     if record.base is None:
         return state, record
     if frozen is None:
-        if place == record.config.init:  # the run's own init: its record knows where the base is
-            place = None
-        own = record.config.model
+        own, place = record.config.model, _moved_to(record, place)
         frozen, base = load_base(
             record.base, own, place=place, whose=workdir, make_model=make_model
         )
@@ -104,3 +105,44 @@ def restore_newest(
         processes.from_first(functools.partial(checkpoints.set_aside, bad))
         return Restored(state, record, damaged)
     raise UserError("; ".join([*damaged[:1], records.none_is_whole(workdir)]))
+
+
+def check_base_is_there(
+    record: Record,
+    place: str | None,
+    *,
+    whose: str | Path,
+    fetch: bool = True,
+    make_model: MakeModel = Transformer,
+) -> str | None:
+    """Refuse a base that `restore` would not find, or would refuse by its headers.
+
+    Args:
+        record: The record of the run that resumes; a run without a base passes.
+        place: As in `restore`.
+        whose: The run's folder, for messages.
+        fetch: Whether to fetch a base that is on the hub.
+        make_model: Builds the run's model.
+
+    Returns:
+        The base's name on the hub, if it is not here and was not fetched, so that nothing is known.
+
+    Raises:
+        UserError: as `checkpoint.check_base`.
+    """
+    base = record.base
+    if base is None:
+        return None
+    place = new_place(base, _moved_to(record, place), whose=whose)
+    if base.init == RANDOM:
+        return None
+    name = where(base, place)
+    if not fetch and is_away(name):
+        return name
+    check_base(base, record.config.model, place, whose=whose, make_model=make_model)
+    return None
+
+
+def _moved_to(record: Record, place: str | None) -> str | None:
+    """Return `place`, or None if it is the run's own init: its record knows where the base is."""
+    return None if place == record.config.init else place

@@ -42,6 +42,14 @@ def read(config: Config) -> tuple[LoRAConfig, Params] | None:
     return own, tree
 
 
+def two_given(config: Config) -> UserError:
+    """Return the error for a run whose --init has adapters of its own."""
+    return UserError(
+        f"--init {config.init} has adapters, and --init-adapters {config.init_adapters} others:"
+        " give one of them"
+    )
+
+
 def describe(own: LoRAConfig) -> str:
     """Return the targets, rank, alpha and rslora as text."""
     return (
@@ -71,10 +79,7 @@ def put(
     if params is None:
         params = init_params(make_model(model), seed=seed)
     elif lora_adapters.ROOT in params:
-        raise UserError(
-            f"--init {config.init} has adapters, and --init-adapters {config.init_adapters} others:"
-            " give one of them"
-        )
+        raise two_given(config)
     key = jax.random.fold_in(jax.random.key(seed), 1)  # as `adapters.add`
     new = flatten(jax.jit(partial(lora_adapters.init, config=model))(key))
     given = flatten(padding.resize({lora_adapters.ROOT: own}, by=model.expert_padding)["lora"])

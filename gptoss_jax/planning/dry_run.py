@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from gptoss_jax import chips, data
-from gptoss_jax.config import Config, command_line
+from gptoss_jax.config import Config, LoRAConfig, command_line
 from gptoss_jax.loading import start_adapters
-from gptoss_jax.loading.checkpoint import check_packs
 from gptoss_jax.model import MakeModel, Transformer
 from gptoss_jax.model.flops import step_flops
 from gptoss_jax.objectives import make_objective
@@ -30,8 +28,9 @@ from gptoss_jax.planning.shapes import (
 )
 from gptoss_jax.runs import records
 from gptoss_jax.runs.records import Record
+from gptoss_jax.runs.workdir import Hold
 from gptoss_jax.training import checks, setup
-from gptoss_jax.types import MXFP4, Relaid
+from gptoss_jax.types import MXFP4, Params, Relaid
 
 
 def show(
@@ -43,9 +42,9 @@ def show(
 ) -> None:
     """Print parameters, FLOPs, checkpoint size and memory of a step; write and allocate nothing.
 
-    It makes the checks of `train`, without which nothing is printed. Data and weights need not be
-    there: what training would miss is said at the end. The step is compiled for this device, as
-    training does, which may take a minute.
+    It makes the checks that `train` makes before it prints anything. Neither data nor weights need
+    be given: what training would miss, and what was not checked, is said at the end. The step is
+    compiled for this device, as training does, which may take a minute.
 
     Args:
         config: The config of the run.
@@ -54,18 +53,20 @@ def show(
         make_model: Builds the run's model.
 
     Raises:
-        UserError: as `train.main`: bad data, another run in the workdir, another model in --init,
-            a mesh that does not divide the model, patterns that match nothing, dense experts in
-            --init that can't be packed (`checkpoint.check_packs`).
+        UserError: as `train.main`: bad data, another run in the workdir, a workdir that can't be
+            written or is in use, no folder or another model in --init, a base that is gone, a mesh
+            that does not divide the model, patterns that match nothing, dense experts in --init
+            that can't be packed (`checkpoint.check_packs`).
     """
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
+    Hold(config.run_folder).check()
     record = records.newest_record(config.run_folder)
     config = setup.with_steps(config, record) if config.data.train else config
-    run, given = shapes(config, make_model), checks.check_new(config)
-    missing = _check(config, record, mesh, make_model)
+    run = shapes(config, make_model)
+    missing, given = _check(config, record, mesh, make_model)
     command_line.print_config(config, console)
     say("\nparameters")
     for line in parameter_table(run):
@@ -96,8 +97,11 @@ def show(
 
 def _check(
     config: Config, record: Record | None, mesh: jax.sharding.Mesh | None, make_model: MakeModel
-) -> list[str]:
-    """Make the checks of a run that need no weights; return what training would miss.
+) -> tuple[list[str], tuple[LoRAConfig, Params] | None]:
+    """Make the checks of a run that need no weights.
+
+    Returns:
+        What training would miss and what was not checked, and the adapters of `checks.check_new`.
 
     Raises:
         UserError: training would refuse what is there.
@@ -112,20 +116,15 @@ def _check(
         data.eval_questions(config, config.train.eval_questions)
     else:
         missing.append("train needs --data.train FILE")
+    how: dict[str, Any] = {"make_model": make_model, "fetch": False}
     if record is not None:
         # Without data of its own, what is compared is the rest.
         same = data.fingerprint(config) if config.data.train else record.fingerprint
-        checks.check_resumed(config, record, fingerprint=same, make_model=make_model)
-    elif config.init is None:
+        return missing + checks.check_resumed(config, record, fingerprint=same, **how), None
+    given = checks.check_new(config)
+    if config.init is None:
         missing.append("train needs weights to start from: --init DIR, or --init random")
-    elif config.init == "random" or Path(config.init).is_dir():
-        checks.check_init(config)
-        packs = config.model.experts == "mxfp4" and not config.model.requantise
-        if packs and config.init != "random":
-            check_packs(config.init)
-    else:  # a name on the hub: a dry run downloads nothing
-        missing.append(f"not checked: --init {config.init} is no folder here")
-    return missing
+    return missing + checks.check_init(config, **how), given
 
 
 def step_lines(config: Config) -> list[str]:

@@ -48,7 +48,11 @@ class Hold:
         self._is_new = self._is_shared = False
 
     def __enter__(self) -> Hold:
-        """Take the lock if the folder exists. Raises `UserError` if another run has it."""
+        """Take the lock if the folder exists.
+
+        Raises:
+            UserError: another run has it, or the folder can't be written or made.
+        """
         self._share(processes.from_first(self._enter))
         return self
 

@@ -119,7 +119,7 @@ def test_an_export_is_refused_too_with_and_without_adapters(folders: Path, tmp_p
     assert max(tensor["error"] for tensor in report["tensors"]) > 0
 
 
-def test_the_next_stage_and_its_dry_run_refuse(tmp_path: Path) -> None:
+def test_the_next_stage_and_its_dry_run_refuse(tmp_path: Path, capsys) -> None:
     chats = write_chats(tmp_path / "a.jsonl", 8)
     args = [*TINY, "--model.num_layers", "1", "--model.layer_pattern", "b"]
     args += ["--data.sequence_length", "192", "--data.train", str(chats), "--data.held_out"]
@@ -131,6 +131,7 @@ def test_the_next_stage_and_its_dry_run_refuse(tmp_path: Path) -> None:
         with refused("--model.experts dense", "--model.requantise"):
             train.main([*args, *extra])
         assert not (tmp_path / "run").exists()
+        assert capsys.readouterr().out == ""
     config = command_line.load([*args, "--model.requantise"])
     with jax.set_mesh(meshes.make(config.mesh)) as mesh:
         params = train._load_init(config, mesh, Transformer, step=None)

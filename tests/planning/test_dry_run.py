@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,7 +20,7 @@ from rich.console import Console
 from tiny_training import TINY, write_chats
 
 from gptoss_jax import data, inspect, train, weights
-from gptoss_jax.config import command_line
+from gptoss_jax.config import Config, command_line
 from gptoss_jax.errors import UserError
 from gptoss_jax.model import Transformer
 from gptoss_jax.model.flops import step_flops
@@ -28,6 +29,8 @@ from gptoss_jax.optimizer import split_trainable
 from gptoss_jax.planning import dry_run
 from gptoss_jax.planning.shapes import checkpoint_bytes, shapes
 from gptoss_jax.runs import checkpoints
+from gptoss_jax.runs.frozen_base import Base, Sum
+from gptoss_jax.runs.workdir import Hold
 from gptoss_jax.training import setup
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +48,7 @@ def config_of(*args: str):
 
 def test_nothing_is_written_and_no_weights_or_data_are_needed(tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "w"
-    args = [*SMALL, "--data.train", "--init", "nowhere", "--workdir", str(workdir), "--dry-run"]
+    args = [*SMALL, "--data.train", "--init", "some/name", "--workdir", str(workdir), "--dry-run"]
 
     def allocated(*_: object) -> None:
         raise AssertionError("parameters were made")
@@ -115,6 +118,19 @@ def test_data_that_are_given_are_looked_at(tmp_path, capsys, monkeypatch):
         train.main([*SMALL, "--data.train", str(tmp_path / "nowhere.jsonl"), "--dry-run"])
 
 
+def write_run(workdir: Path, config: Config, base: Base | None = None) -> None:
+    """Write the first checkpoint of a run."""
+    with checkpoints.open_manager(workdir) as manager:
+        kept = {"data_state": {}, "fingerprint": data.fingerprint(config), "base": base}
+        checkpoints.save(manager, make_program(config).begin(None), config=config, **kept)
+
+
+@pytest.fixture
+def held():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -126,26 +142,37 @@ def test_data_that_are_given_are_looked_at(tmp_path, capsys, monkeypatch):
         ("--optimizer.freeze nothing_like_it", "nothing_like_it"),
         ("--data.held_out {bad}", "not JSON"),
         ("--init random --workdir {run} --train.seed 5", "train.seed 0 -> 5"),
+        ("--init /no/such/folder", "/no/such/folder: there is no such folder"),
+        ("--init ./typo", "./typo: there is no such folder"),
+        ("--workdir {bad}", "bad.jsonl is a file: name a folder"),
+        ("--workdir {bad}/w", "can't be written: Not a directory; name another"),
+        ("--workdir {held}", "is in use by process"),
+        ("--workdir {moved}", "gone, the base of"),  # and so restoring would fail
+        ("--init {moved}", "gone, the base of"),  # and so reading --init would fail
     ],
 )
 def test_what_training_refuses_is_refused_before_anything_is_printed(
-    options, message, tmp_path, capsys
+    options, message, tmp_path, capsys, held
 ):
     """In the same words by both; the model of `other` has two layers, and `run` is of this one."""
     chats = write_chats(tmp_path / "a.jsonl", 9)
     (tmp_path / "bad.jsonl").write_text("{\n")
-    places = {name: tmp_path / name for name in ("other", "run")} | {"bad": tmp_path / "bad.jsonl"}
-    base = [*SMALL, "--data.sequence_length", "256", "--data.train", str(chats)]
-    config = command_line.load(base)
+    places = {name: tmp_path / name for name in ("other", "run", "moved", "held")}
+    places["bad"] = tmp_path / "bad.jsonl"
+    common = [*SMALL, "--data.sequence_length", "256", "--data.train", str(chats)]
+    config = command_line.load(common)
     if "{other}" in options:
         two = dataclasses.replace(config.model, num_layers=2)
         weights.save(places["other"], Transformer(two), init_params(Transformer(two), seed=0))
-    if "{run}" in options:
-        with checkpoints.open_manager(places["run"]) as manager:
-            state = make_program(config).begin(None)
-            kept = {"data_state": {}, "fingerprint": data.fingerprint(config)}
-            checkpoints.save(manager, state, config=config, **kept)
-    args = [*base, *options.format(**places).split()]
+    path, gone = "layers/attention/q_bias", str(tmp_path / "gone")
+    base = Base(gone, folder=gone, arrays={path: Sum((1, 4, 8), "float32", 0)})
+    for name in ("run", "moved"):
+        if f"{{{name}}}" in options:
+            write_run(places[name], config, base=base if name == "moved" else None)
+    if "{held}" in options:
+        places["held"].mkdir()
+        held.enter_context(Hold(places["held"]))
+    args = [*common, *options.format(**places).split()]
     if "--workdir" not in args:
         args += ["--workdir", str(tmp_path / "w")]
     said = []
@@ -156,6 +183,18 @@ def test_what_training_refuses_is_refused_before_anything_is_printed(
     assert said[0] == said[1]
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_that_goes_on_is_not_asked_for_what_it_began_with(tmp_path, monkeypatch, capsys):
+    """Its day is that of its record, and its adapters are in its checkpoint."""
+    monkeypatch.setattr(dry_run, "memory_table", lambda *_: [])
+    chats = write_chats(tmp_path / "a.jsonl", 9)
+    args = [*SMALL, "--data.sequence_length", "256", "--data.train", str(chats)]
+    args += ["--workdir", str(tmp_path / "w"), "--init_adapters", str(tmp_path / "gone")]
+    write_run(tmp_path / "w", command_line.load([*args, "--data.date", "today=2020-01-05"]))
+    train.main([*args, "--data.date", "today", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "today=2020-01-05" in printed and "begin as" not in printed
 
 
 def test_what_is_not_there_is_said_at_the_end(monkeypatch):

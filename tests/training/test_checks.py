@@ -1,14 +1,19 @@
-"""What is said when a run that resumes is made longer or shorter."""
+"""What a run refuses to begin with, and what is said when one is made longer or shorter."""
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from pathlib import Path
 
 import pytest
 from tiny_training import TINY
 
+from gptoss_jax import loading
 from gptoss_jax.config import command_line
+from gptoss_jax.errors import UserError
+from gptoss_jax.loading import checkpoint
+from gptoss_jax.runs import records
 from gptoss_jax.training import checks
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +64,26 @@ def test_other_schedules_and_places(schedule, at, steps, jumps):
 
 def test_a_new_run_has_nothing_to_jump_from():
     assert checks.describe_jump(command_line.load(TINY), None) == []
+
+
+def test_adapters_in_two_places_are_refused_by_headers(monkeypatch):
+    adapted = [*TINY, "--model.lora.targets", "q", "--init", "RUN"]
+    config = command_line.load([*adapted, "--init_adapters", "DIR"])
+    monkeypatch.setattr(loading, "read_config", lambda _: config.model)
+    with pytest.raises(UserError, match="--init RUN has adapters, and --init-adapters DIR others"):
+        checks.check_init(config)
+
+
+@pytest.mark.parametrize(("qat", "checked"), [(False, False), (True, True)])
+def test_dense_experts_of_a_run_are_not_compared_early(qat, checked, monkeypatch):
+    """Orbax reads a stack only as a whole. A run that trained for MXFP4 has none to compare."""
+    config = command_line.load([*TINY, "--init", "RUN", "--model.experts", "mxfp4"])
+    stored = dataclasses.replace(config.model, experts="dense", qat=qat)
+    record = types.SimpleNamespace(config=types.SimpleNamespace(model=stored), base=None)
+    monkeypatch.setattr(loading, "read_config", lambda _: config.model)
+    for module in (loading, checkpoint):
+        monkeypatch.setattr(module, "find_folder", Path)
+    monkeypatch.setattr(records, "is_workdir", lambda _: True)
+    monkeypatch.setattr(records, "read_record", lambda _: record)
+    said = checks.check_init(config)
+    assert said == [] if checked else "dense experts of --init RUN exactly" in "".join(said)
