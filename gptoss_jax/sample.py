@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax import harmony
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 _DEFAULT_MAX_TOKENS = 1_024
 _DATE_HELP = (
     "date in the prompt: none, today or YYYY-MM-DD; default: as in training (data.date of a run, "
-    "or the chat template that convert wrote), and today for any other checkpoint"
+    "or the chat template that convert wrote), and today for any other checkpoint; where that "
+    "leaves it open (data.date=record, or no run), that of the --messages record"
 )
 
 
@@ -118,7 +120,7 @@ def main(argv: list[str]) -> None:
 
     rules = Rules(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     plain = args.raw or args.prompt_ids is not None
-    for name in ("developer", "date", "tools"):
+    for name in ("developer", "date", "tools", "reasoning"):
         if plain and getattr(args, name) is not None:
             raise UserError(f"--{name} is for a Harmony prompt: leave --raw and --prompt-ids out")
     if args.date is not None:
@@ -192,7 +194,8 @@ def read_prompt(
 ) -> list[int]:
     """Return the ids of the prompt, with the date and history that the checkpoint was trained on.
 
-    Raises UserError as `loading.read_rules`.
+    A date of --messages that is not used is named on stderr. Raises UserError as
+    `loading.read_rules`.
     """
     from gptoss_jax import loading
     from gptoss_jax.config import dates
@@ -200,22 +203,31 @@ def read_prompt(
     if args.raw:
         return tokenizer.encode(encoding, args.prompt)
     rules = loading.read_rules(args.checkpoint, step=args.step)
+    date = args.date or rules.date_of(chat.get("date"))
+    if args.date is None and chat.get("date") not in (None, date):
+        why = f"the checkpoint was trained with data.date {rules.date}"
+        print(f"{args.messages}: not used: date ({why})", file=sys.stderr)
     return harmony.render_prompt(
         chat["messages"],
         tools=chat.get("tools"),
         reasoning=args.reasoning or chat.get("reasoning") or "medium",
-        date=dates.in_prompt(args.date or rules.date),
+        date=dates.in_prompt(date),
         history=rules.history,
         tokenizer=encoding,
     )
 
 
 def read_chat(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the chat that the options give: its messages, tools and reasoning effort."""
+    """Return the chat that the options give: its messages, tools, reasoning effort and date.
+
+    Columns of --messages that nothing reads are named on stderr.
+    """
     from gptoss_jax.data import chat_file  # imported late, as in main
 
     if args.messages is not None:
-        chat = chat_file.read(args.messages, args.tools)
+        chat, unused = chat_file.read(args.messages, args.tools)
+        if unused:
+            print(f"{args.messages}: not read: {', '.join(unused)}", file=sys.stderr)
     else:
         tools = [] if args.tools is None else chat_file.read_tools(args.tools)
         chat = {"messages": [{"role": "user", "content": args.prompt}], "tools": tools}
@@ -224,6 +236,7 @@ def read_chat(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{args.messages} has instructions, and --developer others: give one")
         developer = {"role": "developer", "content": args.developer}
         chat["messages"] = [developer, *chat["messages"]]
+    harmony.check(chat["messages"], chat.get("tools"))
     return chat
 
 

@@ -158,16 +158,22 @@ USER = {"role": "user", "content": "x"}
         ([USER], "--tools none.json", "none.json: can't be read (No such file"),
         ([USER], "--prompt x", "--prompt: not allowed with argument --messages"),
         (CHAT, "--developer y", "has instructions, and --developer others"),
+        ([USER], "--tools NAMELESS", "nameless.json: tools[0]"),
+        (None, "--prompt x --tools NAMELESS", "nameless.json: tools[0]"),
     ],
 )
 def test_a_bad_chat_is_refused_before_the_model_is_read(chat, options, named, tmp_path):
     """In a line with the file's name; none advises an option that `sample` lacks."""
     file, tools = tmp_path / "chat.json", tmp_path / "tools.json"
+    nameless = tmp_path / "nameless.json"
     file.write_text(chat if isinstance(chat, str) else json.dumps(chat))
     tools.write_text(json.dumps(TOOLS))
-    options = options.replace("TOOLS", str(tools)).replace("CHAT", str(file)).split()
+    nameless.write_text(json.dumps([{"type": "function", "function": {"parameters": {}}}]))
+    for name, path in (("TOOLS", tools), ("CHAT", file), ("NAMELESS", nameless)):
+        options = options.replace(name, str(path))
+    messages = [] if chat is None else ["--messages", str(file)]
     with pytest.raises(UserError) as caught:
-        sample.main(["--checkpoint", "nowhere", "--messages", str(file), *options])
+        sample.main(["--checkpoint", "nowhere", *messages, *options.split()])
     said = str(caught.value)
     assert named in said and "\n" not in said and "data.ignore" not in said
 
@@ -226,6 +232,8 @@ def test_channels_are_printed_apart(capsys):
         (["--checkpoint", "DIR", "--prompt-ids", "1", "--raw"], "--raw"),
         (["--checkpoint", "DIR", "--prompt", "x", "--raw", "--system", "y"], "--developer"),
         (["--checkpoint", "DIR", "--prompt", "x", "--raw", "--tools", "y"], "--tools"),
+        (["--checkpoint", "DIR", "--prompt", "x", "--raw", "--reasoning", "low"], "--reasoning is"),
+        (["--checkpoint", "DIR", "--prompt-ids", "1", "--reasoning", "low"], "--reasoning is"),
         (["--checkpoint", "DIR", "--prompt", "", "--raw"], "prompt 0 is empty"),
         (["--checkpoint", "DIR", "--prompt", "x", "--top-p", "1.5"], "top_p is 1.5"),
         (["--checkpoint", "DIR", "--prompt", "x", "--top-k", "0"], "top_k is 0"),

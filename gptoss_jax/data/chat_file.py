@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax import harmony
+from gptoss_jax.config import dates
 from gptoss_jax.data import formats
 from gptoss_jax.errors import UserError
 
 
-def read(file: str | Path, tools_file: str | Path | None = None) -> dict[str, Any]:
-    """Return {"messages", "tools"?, "reasoning"?} of a chat, for `harmony.render_prompt`.
+def read(
+    file: str | Path, tools_file: str | Path | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read a chat, for `harmony.render_prompt`.
 
     Args:
         file: JSON: a list of messages, or one record as training reads it (`data/formats.py`), such
             as {"messages": [...], "tools": [...]}. Of a prompt and completion, it is the prompt.
         tools_file: JSON: a list of tools, in any dialect that training reads.
+
+    Returns:
+        {"messages", "tools"?, "reasoning"?, "date"?}, where the date is a day as YYYY-MM-DD, and
+        the names of the columns that nothing reads, among them a date in another form.
 
     Raises:
         UserError: a file can't be read or holds no such thing, both files have tools, or the chat
@@ -28,7 +35,7 @@ def read(file: str | Path, tools_file: str | Path | None = None) -> dict[str, An
     if not isinstance(record, dict):
         raise UserError(f"{file}: no chat: give a list of messages, or an object with messages")
     try:
-        chat = formats.read(record).fields
+        chat, unused = formats.read(record, dated=dates.is_day(record.get(formats.DATE)))
     except ValueError as error:
         raise UserError(f"{file}: {_without_advice(error)}") from None
     if "messages" not in chat:
@@ -48,7 +55,7 @@ def read(file: str | Path, tools_file: str | Path | None = None) -> dict[str, An
             f"{file}: the chat ends with a message of the assistant: end it with the message that "
             "is to be answered (user or tool)"
         )
-    return chat
+    return chat, unused
 
 
 def read_tools(file: str | Path) -> list[dict[str, Any]]:
@@ -63,7 +70,9 @@ def read_tools(file: str | Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}: no tools: give a list of tools, or an object with tools")
         value = value["tools"]
     try:
-        return harmony.read_tools(value)
+        tools = harmony.read_tools(value)
+        harmony.check([{"role": "user", "content": ""}], tools)  # rendering reads names and types
+        return tools
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

@@ -19,6 +19,14 @@ class PromptRules(NamedTuple):
     history: str
     date: str
 
+    def date_of(self, given: str | None) -> str:
+        """Return the rule for a prompt whose record has the date `given`, as YYYY-MM-DD.
+
+        The record's date counts where training took it, and where no run says which day it named:
+        a run that named the day it began on has "today=YYYY-MM-DD", and never "today" alone.
+        """
+        return given if given is not None and self.date in ("record", "today") else self.date
+
     def template(self) -> str:
         """Return the chat template that follows these rules."""
         return harmony.chat_template(history=self.history, date=dates.of_template(self.date))

@@ -49,7 +49,8 @@ def make_run(workdir: Path, *, lora: bool = False, **data) -> Path:
 
 def date_of_prompt(folder: Path, *options: str) -> str | None:
     """Return the date that `sample` names in its prompt."""
-    arguments = ["--checkpoint", str(folder), "--prompt", "hi", *options]
+    asked = [] if "--messages" in options else ["--prompt", "hi"]
+    arguments = ["--checkpoint", str(folder), *asked, *options]
     args = sample.parse(arguments)
     ids = sample.read_prompt(args, sample.read_chat(args), ENCODING)
     _, found, rest = ENCODING.decode(ids).partition("Current date: ")
@@ -83,6 +84,38 @@ def test_a_run_and_its_exports_ask_as_it_was_trained(data, in_template, in_promp
         assert date_of_prompt(folder) == in_prompt
         assert date_of_prompt(folder, "--date", "2020-02-02") == "2020-02-02"
         assert date_of_prompt(folder, "--date", "none") is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "used"),
+    [
+        ("record", True),
+        (None, True),  # no run
+        ("none", False),
+        ("today=2030-12-31", False),
+        (FIXED, False),
+    ],
+)
+def test_a_record_s_own_date_is_used_or_said_not_to_be(rule, used, tmp_path, capsys):
+    """Where training took it, or no run says what it took; other columns are named, too."""
+    if rule is None:
+        weights.save(tmp_path / "c", *small_model(vocab_size=300), to="openai")
+    else:
+        make_run(tmp_path / "c", date=rule)
+    messages, file = [{"role": "user", "content": "hi"}], tmp_path / "chat.json"
+    options = ["--messages", str(file)]
+    file.write_text(json.dumps({"messages": messages, "date": "2019-05-04", "source": "web"}))
+    other = {"none": None, FIXED: FIXED}.get(rule, DAY)
+    assert date_of_prompt(tmp_path / "c", *options) == ("2019-05-04" if used else other)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{file}: not read: source"
+    trained = f"the checkpoint was trained with data.date {rule}"
+    assert said[1:] == ([] if used else [f"{file}: not used: date ({trained})"])
+    assert date_of_prompt(tmp_path / "c", *options, "--date", "2020-02-02") == "2020-02-02"
+    assert "not used" not in capsys.readouterr().err
+    file.write_text(json.dumps({"messages": messages, "date": "4 May"}))
+    assert date_of_prompt(tmp_path / "c", *options) == other
+    assert capsys.readouterr().err == f"{file}: not read: date\n"
 
 
 def test_a_checkpoint_that_is_not_ours_keeps_its_template_and_gets_today(tmp_path, capsys):
