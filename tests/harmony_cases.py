@@ -206,7 +206,10 @@ def schemas():
                 "items": inner,
                 "oneOf": st.lists(inner, max_size=3),
             },
-        )
+        ).map(typed)
+
+    def typed(schema):  # we read properties without a type as an object's; openai-harmony as any
+        return {"type": "object", **schema} if "properties" in schema else schema
 
     return st.recursive(leaf, extend, max_leaves=12).map(
         lambda schema: {"type": "object", "properties": {"p": schema, "q": schema}} | schema

@@ -13,11 +13,11 @@ tools (`inputSchema`, `input_schema`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.schemas import from_json, read_parameters
 
 FIELDS = frozenset(
     [
@@ -41,19 +41,6 @@ _UNREAD_OF_TOOLS = frozenset(
     ]
 )
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
-_VALUES = ("default", "const", "enum", "examples")  # keys of a schema that hold values
-_NAMED = "properties"  # the key that holds schemas by name
-_TYPES = {
-    "dict": "object",
-    "float": "number",
-    "double": "number",
-    "int": "integer",
-    "long": "integer",
-    "str": "string",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-}
 
 
 def read_messages(
@@ -183,7 +170,7 @@ def read_tools(tools: Any, where: str = "tools") -> list[dict[str, Any]]:
         UserError: a tool lacks a name, its parameters are no schema whose meaning is clear, or it
             has a key that nothing reads.
     """
-    tools = _from_json(tools, where)
+    tools = from_json(tools, where)
     if tools is None:
         return []
     if not isinstance(tools, list | tuple):
@@ -217,103 +204,7 @@ def read_tool(tool: Any, where: str) -> dict[str, Any]:
             )
     read = {k: function[k] for k in ("name", "description") if k in function}
     if schemas:
-        read["parameters"] = _read_parameters(function[schemas[0]], f"{where}.{schemas[0]}")
-    return read
-
-
-def _read_parameters(value: Any, where: str) -> Any:
-    schema = _from_json(value, where)
-    if not isinstance(schema, dict):
-        raise UserError(f"{where} is no JSON schema")
-    schema = _without_nulls(schema)
-    known = {"type", "properties", "required", "oneOf", "anyOf", "allOf", "$ref", "$schema"}
-    if schema and not known & set(schema):
-        return _by_name(schema, where)
-    schema = _with_standard_types(schema)
-    if schema.get("type") == "object" and "properties" not in schema:
-        lost = [k for k, v in schema.items() if isinstance(v, dict) and _is_schema(v)]
-        if lost:
-            raise UserError(
-                f"{where} has {lost[0]!r} beside its type: put the parameters under properties"
-            )
-    return schema
-
-
-def _by_name(schema: dict[str, Any], where: str) -> dict[str, Any]:
-    """Read {"city": {"type": "string"}, ...}: parameters by name, without `properties`."""
-    properties, required = {}, []
-    for name, value in schema.items():
-        if not isinstance(value, dict) or not _is_schema(value):
-            raise UserError(
-                f"{where}.{name} is no JSON schema: parameters have a type and properties"
-            )
-        value, kind_of = dict(value), value.get("type")
-        needed = value.pop("required", None) if isinstance(value.get("required"), bool) else None
-        if isinstance(kind_of, str) and "," in kind_of:  # "str, optional"
-            value["type"], *more = (word.strip() for word in kind_of.split(","))
-            needed = False if "optional" in more else needed
-        properties[name] = _with_standard_types(value)
-        if needed if needed is not None else "default" not in value:
-            required.append(name)
-    return {"type": "object", "properties": properties, "required": required}
-
-
-def _is_schema(value: dict[str, Any]) -> bool:
-    says = {"type", "description", "enum", "properties", "items", "oneOf", "anyOf"}
-    return bool(says & set(value))
-
-
-def _without_nulls(schema: Any) -> Any:
-    """Drop keys of a schema, and of the schemas in it, whose value is null.
-
-    A default may be null, and is rendered so. But a table gives every schema the keys of all other
-    ones, so where another key is null, a null default says nothing.
-    """
-    keep = ("const",) if _has_null(schema) else ("const", "default")
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        kept = {k: v for k, v in value.items() if v is not None or k in keep}
-        of = dict.fromkeys(_VALUES, lambda v: v) | {_NAMED: named}
-        return {k: of.get(k, clean)(v) for k, v in kept.items()}
-
-    def named(schemas: Any) -> Any:
-        if not isinstance(schemas, dict):
-            return schemas
-        return {name: clean(one) for name, one in schemas.items() if one is not None}
-
-    return clean(schema)
-
-
-def _has_null(schema: Any) -> bool:
-    """Say whether a key of a schema, or of a schema in it, is null, apart from values."""
-    if isinstance(schema, list):
-        return any(map(_has_null, schema))
-    if not isinstance(schema, dict):
-        return False
-    inner = (v for k, v in schema.items() if k not in (*_VALUES, _NAMED))
-    named = schema.get(_NAMED)
-    values = named.values() if isinstance(named, dict) else ()
-    return any(value is None or _has_null(value) for value in (*inner, *values))
-
-
-def _with_standard_types(schema: Any) -> Any:
-    """Replace the names of Python's types, in a schema and all schemas in it."""
-    if not isinstance(schema, dict):
-        return schema
-    read = dict(schema)
-    if isinstance(read.get("type"), str):
-        read["type"] = _TYPES.get(read["type"], read["type"])
-    if isinstance(read.get("properties"), dict):
-        read["properties"] = {k: _with_standard_types(v) for k, v in read["properties"].items()}
-    if "items" in read:
-        read["items"] = _with_standard_types(read["items"])
-    for name in ("oneOf", "anyOf", "allOf"):
-        if isinstance(read.get(name), list):
-            read[name] = [_with_standard_types(item) for item in read[name]]
+        read["parameters"] = read_parameters(function[schemas[0]], f"{where}.{schemas[0]}")
     return read
 
 
@@ -336,17 +227,6 @@ def without_null_arguments(arguments: Any, schema: Any) -> Any:
         for name, value in arguments.items()
         if value is not None or name in properties
     }
-
-
-def _from_json(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise UserError(f"{where} is text, and not JSON ({error})") from None
 
 
 def kind(value: Any) -> str:

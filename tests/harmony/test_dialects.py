@@ -130,6 +130,26 @@ DIALECTS = {
     "JSON text": {**TOOL, "parameters": json.dumps(CITY)},
     "Gorilla": {**TOOL, "parameters": {**CITY, "type": "dict"}},
     "by name": {**TOOL, "parameters": {"city": {"type": "str"}}},
+    "no type": {**TOOL, "parameters": {k: v for k, v in CITY.items() if k != "type"}},
+    "Gemini": {
+        **TOOL,
+        "parameters": {**CITY, "type": "OBJECT", "properties": {"city": {"type": "STRING"}}},
+    },
+    "by name, with required": {
+        **TOOL,
+        "parameters": {"$schema": "x", "city": {"type": "string"}, "required": ["city"]},
+    },
+    "properties as JSON text": {
+        **TOOL,
+        "parameters": {**CITY, "properties": json.dumps(CITY["properties"])},
+    },
+    "properties as a list": {
+        **TOOL,
+        "parameters": {
+            "type": "object",
+            "properties": [{"name": "city", "type": "string", "required": True}],
+        },
+    },
     "nulls": {
         **TOOL,
         "parameters": {
@@ -175,6 +195,37 @@ def test_parameters_by_name_say_which_are_needed():
     }
 
 
+@pytest.mark.parametrize("name", ["type", "items", "description", "default", "title", "enum"])
+def test_a_parameter_may_have_the_name_of_a_schema_s_key(name):
+    parameters = {name: {"type": "string"}, "city": {"type": "string"}}
+    (tool,) = read_tools([{**TOOL, "parameters": parameters}])
+    assert tool["parameters"] == {
+        "type": "object",
+        "properties": parameters,
+        "required": [name, "city"],
+    }
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_types_and_properties_are_read_at_every_depth(depth):
+    def around(inner):
+        for _ in range(depth):
+            array = {"type": "array", "items": {"type": "object", "properties": {"a": inner}}}
+            inner = {"type": "object", "properties": {"in": array}}
+        return {**TOOL, "parameters": inner}
+
+    theirs = {"required": ["city"], "properties": json.dumps({"city": {"type": ["STR", "Null"]}})}
+    ours = {**CITY, "properties": {"city": {"type": ["string", "null"]}}}
+    assert harmony.render([ASKED], [around(theirs)]) == harmony.render([ASKED], [around(ours)])
+    for lost in ({"type": "string"}, "string", {"x": {"type": "string"}}):
+        for beside in ({"type": "object"}, {"type": "OBJECT", "properties": {}}):
+            tool = around({**beside, "city": lost})
+            assert "has 'city' beside its type" in refused(harmony.render, [ASKED], [tool])
+    for name in ("title", "type"):
+        lost = around({"properties": {"y": {name: {"type": "string"}}}})
+        assert f"has {name!r} beside" in refused(harmony.render, [ASKED], [lost])
+
+
 def test_a_default_may_be_null_but_not_what_a_table_fills_in():
     def parameters(**more):
         properties = {"default": {"type": "string", "default": None}, "b": {"default": 3, **more}}
@@ -198,6 +249,9 @@ def test_a_default_may_be_null_but_not_what_a_table_fills_in():
         ({**TOOL, "parameters": ["city"]}, "tools[0].parameters is no JSON schema"),
         ({**TOOL, "parameters": "a city"}, "tools[0].parameters is text, and not JSON"),
         ({**TOOL, "parameters": {"city": "string"}}, "tools[0].parameters.city is no JSON schema"),
+        ({**TOOL, "parameters": {"properties": {"city": "string"}}}, "properties.city is no JSON"),
+        ({**TOOL, "parameters": {"properties": ["city"]}}, "properties[0] is no JSON schema with"),
+        ({**TOOL, "parameters": {"properties": "city"}}, "properties is text, and not JSON"),
         (
             {**TOOL, "parameters": {"type": "object", "city": {"type": "string"}}},
             "tools[0].parameters has 'city' beside its type",
