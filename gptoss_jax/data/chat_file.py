@@ -35,7 +35,8 @@ def read(
     if not isinstance(record, dict):
         raise UserError(f"{file}: no chat: give a list of messages, or an object with messages")
     try:
-        chat, unused = formats.read(record, dated=dates.is_day(record.get(formats.DATE)))
+        dated = dates.is_day(record.get(formats.DATE))
+        chat, unused = formats.read(record, dated=dated, trained=False)[:2]
     except ValueError as error:
         raise UserError(f"{file}: {_without_advice(error)}") from None
     if "messages" not in chat:

@@ -16,19 +16,24 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptoss_jax.config import dates
+from gptoss_jax.data import preferences
+from gptoss_jax.data.preferences import SIDES
 from gptoss_jax.harmony import EFFORTS
 from gptoss_jax.harmony.dialects import kind
 
 Fields = dict[str, Any]
 
-SIDES = ("chosen", "rejected")
 DATE = "date"  # the column with the date of a chat's system message, for data.date=record
 EFFORT = ("reasoning", "reasoning_effort")  # columns that name the reasoning effort
+# Columns that belong to an answer that is text: its analysis, and what multiplies its loss weight.
+ANSWERS = ("thinking", "reasoning_content", "weight")
+LABEL = "label"  # false in TRL's data for KTO: the answer is bad
 # Columns that a chat template would render, and that are not read here: to leave one out would
 # train another chat than the data set has.
 RENDERED = (
@@ -38,10 +43,11 @@ RENDERED = (
 
 
 class Read(NamedTuple):
-    """A record in one of the three forms, and its columns that nothing reads."""
+    """A record in one of the three forms, its columns that nothing reads, and its format."""
 
     fields: Fields
     unused: tuple[str, ...]
+    format: Reader
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,17 @@ class Reader:
 
 
 def read(
-    record: Fields, *, pairs: bool = False, ignore: Collection[str] = (), dated: bool = False
+    record: Fields,
+    *,
+    pairs: bool = False,
+    ignore: Collection[str] = (),
+    dated: bool = False,
+    trained: bool = True,
 ) -> Read:
     """Read a record of any format; with `pairs`, one of chosen and rejected.
 
     `ignore` has columns that are passed over and not reported. With `dated`, the column `date` is
-    read too.
+    read too. Unless its answers are `trained`, columns that rate them are not looked at.
 
     Raises:
         ValueError: no format has these columns, two columns contradict each other, or a column
@@ -75,12 +86,15 @@ def read(
             )
     for reader in PAIRS if pairs else READERS:
         if all(name in there for name in reader.needs):
-            used = {*reader.needs, *reader.may_have, *_COMMON} | ({DATE} if dated else set())
-            unused = tuple(name for name in there if name not in used)
+            if trained:
+                _check_rating(there, reader)
             fields = _with_common(reader.read(there), there)
+            beside = () if "text" in fields else (*_COMMON, *([DATE] if dated else []))
+            used = {*reader.needs, *reader.may_have, *beside}
+            unused = tuple(name for name in there if name not in used)
             if dated and DATE in there and "text" not in fields:
                 fields[DATE] = _date(there[DATE])
-            return Read(fields, unused)
+            return Read(fields, unused, reader)
     if pairs:
         lacks = " and ".join(name for name in SIDES if name not in there)
         raise ValueError(f"lacks {lacks}: objective.name dpo trains on pairs of answers")
@@ -92,6 +106,21 @@ def read(
 
 
 _COMMON = ("tools", "functions", "system", "chat_template_kwargs", *EFFORT)
+
+
+def _check_rating(there: Fields, reader: Reader) -> None:
+    """Refuse a record whose answer is bad, or whose weight nothing reads."""
+    weight = there.get("weight")
+    if there.get(LABEL) is False and "text" not in reader.needs:
+        raise ValueError(
+            "label is false, which marks the answer as bad: leave such records out, or train on "
+            "them too with data.ignore label"
+        )
+    if isinstance(weight, int | float) and weight != 1 and "weight" not in reader.may_have:
+        raise ValueError(
+            "weight is read beside an answer that is text: put it into the messages that it is "
+            "for, or pass it over with data.ignore weight"
+        )
 
 
 def _with_common(fields: Fields, there: Fields) -> Fields:
@@ -143,10 +172,9 @@ def _add_system(fields: Fields, text: Any) -> None:
     """Put a column `system` before the messages, unless they begin with the same text."""
     if not isinstance(text, str):
         raise ValueError("system is no text")
-    whole_pair = "messages" not in fields and "prompt" not in fields
-    sides = [fields[name] for name in SIDES] if whole_pair else []
-    name = "messages" if "messages" in fields else "prompt"
-    chats = sides or [fields[name]]
+    sides = [fields[name] for name in SIDES] if preferences.has_whole_chats(fields) else []
+    name = "prompt" if "prompt" in fields else "messages"
+    chats = sides or [fields.get(name)]
     chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
     for messages in chats:
         first = messages[0] if isinstance(messages, list) and messages else None
@@ -160,7 +188,7 @@ def _add_system(fields: Fields, text: Any) -> None:
     ]
     if sides:
         fields.update(zip(SIDES, new, strict=True))
-    else:
+    elif name in fields:
         fields[name] = new[0]
     if "given" in fields:
         fields["given"] += 1
@@ -170,20 +198,24 @@ def _add_system(fields: Fields, text: Any) -> None:
 
 
 def _chat(there: Fields) -> Fields:
-    messages = _json(there["messages"], "messages")
-    if _is_sharegpt(messages):
-        return _sharegpt({"conversations": messages})
-    return {"messages": messages}
+    return {"messages": _in_roles(_json(there["messages"], "messages"), "messages")}
 
 
 def _sharegpt(there: Fields) -> Fields:
     """Read {"from": "human", "value": ...}; or messages, which some data sets keep there."""
     turns = _json(there.get("conversations", there.get("conversation")), "conversations")
+    return {"messages": _in_roles(turns, "conversations")}
+
+
+def _in_roles(turns: Any, name: str) -> Any:
+    """Return ShareGPT's turns as messages with a role; anything else as it is."""
+    if isinstance(turns, dict) and _is_sharegpt([turns]):
+        turns = [turns]
     if not _is_sharegpt(turns):
-        return {"messages": turns}
+        return turns
     messages: list[Fields] = []
     for i, turn in enumerate(turns):
-        where = f"conversations[{i}]"
+        where = f"{name}[{i}]"
         given = {k: v for k, v in turn.items() if v is not None}
         speaker, value = given.pop("from", None), given.pop("value", None)
         role = _SPEAKERS.get(speaker if isinstance(speaker, str) else "")
@@ -198,7 +230,7 @@ def _sharegpt(there: Fields) -> Fields:
         elif value is not None:
             message["content"] = value
         messages.append(message)
-    return {"messages": messages}
+    return messages
 
 
 _SPEAKERS = {
@@ -221,9 +253,22 @@ def _is_sharegpt(messages: Any) -> bool:
 
 def _prompt_completion(there: Fields) -> Fields:
     """Read TRL's and OpenAI's prompt and completion: the loss counts the completion alone."""
-    prompt = _messages(there["prompt"], "user", "prompt")
-    completion = _messages(there["completion"], "assistant", "completion")
-    return {"messages": [*prompt, *completion], "given": len(prompt)}
+    prompt = _messages(_written(there["prompt"]), "user", "prompt")
+    completion = _written(there["completion"], answers=True)
+    if isinstance(completion, str):
+        answer = [_answer(there, completion)]
+    else:
+        answer = _messages(completion, "assistant", "completion")
+        for name in ANSWERS:
+            if there.get(name) not in (None, "") and not (name == "weight" and there[name] == 1):
+                raise ValueError(f"has {name} beside a completion of messages: put it into them")
+    return {"messages": [*prompt, *answer], "given": len(prompt)}
+
+
+def _answer(there: Fields, text: str) -> Fields:
+    """Return an answer, with the analysis and the weight that columns beside it give."""
+    more = {k: there[k] for k in ANSWERS if k in there and not (k == "weight" and there[k] == 1)}
+    return {"role": "assistant", "content": text, **more}
 
 
 def _alpaca(there: Fields) -> Fields:
@@ -241,7 +286,7 @@ def _alpaca(there: Fields) -> Fields:
     question = f"{instruction}\n\n{more}" if more else instruction
     messages += [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _text(there, "output")},
+        _answer(there, _text(there, "output")),
     ]
     return {"messages": messages}
 
@@ -252,15 +297,17 @@ def _plain(there: Fields) -> Fields:
 
 def _pair(there: Fields) -> Fields:
     kept = ("prompt", "messages", *SIDES)
-    return {name: _json_list(there[name], name) for name in kept if name in there}
+    fields = {k: _in_roles(_written(there[k]), k) for k in kept if k in there}
+    preferences.check_asked(fields)
+    return fields
 
 
 READERS = (
     Reader("chat", ("messages",), (), _chat),
     Reader("ShareGPT", ("conversations",), (), _sharegpt),
     Reader("ShareGPT", ("conversation",), (), _sharegpt),
-    Reader("prompt and completion", ("prompt", "completion"), (), _prompt_completion),
-    Reader("Alpaca", ("instruction", "output"), ("input", "history"), _alpaca),
+    Reader("prompt and completion", ("prompt", "completion"), ANSWERS, _prompt_completion),
+    Reader("Alpaca", ("instruction", "output"), ("input", "history", *ANSWERS), _alpaca),
     Reader("text", ("text",), (), _plain),
 )
 PAIRS = (Reader("pair", SIDES, ("prompt", "messages"), _pair),)
@@ -269,7 +316,7 @@ COLUMNS = tuple(
     dict.fromkeys(
         name
         for reader in (*READERS, *PAIRS)
-        for name in (*reader.needs, *reader.may_have, *_COMMON, *RENDERED)
+        for name in (*reader.needs, *reader.may_have, *_COMMON, *RENDERED, LABEL)
     )
 )
 
@@ -281,20 +328,35 @@ def _text(there: Fields, name: str) -> str:
 
 
 def _messages(value: Any, role: str, name: str) -> list[Fields]:
-    value = _json_list(value, name)
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    value = _in_roles(value, name)
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name} is neither text nor a message nor a list of messages")
     return messages
 
 
-def _json_list(value: Any, name: str) -> Any:
-    """Return a list that is written as JSON text, which is how some tables hold messages."""
-    if isinstance(value, str) and value.lstrip().startswith('[{"'):
-        return _json(value, name)
-    return value
+def _written(value: Any, *, answers: bool = False) -> Any:
+    """Return messages that are written as JSON text, which is how some tables hold them.
+
+    Any other value is returned as it is: a text may be JSON that is no chat. With `answers`, the
+    messages must begin with an answer: else the text is one, such as a chat that was asked for.
+    """
+    if not (isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"', value)):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    speaks = [
+        isinstance(item, dict) and ("role" in item or {"from", "value"} <= item.keys())
+        for item in found
+    ]
+    if not all(speaks):
+        return value
+    first = found[0].get("role") or _SPEAKERS.get(str(found[0].get("from")))
+    return value if answers and first not in ("assistant", "tool") else found
 
 
 def _json(value: Any, name: str) -> Any:
@@ -302,5 +364,5 @@ def _json(value: Any, name: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is text, and not JSON ({error})") from None

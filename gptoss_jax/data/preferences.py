@@ -46,10 +46,7 @@ def split(record: dict[str, Any]) -> Pair:
             raise ValueError(f"{what}: objective.name dpo trains on pairs of answers")
     name = "prompt" if record.get("prompt") is not None else "messages"
     sides = [_messages(record[name], "assistant", name) for name in SIDES]
-    whole = [side[0].get("role") not in _ANSWERS for side in sides]
-    if whole[0] != whole[1]:
-        raise ValueError("one of chosen and rejected is a whole chat, the other an answer")
-    if whole[0]:
+    if has_whole_chats(record):
         shared = _shared(*sides)
         if not shared:
             raise ValueError("chosen and rejected are whole chats that begin differently")
@@ -57,6 +54,38 @@ def split(record: dict[str, Any]) -> Pair:
     if record.get(name) is None:
         raise ValueError("lacks prompt (the chat that chosen and rejected answer)")
     return Pair(_messages(record[name], "user", name), sides[0], sides[1])
+
+
+def has_whole_chats(record: dict[str, Any]) -> bool:
+    """Say whether chosen and rejected have the prompt too. Raises `ValueError` if only one has."""
+    sides = [_messages(record[k], "assistant", k) for k in SIDES if record.get(k) is not None]
+    whole = {side[0].get("role") not in _ANSWERS for side in sides}
+    if len(whole) > 1:
+        raise ValueError("one of chosen and rejected is a whole chat, the other an answer")
+    return whole == {True}
+
+
+def check_asked(record: dict[str, Any]) -> None:
+    """Raise `ValueError` if prompt or messages has a message that `split` would leave out."""
+    asked = {
+        name: [_bare(m) for m in _messages(record[name], "user", name)]
+        for name in ("prompt", "messages")
+        if record.get(name) is not None
+    }
+    if has_whole_chats(record):
+        chosen = [_bare(m) for m in _messages(record["chosen"], "assistant", "chosen")]
+        for name, messages in asked.items():
+            if any(message not in chosen for message in messages):
+                raise ValueError(
+                    f"chosen and rejected are whole chats, and {name} has a message that they "
+                    "lack: leave it out, or make them answers to it"
+                )
+    elif len(asked) > 1 and asked["prompt"] != asked["messages"]:
+        raise ValueError("has prompt and messages, which differ: leave out one of them")
+
+
+def _bare(message: Message) -> Message:
+    return {k: v for k, v in message.items() if v is not None}
 
 
 def check(record: dict[str, Any], check_chat: Callable[[dict[str, Any]], None]) -> None:

@@ -38,7 +38,7 @@ class Reading:
         if not isinstance(columns, dict):
             raise ValueError(f"{kind(columns)}, not an object with messages or text")
         options: Any = {"ignore": self.ignore, "dated": self.dated}
-        read = formats.read(columns, pairs=self.pairs, **options)
+        read = formats.read(columns, pairs=self.pairs, trained=not self.questions, **options)
         own = (name for name in self.ignore if name.startswith("messages."))
         keys = [name.removeprefix("messages.") for name in own]
         chats = {"messages": read.fields.get("messages")}

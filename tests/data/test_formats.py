@@ -57,6 +57,37 @@ FORMATS = {
         [Q, A, Q, A],
     ),
     "messages as JSON text": ({"messages": json.dumps([Q, A])}, [Q, A]),
+    "a prompt as indented JSON": (
+        {"prompt": json.dumps([SYSTEM, Q], indent=2), "completion": json.dumps([A])},
+        [SYSTEM, Q, A],
+    ),
+    "ShareGPT's prompt": (
+        {"prompt": [{"from": "human", "value": "sort 2 1"}], "completion": "1 2"},
+        [Q, A],
+    ),
+    **{
+        f"a completion that is JSON: {text}": (
+            {"prompt": "sort 2 1", "completion": text},
+            [Q, A | {"content": text}],
+        )
+        for text in ('[{"name": "Bob"}]', '[{"role": "user"}]', '[{"a": 1}] and more', '[{"a"')
+    },
+    "a prompt that is JSON": (
+        {"prompt": '[{"n": 1}]', "completion": "x"},
+        [Q | {"content": '[{"n": 1}]'}, A | {"content": "x"}],
+    ),
+    "an answer's columns": (
+        {"prompt": "sort 2 1", "completion": "1 2", "thinking": "Hm.", "weight": 0.5},
+        [Q, A | {"thinking": "Hm.", "weight": 0.5}],
+    ),
+    "Alpaca's columns of an answer": (
+        {"instruction": "sort 2 1", "output": "1 2", "reasoning_content": "Hm.", "weight": 2},
+        [Q, A | {"thinking": "Hm.", "weight": 2}],
+    ),
+    "what says nothing": (
+        {"prompt": "sort 2 1", "completion": [A], "weight": 1, "thinking": "", "label": True},
+        [Q, A],
+    ),
 }
 
 
@@ -161,6 +192,16 @@ RESULT = {"role": "tool", "content": "x"}
         ({"text": "<|start|>user<|message|>x"}, "spells Harmony's special tokens"),
         ({"messages": [Q, A | {"name": "a b", "role": "tool"}]}, "it must be one word"),
         ({"messages": [Q, {"role": "tool", "content": "x"}]}, "no tool call before it"),
+        ({"prompt": "x", "completion": "y", "label": False}, "label is false"),
+        ({"messages": [Q, A], "label": False}, "label is false"),
+        ({"messages": [Q, A], "weight": 0.5}, "weight is read beside an answer that is text"),
+        ({"prompt": "x", "completion": "y", "weight": -1}, "messages[1].weight is -1"),
+        ({"prompt": "x", "completion": [A], "weight": 2}, "has weight beside a completion of m"),
+        ({"prompt": "x", "completion": [A], "thinking": "Hm."}, "has thinking beside a completion"),
+        (
+            {"prompt": "x", "completion": "y", "thinking": "a", "reasoning_content": "b"},
+            "different texts in thinking and reasoning_content",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused_by_line(record, named, tmp_path):
@@ -178,6 +219,19 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     assert "columns not used: id, source" in describe(config)
     examples, config = examples_of(tmp_path, *records, ignore=("id", "source"))
     assert not examples.records.unused and "not used" not in describe(config)
+
+
+def test_columns_of_a_chat_beside_a_text_are_named(tmp_path):
+    beside = {"system": "Be brief.", "tools": [TOOL], "functions": [TOOL], "reasoning": "low"}
+    beside |= {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "low"}}
+    examples, _ = examples_of(tmp_path, {"text": "plain", **beside})
+    assert examples.records.unused == dict.fromkeys(beside, 1)
+
+
+def test_a_question_s_record_may_be_rated_in_any_way(tmp_path):
+    record = {"prompt": "x", "completion": "y", "label": False, "weight": "heavy"}
+    examples, _ = examples_of(tmp_path, record | {"weight": 3}, objective="grpo")
+    assert examples.records[0].columns["label"] is False
 
 
 def test_a_key_of_messages_may_be_passed_over(tmp_path):

@@ -49,6 +49,11 @@ def split_text(segment):
     return str(show._segment(*[x.tolist() for x in segment], ENCODING, plain=True))
 
 
+def shared(message):
+    """Return a message in ShareGPT's dialect."""
+    return {"from": "human" if message["role"] == "user" else "gpt", "value": message["content"]}
+
+
 ENCODING = tokenizer.get_tokenizer(VOCAB)
 PROMPT = [user("1+1?"), said("2"), user("And 2+2?")]
 HEAD = "<|start|>user<|message|>1+1?<|end|><|start|>assistant<|channel|>final<|message|>2<|end|>"
@@ -63,6 +68,26 @@ FORMATS = {
         "prompt": "1+1?",
         "chosen": [*PROMPT, said("4")],
         "rejected": [*PROMPT, said("5")],
+    },
+    "UltraFeedback's columns": {
+        "prompt": "1+1?",
+        "messages": [*PROMPT, said("4")],
+        "chosen": [*PROMPT, said("4")],
+        "rejected": [*PROMPT, said("5")],
+    },
+    "the same prompt twice": {"prompt": PROMPT, "messages": PROMPT, "chosen": "4", "rejected": "5"},
+    "JSON text": {
+        "chosen": json.dumps([*PROMPT, said("4")]),
+        "rejected": json.dumps([*PROMPT, said("5")], indent=1),
+    },
+    "ShareGPT": {
+        "prompt": [*map(shared, PROMPT)],
+        "chosen": [shared(said("4"))],
+        "rejected": shared(said("5")),
+    },
+    "ShareGPT's whole chats": {
+        "chosen": [*map(shared, [*PROMPT, said("4")])],
+        "rejected": [*map(shared, [*PROMPT, said("5")])],
     },
 }
 
@@ -81,6 +106,16 @@ def test_every_format_gives_the_same_two_segments(tmp_path, name, suffix):
         # Of the answer alone, not of the assistant's words in the prompt.
         assert text.endswith(HEAD + f"[[<|channel|>final<|message|>{answer}<|return|>]]")
         assert text.count("[[") == 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_column_system_is_before_the_prompt_of_every_format(tmp_path, name):
+    record = {**FORMATS[name], "system": "Be brief."}
+    sides = open_examples(make_config(write(tmp_path / "a.jsonl", [record])))[0]
+    for segment, answer in zip(sides, "45", strict=True):
+        text = split_text(segment)
+        assert text.count("# Instructions\n\nBe brief.<|end|>" + HEAD) == 1
+        assert text.endswith(f"[[<|channel|>final<|message|>{answer}<|return|>]]")
 
 
 def test_texts_alone_are_a_question_and_answers(tmp_path):
@@ -220,6 +255,10 @@ def test_equal_sides_are_refused_or_skipped_and_counted(tmp_path):
         data.train_batches(make_config(file, on_bad_record="skip"))
 
 
+LACKED = (
+    "chosen and rejected are whole chats, and prompt has a message that they lack: leave it out, "
+    "or make them answers to it"
+)
 BAD = {
     "[1]": "a list, not an object with messages or text",
     '{"text": "a"}': "lacks chosen and rejected: objective.name dpo trains on pairs of answers",
@@ -246,6 +285,15 @@ BAD = {
     ),
     json.dumps({"chosen": [user("a"), said("x")], "rejected": [user("b"), said("x")]}): (
         "chosen and rejected are whole chats that begin differently"
+    ),
+    json.dumps({"prompt": "q", "chosen": [user("a"), said("x")], "rejected": [user("a")]}): LACKED,
+    json.dumps({"prompt": "q", "chosen": user("a"), "rejected": user("a")}): LACKED,
+    json.dumps({"prompt": "q", "messages": [user("r")], "chosen": "x", "rejected": "y"}): (
+        "has prompt and messages, which differ: leave out one of them"
+    ),
+    json.dumps({"prompt": "q", "chosen": "x", "rejected": "y", "weight": 2}): (
+        "weight is read beside an answer that is text: put it into the messages that it is for, "
+        "or pass it over with data.ignore weight"
     ),
 }
 
