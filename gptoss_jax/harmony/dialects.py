@@ -31,13 +31,16 @@ _UNREAD = frozenset({"id", "object", "created", "index", "finish_reason", "logpr
 _EMPTY = ("annotations", "audio", "refusal", "function_call", "tool_calls", "images", "videos")
 _TEXTS = ("text", "input_text", "output_text")  # types of content parts that are text
 
+# Keys of a content part with text, which say nothing that a rendering has.
+_PART = frozenset({"type", "text", "annotations", "cache_control", "index", "id", "logprobs"})
+
 _CALL = frozenset({"id", "type", "index", "function", "name", "arguments", "content_type"})
 _TOOL = frozenset({"type", "function", "name", "description", "parameters"})
 # Keys of tools that say how to call or to cache them, and that Harmony's text has no place for.
 _UNREAD_OF_TOOLS = frozenset(
     [
         *("strict", "title", "annotations", "outputSchema", "output_schema", "cache_control"),
-        *("defer_loading", "return", "returns"),
+        *("defer_loading", "return", "returns", "_meta", "icons"),
     ]
 )
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
@@ -54,7 +57,28 @@ def read_messages(
         raise UserError(f"{where} is {kind(messages)}: it must be a list")
     if not messages:
         raise UserError(f"{where} is empty")
+    if "id" not in ignore:
+        messages = with_call_ids(messages)
     return [read_message(m, f"{where}[{i}]", ignore=ignore) for i, m in enumerate(messages)]
+
+
+def with_call_ids(messages: Sequence[Any]) -> list[Any]:
+    """Return messages in which a tool's `id` is its `tool_call_id`, if an earlier call has it.
+
+    Any other `id` is that of the message itself.
+    """
+    ids: list[Any] = []
+    found = []
+    for message in messages:
+        if isinstance(message, dict):
+            own, calls = message.get("id"), message.get("tool_calls")
+            result = message.get("role") in ("tool", "function")
+            if result and own is not None and message.get("tool_call_id") is None and own in ids:
+                message = {**message, "tool_call_id": own}
+            calls = calls if isinstance(calls, list) else []
+            ids += [call.get("id") for call in calls if isinstance(call, dict)]
+        found.append(message)
+    return found
 
 
 def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> dict[str, Any]:
@@ -71,7 +95,7 @@ def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> d
     """
     if not isinstance(message, dict):
         raise UserError(f"{where} is {kind(message)}: it must be an object")
-    given = {k: v for k, v in message.items() if v is not None and k not in ignore}
+    given = {k: v for k, v in message.items() if not _is_null(v) and k not in ignore}
     read: dict[str, Any] = {k: v for k, v in given.items() if k in FIELDS and k != "thinking"}
     rest = [k for k in given if k not in FIELDS and k not in THINKING and k not in _UNREAD]
     if not isinstance(read.get("tool_calls", []), list):
@@ -84,7 +108,7 @@ def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> d
         read["thinking"] = thinking
     for name in rest:
         value = given[name]
-        if name == "function_call" and isinstance(value, dict):
+        if name == "function_call" and isinstance(value, dict) and value:
             if "tool_calls" in read:
                 raise UserError(f"{where} has tool_calls and function_call: leave out one of them")
             read["tool_calls"] = [value]
@@ -101,6 +125,12 @@ def read_message(message: Any, where: str, *, ignore: Collection[str] = ()) -> d
     if read.get("role") == "function":  # OpenAI's role of a result before there were tools
         read["role"] = "tool"
     return read
+
+
+def _is_null(value: Any) -> bool:
+    """Say whether a value is null, or an object of nulls alone, as Arrow writes a null struct."""
+    inner = value.values() if isinstance(value, dict) else ()
+    return value is None or (bool(inner) and all(map(_is_null, inner)))
 
 
 def _thinking(given: Mapping[str, Any], where: str) -> str | None:
@@ -122,13 +152,16 @@ def _join_parts(parts: list[Any], where: str) -> str:
     for i, part in enumerate(parts):
         if not isinstance(part, dict):
             raise UserError(f"{where}[{i}] is {kind(part)}: it must be a part with a type and text")
-        part = {k: v for k, v in part.items() if v is not None}
+        part = {k: v for k, v in part.items() if not _is_null(v)}
         text = part.get("text")
         if part.get("type", "text") not in _TEXTS or not isinstance(text, str):
             raise UserError(
                 f"{where}[{i}] is a part of type {part.get('type')!r}: only text is read "
                 "(GPT-OSS takes no images, sounds or files)"
             )
+        for name, value in part.items():
+            if name not in _PART and value not in ([], {}, ""):
+                raise UserError(f"{where}[{i}].{name}: no field of a part; it has type and text")
         texts.append(text)
     return "".join(texts)
 

@@ -109,7 +109,7 @@ def expand(
     tools_text = render_tools(functions) if functions else ""
     parts: list[Part] = []
     calls = _Calls(dialects.declared_arguments(functions))
-    for i, given in enumerate(messages):
+    for i, given in enumerate(dialects.with_call_ids(messages)):
         where = f"messages[{i}]"
         message = dialects.read_message(given, where)
         role = _check_message(message, where)

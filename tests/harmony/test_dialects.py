@@ -45,6 +45,21 @@ SAME = {
         | {"tool_calls": [], "name": None, "logprobs": None, "finish_reason": "stop"},
         OURS,
     ),
+    "a null struct": (
+        OURS | {"function_call": {}, "audio": {"id": None, "data": {"x": None}}},
+        OURS,
+    ),
+    "a null call": (OURS | {"function_call": {"name": None, "arguments": None}}, OURS),
+    "parts with keys that say nothing": (
+        OURS
+        | {
+            "content": [
+                {"type": "text", "text": "20 ", "cache_control": {"type": "x"}, "id": "1"},
+                {"text": "degrees", "annotations": [], "image_url": {"url": None}, "more": ""},
+            ]
+        },
+        OURS,
+    ),
     "a refusal": (
         {"role": "assistant", "content": None, "refusal": "I can't."},
         {"role": "assistant", "content": "I can't."},
@@ -86,6 +101,7 @@ def test_a_result_of_a_function_is_a_tool_s():
         ({"content": "x", "reasoning": {"text": "y"}}, "messages[1].reasoning is an object"),
         ({"content": [{"type": "image_url", "image_url": {}}]}, "is a part of type 'image_url'"),
         ({"content": ["x"]}, "messages[1].content[0] is text"),
+        ({"content": [{"text": "x", "thinking": "y"}]}, "messages[1].content[0].thinking: no fi"),
         ({"content": "x", "refusal": "y"}, "messages[1].refusal: no field of a message"),
         ({"tool_calls": [CALL], "function_call": CALL}, "tool_calls and function_call"),
         ({"tool_calls": [CALL | {"result": "20"}]}, "messages[1].tool_calls[0].result: no field"),
@@ -97,6 +113,34 @@ def test_what_nobody_reads_is_refused(message, named):
     messages = [ASKED, {"role": "assistant", **message}]
     for function in (harmony.render, harmony.render_prompt, harmony.check):
         assert named in refused(function, messages)
+
+
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "1", **CALL}, {"id": "2", "name": "wind", "arguments": {}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        (("2", "1"), ("wind", "weather")),
+        (("1", "2"), ("weather", "wind")),
+        (("msg-1", "msg-2"), ("weather", "wind")),
+        (({"x": 1}, 5), ("weather", "wind")),
+    ],
+)
+def test_a_result_s_id_is_that_of_its_call_if_one_has_it(ids, named):
+    def rendered(key, values):
+        results = [
+            {"role": "tool", "content": v, key: v_id} for v, v_id in zip("xy", values, strict=True)
+        ]
+        chat = [ASKED, CALLED, *results]
+        read = harmony.read_messages(chat)
+        assert harmony.render_prompt(read) == harmony.render_prompt(chat)
+        return harmony.render_prompt(chat)
+
+    assert rendered("id", ids) == rendered("name", named)
 
 
 def test_a_key_may_be_passed_over():
@@ -125,7 +169,8 @@ def test_a_message_s_weight_multiplies_its_role_s():
 DIALECTS = {
     "OpenAI": {"type": "function", "function": {**TOOL, "strict": True}},
     "Responses": {"type": "function", **TOOL, "strict": None},
-    "MCP": {"name": "weather", "description": "Tell it.", "inputSchema": CITY, "annotations": {}},
+    "MCP": {"name": "weather", "description": "Tell it.", "inputSchema": CITY, "annotations": {}}
+    | {"_meta": {"x": 1}, "icons": [{"src": "x"}]},
     "Anthropic": {"name": "weather", "description": "Tell it.", "input_schema": CITY},
     "JSON text": {**TOOL, "parameters": json.dumps(CITY)},
     "Gorilla": {**TOOL, "parameters": {**CITY, "type": "dict"}},
