@@ -62,13 +62,16 @@ class Index:
         """Add a record, or what is wrong with it."""
         try:
             read = reading.check(columns)
+            # A text is another record if it is read as the chat that it spells.
+            chat = "text" in read.fields and reading.is_rendering(read.fields["text"])
+            content = json.dumps([read.fields, chat], sort_keys=True, default=str).encode()
         except ValueError as error:
             self.bad.append((line, str(error)))
             return
+        except RecursionError:
+            self.bad.append((line, "objects or lists that are nested too deeply to be read"))
+            return
         self.unused.update(read.unused)
-        # A text is another record if it is read as the chat that it spells.
-        chat = "text" in read.fields and reading.is_rendering(read.fields["text"])
-        content = json.dumps([read.fields, chat], sort_keys=True, default=str).encode()
         self.add(content, offset=offset, size=size, line=line)
 
     def add(self, content: bytes, *, offset: int, size: int, line: int) -> None:
@@ -268,7 +271,12 @@ def _items(text: str) -> Iterator[tuple[int, int, int, Any]]:
     if begin[1] is not None:
         return
     while True:
-        value, end = decode(text, at)
+        try:
+            value, end = decode(text, at)
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:  # as in `parse`
+            raise json.JSONDecodeError(f"a value that can't be read: {error}", text, at) from None
         offset += len(text[place:at].encode())
         line += text.count("\n", place, at)
         size = len(text[at:end].encode())

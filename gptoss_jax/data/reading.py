@@ -25,7 +25,8 @@ class Reading:
 
     pairs: bool = False
     questions: bool = False  # chats with something to answer
-    ignore: tuple[str, ...] = ()  # columns; keys of messages as messages.KEY
+    # Columns; keys of messages, tools and calls as messages.KEY, tools.KEY and tool_calls.KEY.
+    ignore: tuple[str, ...] = ()
     plain_special_tokens: bool = False  # a text that spells Harmony's special tokens is plain text
     dated: bool = False  # the column `date` is the date of a chat's system message
     vocab_size: int = VOCAB_SIZE  # of the model: the "ids" of sampled messages are below it
@@ -39,8 +40,9 @@ class Reading:
             raise ValueError(f"{kind(columns)}, not an object with messages or text")
         options: Any = {"ignore": self.ignore, "dated": self.dated}
         read = formats.read(columns, pairs=self.pairs, trained=not self.questions, **options)
-        own = (name for name in self.ignore if name.startswith("messages."))
-        keys = [name.removeprefix("messages.") for name in own]
+        keys, of_tools, of_calls = map(self._ignored, ("messages", "tools", "tool_calls"))
+        if of_tools and "tools" in read.fields:
+            read.fields["tools"] = _without(read.fields["tools"], of_tools)
         chats = {"messages": read.fields.get("messages")}
         if self.pairs:
             chats = preferences.split(read.fields)._asdict()
@@ -51,6 +53,9 @@ class Reading:
         try:
             for name, chat in chats.items():
                 chat = harmony.read_messages(chat, name, ignore=[k for k in keys if k != "name"])
+                for message in chat:
+                    if of_calls and "tool_calls" in message:
+                        message["tool_calls"] = _without(message["tool_calls"], of_calls)
                 read.fields[name] = [
                     _plain(message, f"{name}[{i}]", named="name" not in keys)
                     for i, message in enumerate(chat)
@@ -58,6 +63,10 @@ class Reading:
         except UserError as error:
             raise ValueError(str(error)) from None
         return read
+
+    def _ignored(self, of: str) -> list[str]:
+        """Return the keys to pass over of `of`."""
+        return [k.removeprefix(f"{of}.") for k in self.ignore if k.startswith(f"{of}.")]
 
     def check(self, columns: Any) -> formats.Read:
         """Return what `read` does; raise ValueError also for what can't be rendered."""
@@ -86,16 +95,27 @@ class Reading:
         """Check all that the renderer needs, so that it refuses nothing during training."""
         messages, effort = fields["messages"], fields.get("reasoning") or EFFORTS[0]
         harmony.check(messages, fields.get("tools"), effort, vocab_size=self.vocab_size)
-        where = "" if self.plain_special_tokens else _spelled(messages, "messages")
-        if where:
+        tools = fields.get("tools")
+        where = _spelled(messages, "messages") or _spelled(tools, "tools")
+        if where and not self.plain_special_tokens:
             raise ValueError(f"{where} {SPELLS}")
+
+
+def _without(value: Any, keys: list[str]) -> Any:
+    """Return tools or calls without some keys, also of their `function`."""
+    if isinstance(value, list):
+        return [_without(item, keys) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: v for k, v in value.items() if k not in keys}
+    return kept | ({"function": _without(kept["function"], keys)} if "function" in kept else {})
 
 
 def _plain(message: dict[str, Any], where: str, *, named: bool) -> dict[str, Any]:
     """Return a message of a data set without a recipient or a name that says nothing.
 
-    With `named`, any other name of one who is no tool is refused, as a rendering has no place for
-    it. The renderer has both: a recipient "all" ends a message in `<|call|>`.
+    With `named`, a name in a message of another role than a tool's is refused, as a rendering has
+    no place for it. The renderer has both: a recipient "all" ends a message in `<|call|>`.
     """
     kept = {k: v for k, v in message.items() if k != "recipient" or v != "all"}
     if message.get("role") in ("system", "developer", "user", "assistant"):
@@ -122,7 +142,8 @@ def _spelled(value: Any, where: str) -> str:
         return "" if harmony.spelled(value) is None else where
     items: Iterable[tuple[str, Any]] = ()
     if isinstance(value, dict):
-        items = ((f"{where}.{k}", v) for k, v in value.items() if k not in ("ids", "content_type"))
+        items = [(f"{where}.{k}", v) for k, v in value.items() if k not in ("ids", "content_type")]
+        items += [(f"{where} (its key {k!r})", k) for k in value]
     elif isinstance(value, list):
         items = ((f"{where}[{i}]", v) for i, v in enumerate(value))
     return next(filter(None, (_spelled(v, place) for place, v in items)), "")

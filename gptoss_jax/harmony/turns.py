@@ -46,13 +46,14 @@ def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
     when the model is asked.
     """
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    after = [*roles[1:], "user"]
-    ends = [i for i, role in enumerate(roles) if role != "user" and after[i] == "user"]
     found, begin = [], 0
-    for end in ends:
-        if "assistant" in roles[begin : end + 1]:
-            found.append(list(messages[: end + 1]))
-        begin = end + 1
+    for i, role in enumerate([*roles, "user"]):
+        if role == "user":
+            turn = roles[begin:i]
+            if "assistant" in turn:  # a message for the next turn, such as a developer's, is not it
+                end = max(k for k, who in enumerate(turn) if who in ("assistant", "tool"))
+                found.append(list(messages[: begin + end + 1]))
+            begin = i + 1
     return found or [list(messages)]
 
 

@@ -151,6 +151,10 @@ def test_the_reasoning_effort_has_several_names(effort, tmp_path):
     assert examples[0][0].tokens.tolist() == harmony.render([Q, A], reasoning="low")[0]
 
 
+def nested(depth: int):
+    return {"type": "object", "properties": {"a": nested(depth - 1)}} if depth else {}
+
+
 CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "name": "f", "arguments": {}}]}
 RESULT = {"role": "tool", "content": "x"}
 
@@ -190,6 +194,21 @@ RESULT = {"role": "tool", "content": "x"}
         ),
         ({"messages": [Q, A | {"thinking": "<|end|>"}]}, "messages[1].thinking spells a special"),
         ({"text": "<|start|>user<|message|>x"}, "spells Harmony's special tokens"),
+        (
+            {"messages": [Q, A], "tools": [TOOL | {"parameters": nested(350)}]},
+            "nested too deeply to be read",
+        ),
+        (
+            {"messages": [Q, A], "tools": [TOOL | {"description": "a<|end|>"}]},
+            "tools[0].description spells a special token",
+        ),
+        (
+            {
+                "messages": [Q, A],
+                "tools": [{"name": "f", "parameters": {"<|end|>": {"type": "x"}}}],
+            },
+            "tools[0].parameters (its key '<|end|>') spells a special token",
+        ),
         ({"messages": [Q, A | {"name": "a b", "role": "tool"}]}, "it must be one word"),
         ({"messages": [Q, {"role": "tool", "content": "x"}]}, "no tool call before it"),
         ({"prompt": "x", "completion": "y", "label": False}, "label is false"),
@@ -238,6 +257,21 @@ def test_a_key_of_messages_may_be_passed_over(tmp_path):
     record = {"messages": [Q, A | {"score": 3}]}
     examples, _ = examples_of(tmp_path, record, ignore=("messages.score",))
     assert examples[0][0].tokens.tolist() == harmony.render([Q, A])[0]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_key_of_tools_and_of_calls_may_be_passed_over(nested, tmp_path):
+    def record(**more):
+        call, tool = ({"function": x | more} if nested else x | more for x in (CALL, TOOL))
+        answer = {"role": "assistant", "tool_calls": [call], "content": "x"}
+        return {"messages": [Q, answer], "tools": json.dumps([tool])}
+
+    (plain,) = examples_of(tmp_path, record())[0][0]
+    with pytest.raises(UserError, match="score: no field of a tool"):
+        examples_of(tmp_path, record(score=3), name="b.jsonl")
+    ignore = ("tools.score", "tool_calls.score")
+    (segment,) = examples_of(tmp_path, record(score=3), name="b.jsonl", ignore=ignore)[0][0]
+    assert segment.tokens.tolist() == plain.tokens.tolist()
 
 
 def test_a_rendered_chat_is_trained_as_a_chat_or_as_plain_text(tmp_path):
@@ -291,7 +325,14 @@ def test_a_json_file_is_a_list_of_records(tmp_path):
     assert [examples.records.where(i)[-2:] for i in range(3)] == [":2", ":4", ":6"]
 
 
-@pytest.mark.parametrize("text", ['{"messages": []}', '[{"text": "a"} {"text": "b"}]', '[{"text"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"messages": []}', '[{"text": "a"} {"text": "b"}]', '[{"text"'),
+        *(f"[{'9' * 5_000}]", "[" * 100_000),
+    ],
+    ids=range(5),
+)
 def test_a_json_file_that_is_no_list_is_refused(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     config = DataConfig(train=(str(tmp_path / "a.json"),))
@@ -361,6 +402,15 @@ def test_which_turns_are_trained(history, turns, texts, left, tmp_path):
     ):
         prompt = harmony.render_prompt(messages, history=history)
         assert segment.tokens[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("role", ["developer", "system"])
+def test_a_turn_that_is_split_off_ends_with_its_answer(role, tmp_path):
+    between = {"role": role, "content": "Rhyme."}
+    chat = [*CHAT[:2], between, *CHAT[2:4], between]
+    examples, _ = examples_of(tmp_path, {"messages": chat}, turns="split")
+    assert [trained(segment) for segment in examples[0]] == [answer("one"), answer("two")]
+    assert examples[0][1].tokens.tolist() == harmony.render(chat[:5], turns="last")[0]
 
 
 def test_what_a_prompt_keeps_of_the_history():
