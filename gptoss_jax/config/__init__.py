@@ -19,10 +19,11 @@ from gptoss_jax.harmony.channels import parse_train_on
 class DataConfig:
     """Which data a run reads, and how it makes batches of them."""
 
-    # Training data: files, globs or folders of .jsonl and .parquet. Records with "messages" are
-    # chats, others have "text"; with objective.name dpo they have "prompt", "chosen", "rejected".
-    # A .txt is plain text. hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the Hugging
-    # Face hub. NAME=ENTRY names a source of a mixture.
+    # Training data: .jsonl, .json, .parquet and .txt files, globs, folders (whose .json files are
+    # skipped). Records with "messages" are chats, others have "text"; with objective.name dpo they
+    # have "prompt", "chosen", "rejected". A .txt is plain text.
+    # hf:OWNER/NAME[@REVISION][:[CONFIG:]SPLIT] is a data set of the Hugging Face hub. NAME=ENTRY
+    # names a source of a mixture.
     train: tuple[str, ...] = ()
     # Share of the training tokens for each entry of data.train. An entry that runs out starts
     # again. Empty: no mixture, all records are shuffled together.
@@ -34,8 +35,8 @@ class DataConfig:
     on_long: Literal["truncate", "refuse"] = "truncate"
     # What to do with a record that can't be read or rendered.
     on_bad_record: Literal["stop", "skip"] = "stop"
-    # Columns of records that are passed over without a word, and keys of messages, as messages.KEY.
-    # A key of a message that nothing reads is else refused.
+    # Columns of records that are passed over without a word, and keys of messages, tools and calls,
+    # as messages.KEY, tools.KEY and tool_calls.KEY. Such a key is else refused if nothing reads it.
     ignore: tuple[str, ...] = ()
     # Whether a text that spells Harmony's special tokens, such as <|start|>, is meant as plain
     # text. If not, a whole rendered chat is trained as a chat, and any other text is refused.

@@ -75,7 +75,7 @@ def read_tools(file: str | Path) -> list[dict[str, Any]]:
         harmony.check([{"role": "user", "content": ""}], tools)  # rendering reads names and types
         return tools
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {_without_advice(error)}") from None
 
 
 def _load(file: str | Path) -> Any:

@@ -61,7 +61,7 @@ class Reading:
                     for i, message in enumerate(chat)
                 ]
         except UserError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(_naming_columns(error, read.format)) from None
         return read
 
     def _ignored(self, of: str) -> list[str]:
@@ -83,8 +83,8 @@ class Reading:
                     _check_answers(read.fields["messages"])
             elif self.is_rendering(read.fields["text"]):
                 harmony.read_rendering(read.fields["text"])
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        except (ValueError, UserError) as error:
+            raise ValueError(_naming_columns(error, read.format)) from None
         return read
 
     def is_rendering(self, text: str) -> bool:
@@ -99,6 +99,13 @@ class Reading:
         where = _spelled(messages, "messages") or _spelled(tools, "tools")
         if where and not self.plain_special_tokens:
             raise ValueError(f"{where} {SPELLS}")
+
+
+def _naming_columns(error: Exception, reader: formats.Reader) -> str:
+    """Return an error that also names the columns which a record has in place of messages."""
+    text = str(error)
+    named = "messages" in reader.needs or not text.startswith("messages[")
+    return text if named else f"{text} (its messages are read from {' and '.join(reader.needs)})"
 
 
 def _without(value: Any, keys: list[str]) -> Any:

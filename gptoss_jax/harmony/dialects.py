@@ -185,7 +185,8 @@ def read_call(call: Any, where: str) -> dict[str, Any]:
     for name in [*call, *function]:
         if name not in _CALL:
             raise UserError(
-                f"{where}.{name}: no field of a call; it has name and arguments, and an id"
+                f"{where}.{name}: no field of a call; it has name and arguments, and an id, or "
+                f"pass it over with data.ignore tool_calls.{name}"
             )
     read = {k: function[k] for k in ("name", "arguments") if k in function} | content_type
     return read | ({"id": call["id"]} if "id" in call else {})
@@ -222,7 +223,10 @@ def read_tool(tool: Any, where: str) -> dict[str, Any]:
     if isinstance(tool, dict) and tool.get("function") is not None:
         function, beside = tool["function"], set(tool) - {"type", "function"} - _UNREAD_OF_TOOLS
         if beside:
-            raise UserError(f"{where}.{min(beside)}: no field of a tool beside its function")
+            raise UserError(
+                f"{where}.{min(beside)}: no field of a tool beside its function, or pass it over "
+                f"with data.ignore tools.{min(beside)}"
+            )
         where = f"{where}.function"
     if not isinstance(function, dict):
         raise UserError(f"{where} is no object with a name")
@@ -233,7 +237,8 @@ def read_tool(tool: Any, where: str) -> dict[str, Any]:
     for name in function:
         if name not in _TOOL and name not in schemas and name not in _UNREAD_OF_TOOLS:
             raise UserError(
-                f"{where}.{name}: no field of a tool; it has name, description and parameters"
+                f"{where}.{name}: no field of a tool; it has name, description and parameters, or "
+                f"pass it over with data.ignore tools.{name}"
             )
     read = {k: function[k] for k in ("name", "description") if k in function}
     if schemas:

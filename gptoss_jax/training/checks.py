@@ -26,7 +26,8 @@ def check_data_given(config: Config) -> None:
     """Refuse a run without training data. Raises UserError."""
     if not config.data.train:
         raise UserError(
-            "there is no training data: give --data.train FILE (.jsonl, .parquet, .txt) or hf:NAME"
+            "there is no training data: give --data.train FILE (.jsonl, .json, .parquet, .txt) or "
+            "hf:NAME"
         )
 
 

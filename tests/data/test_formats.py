@@ -188,6 +188,15 @@ RESULT = {"role": "tool", "content": "x"}
         ({"messages": [Q, A | {"content": " "}]}, "messages[1].content is empty"),
         ({"messages": [Q, A | {"content": "", "thinking": "Hm"}]}, "messages[1].content is empty"),
         ({"prompt": "x", "completion": "", "response": "y"}, "messages[1].content is empty"),
+        *(
+            (record, f"(its messages are read from {columns})")
+            for record, columns in (
+                ({"prompt": "x", "completion": ""}, "prompt and completion"),
+                ({"instruction": "x", "output": "<|end|>"}, "instruction and output"),
+                ({"conversations": [{"from": "gpt", "value": 3}]}, "conversations"),
+                ({"conversations": [Q, A | {"score": 3}]}, "conversations"),
+            )
+        ),
         (
             {"messages": [Q, CALLS, RESULT | {"tool_call_id": "2"}]},
             "messages[2].tool_call_id is '2'",
