@@ -73,6 +73,8 @@ def _by_name(schema: Schema, where: str) -> Schema:
         if not isinstance(v, dict) and (k in _BESIDE or k.startswith("$"))
     }
     named = {k: v for k, v in schema.items() if k not in beside}
+    if not named:  # perhaps descriptions of parameters called so
+        named = {k: beside[k] for k in ("title", "description") if k in beside}
     for name, value in named.items():
         if not isinstance(value, dict) or not _is_schema(value):
             raise UserError(

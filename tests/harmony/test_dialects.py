@@ -295,6 +295,7 @@ def test_a_default_may_be_null_but_not_what_a_table_fills_in():
         ({**TOOL, "parameters": "a city"}, "tools[0].parameters is text, and not JSON"),
         ({**TOOL, "parameters": {"city": "string"}}, "tools[0].parameters.city is no JSON schema"),
         ({**TOOL, "parameters": {"properties": {"city": "string"}}}, "properties.city is no JSON"),
+        ({**TOOL, "parameters": {"title": "Of a book"}}, "tools[0].parameters.title is no JSON sc"),
         ({**TOOL, "parameters": {"properties": ["city"]}}, "properties[0] is no JSON schema with"),
         ({**TOOL, "parameters": {"properties": "city"}}, "properties is text, and not JSON"),
         (
