@@ -110,8 +110,10 @@ _COMMON = ("tools", "functions", "system", "chat_template_kwargs", *EFFORT)
 
 def _check_rating(there: Fields, reader: Reader) -> None:
     """Refuse a record whose answer is bad, or whose weight nothing reads."""
+    if "text" in reader.needs:
+        return
     weight = there.get("weight")
-    if there.get(LABEL) is False and "text" not in reader.needs:
+    if there.get(LABEL) is False and reader not in PAIRS:
         raise ValueError(
             "label is false, which marks the answer as bad: leave such records out, or train on "
             "them too with data.ignore label"
@@ -296,8 +298,10 @@ def _plain(there: Fields) -> Fields:
 
 
 def _pair(there: Fields) -> Fields:
-    kept = ("prompt", "messages", *SIDES)
-    fields = {k: _in_roles(_written(there[k]), k) for k in kept if k in there}
+    fields = {k: _written(there[k]) for k in ("prompt", "messages", *SIDES) if k in there}
+    if any(isinstance(fields[k], str) for k in SIDES):  # then neither is a whole chat
+        fields |= {k: _written(there[k], answers=True) for k in SIDES}
+    fields = {k: _in_roles(value, k) for k, value in fields.items()}
     preferences.check_asked(fields)
     return fields
 

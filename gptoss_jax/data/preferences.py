@@ -4,8 +4,8 @@ A record has "chosen" and "rejected". Each is an answer: text, a message or a li
 chat that they answer is "prompt" or "messages": a list of messages, or a question as text. "tools"
 and "reasoning" are the same as in a chat. If "chosen" and "rejected" begin with a message that is
 neither the assistant's nor a tool's, they are whole chats, and the messages at their beginning that
-are the same are the prompt. TRL has all of these formats too. It also has whole chats as text,
-which are not read here.
+are the same are the prompt; "prompt" or "messages" may say it again. TRL has all of these formats
+too. It also has whole chats as text, which are not read here.
 
 A pair becomes two segments, chosen and rejected, which are always next to each other in one row.
 Only the tokens of the answers have loss weights.

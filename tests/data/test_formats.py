@@ -251,6 +251,7 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
 
 def test_columns_of_a_chat_beside_a_text_are_named(tmp_path):
     beside = {"system": "Be brief.", "tools": [TOOL], "functions": [TOOL], "reasoning": "low"}
+    beside |= {"weight": 0.5, "label": False, "thinking": "Hm."}
     beside |= {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "low"}}
     examples, _ = examples_of(tmp_path, {"text": "plain", **beside})
     assert examples.records.unused == dict.fromkeys(beside, 1)

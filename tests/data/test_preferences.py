@@ -118,6 +118,13 @@ def test_a_column_system_is_before_the_prompt_of_every_format(tmp_path, name):
         assert text.endswith(f"[[<|channel|>final<|message|>{answer}<|return|>]]")
 
 
+@pytest.mark.parametrize("text", ['[{"role": "user", "content": "x"}]', '[{"n": 1}]'])
+def test_an_answer_may_be_text_that_is_json(tmp_path, text):
+    record = {"prompt": "2+2?", "chosen": text, "rejected": "5", "label": False}
+    chosen, _ = open_examples(make_config(write(tmp_path / "a.jsonl", [record])))[0]
+    assert f"final<|message|>{text}<|return|>]]" in split_text(chosen)
+
+
 def test_texts_alone_are_a_question_and_answers(tmp_path):
     record = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
     pair = preferences.split(record)
