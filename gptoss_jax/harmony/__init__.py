@@ -285,7 +285,8 @@ def _render_parts(
 
     With `to_answer`, this token is also changed if the turn is the last one. A sampled message
     belongs to the same turn as the next one if the ids of the next one begin with `<|start|>`: for
-    the first message of a turn, `<|start|>` is in the prompt, not in its ids.
+    the first message of a turn, `<|start|>` is in the prompt, not in its ids. It also does if
+    its `<|start|>` is missing (`_borrowed`), unless the message before it was dropped or edited.
     """
     start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
     stops, call = stop_ids(encoding), special_id(encoding, "<|call|>")
@@ -294,11 +295,18 @@ def _render_parts(
             head, body = _render_part(part, encoding)
             yield _Rendered(part, head, body, goes_on=body[-1] == end)
             continue
-        head, body = _split_ids(part, encoding)
-        at = next((k for k, token in enumerate(body) if token == end or token in stops), None)
+        before = parts[i - 1].ids if i else None
+        if joined := _continues(before, part.ids, encoding):
+            head, body = [], list(part.ids)
+        else:
+            head, body = _split_ids(part, encoding)
+        found = range(joined, len(body))
+        at = next((k for k in found if body[k] == end or body[k] in stops), None)
         stop = None if at is None else body[at]
         following = parts[i + 1].ids if i + 1 < len(parts) else (() if to_answer else (start,))
-        into_next = following is not None and following[:1] == (start,)
+        into_next = following is not None and (
+            following[:1] == (start,) or bool(_continues(part.ids, following, encoding))
+        )
         if not into_next and at is None:
             body.append(end)
         elif not into_next and stop in stops and stop != call:
@@ -333,7 +341,39 @@ def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list
     """
     head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
     ids = list(part.ids or ())
+    ids = ids[_borrowed(ids, encoding) :]
     if ids[:1] != head[:1]:
         return head, ids
     size = len(head) if ids[: len(head)] == head else 1  # 1: the model sampled another header
     return ids[:size], ids[size:]
+
+
+def _continues(
+    before: Sequence[int] | None, ids: Sequence[int], encoding: tiktoken.Encoding
+) -> int:
+    """Return `_borrowed` of ids if they follow the sampled ids `before`, which lack their end."""
+    ends = (special_id(encoding, "<|end|>"), *stop_ids(encoding))
+    if before is None or (before and before[-1] in ends):
+        return 0
+    return _borrowed(ids, encoding)
+
+
+def _borrowed(ids: Sequence[int], encoding: tiktoken.Encoding) -> int:
+    """Count the first ids that end the message before: 0, unless `<|start|>` is missing after it.
+
+    `to_messages` gives such a message the `<|end|>` of the one before, to tell it from the first
+    message of a turn, whose `<|start|>` is in the prompt.
+    """
+    end, size = special_id(encoding, "<|end|>"), 0
+    if list(ids[:1]) != [end]:
+        return 0
+    opens = special_id(encoding, "<|channel|>"), special_id(encoding, "<|message|>")
+    closes = special_id(encoding, "<|start|>"), *stop_ids(encoding)
+    for k, token in enumerate(ids):
+        if token in opens:
+            return size
+        if token in closes:
+            break
+        if token == end:
+            size = k + 1
+    return 0

@@ -14,7 +14,7 @@ from gptoss_jax.harmony.tokenizer import decode, special_id
 if TYPE_CHECKING:
     import tiktoken
 
-CONSTRAIN = "<|constrain|>"
+CHANNEL, CONSTRAIN = "<|channel|>", "<|constrain|>"
 
 _WORD = re.compile(r"[^ \t\n\f\r]+")
 _FIRST_WORD = re.compile(r"[ \t\n\f\r]*([^ \t\n\f\r]+)[ \t\n\f\r]?")
@@ -36,37 +36,51 @@ class Header:
     irregular: bool = dataclasses.field(default=False, compare=False)
 
 
-def parse_header(encoding: tiktoken.Encoding, ids: Iterable[int], role: str | None) -> Header:
+def parse_header(
+    encoding: tiktoken.Encoding, ids: Iterable[int], role: str | None, *, started: bool = True
+) -> Header:
     """Read a header that `<|message|>` closed.
 
     `role` is the role that the prompt gave, or None if the header itself begins with a role. The
     recipient may be before the channel (as rendered) or after it (as sampled). The last word is the
     content type, unless `<|constrain|>` marks the content type. A word before the content type, or
-    a function's name alone, is the recipient even without "to=".
+    a function's name alone, is the recipient even without "to=". If the header has more than one
+    channel or marked content type, the last one counts.
+
+    `started=False` says that `<|start|>` is missing before the header: words may be before it that
+    are no part of it, and the role is the assistant's unless the first word is another.
     """
-    before, after, constrained = _sections(encoding, ids)
+    (_, before), *sections = _sections(encoding, ids)
     words, name, meant = _WORD.findall(before), None, None
-    irregular = False
+    irregular = not started or _repeats(sections)
+    if not started:
+        words, role = _words_of_header(words), None
     if role is None:
         word = words.pop(0) if words else "assistant"
         role, name = _read_role(word)
-        if (fused := _read_fused(word)) is not None:
+        if word != "assistant" and (fused := _read_fused(word)) is not None:
             role, name, meant, irregular = "assistant", None, fused or None, True
     elif words[:1] == [role]:  # the prompt gave the role, and the model wrote it again
         del words[0]
-    elif words and (fused := _read_fused(words[0])) is not None:
+    while role == "assistant" and words and (fused := _read_fused(words[0])) is not None:
         del words[0]
-        meant, irregular = fused or None, True
-    behind = _WORD.findall(after or "")
-    channel = behind.pop(0) if behind and not behind[0].startswith("to=") else meant
-    typed = _WORD.findall(constrained or "")
-    marked = [word for word in [*words, *behind, *typed] if word.startswith("to=")]
-    words = [word for word in [*words, *behind] if not word.startswith("to=")]
+        meant, irregular = fused or meant, True
+    channel, marked_type, constrained, typed = meant, "", False, []
+    for mark, text in sections:
+        found = _WORD.findall(text)
+        if mark == CONSTRAIN:
+            constrained, typed = True, [*typed, *found]
+            marked_type = next((w for w in found if not w.startswith("to=")), marked_type)
+            continue
+        if found and not found[0].startswith("to="):
+            channel = found.pop(0)
+        words += found
+    marked = [word for word in [*words, *typed] if word.startswith("to=")]
+    words = [word for word in words if not word.startswith("to=")]
     recipient = marked[0].removeprefix("to=") or None if marked else None
     content_type = None
-    if constrained is not None:
-        first = next((word for word in typed if not word.startswith("to=")), "")
-        content_type = CONSTRAIN + first
+    if constrained:
+        content_type = CONSTRAIN + marked_type
     elif words and (recipient or len(words) > 1 or not words[0].startswith("functions.")):
         content_type = words.pop()
     if recipient is None and words:
@@ -79,61 +93,88 @@ def parse_header(encoding: tiktoken.Encoding, ids: Iterable[int], role: str | No
 def parse_open_header(
     encoding: tiktoken.Encoding, ids: Iterable[int], role: str | None
 ) -> tuple[Header, str]:
-    """Read a header that no `<|message|>` closed; return it and the text that is not part of it."""
-    before, after, constrained = _sections(encoding, ids)
-    name = recipient = channel = None
+    """Read a header that no `<|message|>` closed; return it and the text that is not part of it.
+
+    A channel's name directly after "assistant" may be broken off: then there is no channel.
+    """
+    (_, before), *sections = _sections(encoding, ids)
+    name = recipient = channel = content_type = None
+    irregular = _repeats(sections)
     word, rest = _take_word(before)
     if role is None or word == role:
+        fused = _read_fused(word, open_=True) if role is None and word != "assistant" else None
         role, name = _read_role(word or "assistant")
+        if word and fused is not None:
+            role, name, channel, irregular = "assistant", None, fused or None, True
         before = rest
+        word, rest = _take_word(before)
+    while role == "assistant" and word.startswith("assistant"):
+        if (fused := _read_fused(word, open_=True)) is None:
+            break
+        channel, irregular, before = fused or channel, True, rest
         word, rest = _take_word(before)
     if word.startswith("to="):
         recipient, before = word.removeprefix("to="), rest
-    if after is not None:
-        word, rest = _take_word(after)
+    content = before
+    for mark, text in sections:
+        word, rest = _take_word(text)
+        if mark == CONSTRAIN:
+            content_type = CONSTRAIN + word if word or content_type is None else content_type
+            content += rest
+            continue
         if not word.startswith("to="):
-            channel, after = word or None, rest
-            word, rest = _take_word(after)
+            channel, text = word or channel, rest
+            word, rest = _take_word(text)
         if word.startswith("to="):
-            recipient, after = recipient or word.removeprefix("to="), rest
-    content_type = None
-    if constrained is not None:
-        word, constrained = _take_word(constrained)
-        content_type = CONSTRAIN + word
-    header = Header(role, name, channel, recipient or None, content_type)
-    return header, before + (after or "") + (constrained or "")
+            recipient, text = recipient or word.removeprefix("to="), rest
+        content += text
+    return Header(role, name, channel, recipient or None, content_type, irregular), content
 
 
-def _sections(
-    encoding: tiktoken.Encoding, ids: Iterable[int]
-) -> tuple[str, str | None, str | None]:
-    """Split a header's text: its start, the part after `<|channel|>`, that after `<|constrain|>`.
+def _sections(encoding: tiktoken.Encoding, ids: Iterable[int]) -> list[tuple[str, str]]:
+    """Split a header's text at `<|channel|>` and `<|constrain|>`.
 
-    A part is None if its token is missing. A second token of the same kind is ordinary text.
+    Returns each of these tokens' names with the text that follows it; first "" with the text before
+    them.
     """
-    marks = special_id(encoding, "<|channel|>"), special_id(encoding, CONSTRAIN)
-    sections: dict[int, list[int]] = {-1: []}
-    section = sections[-1]
+    marks = {special_id(encoding, name): name for name in (CHANNEL, CONSTRAIN)}
+    sections: list[tuple[str, list[int]]] = [("", [])]
     for i in ids:
-        if i in marks and i not in sections:
-            section = sections[i] = []
+        if i in marks:
+            sections.append((marks[i], []))
         else:
-            section.append(i)
-    after, constrained = (
-        decode(encoding, sections[mark]) if mark in sections else None for mark in marks
-    )
-    return decode(encoding, sections[-1]), after, constrained
+            sections[-1][1].append(i)
+    return [(mark, decode(encoding, section)) for mark, section in sections]
 
 
-def _read_fused(word: str) -> str | None:
+def _repeats(sections: list[tuple[str, str]]) -> bool:
+    """Whether a section comes more than once."""
+    return len({mark for mark, _ in sections}) < len(sections)
+
+
+def _words_of_header(words: list[str]) -> list[str]:
+    """Return the words of a header without `<|start|>`: they begin with the role."""
+    named = [i for i, word in enumerate(words) if _read_fused(word) is not None]
+    if named:
+        return words[named[-1] :]
+    if words and words[0].partition(":")[0] in ROLES:
+        return words
+    return ["assistant", *(word for word in words if word.startswith("to="))]
+
+
+def _read_fused(word: str, *, open_: bool = False) -> str | None:
     """Return the channel that a word in place of a role means; "" for none, None if it is no such.
 
-    It is a channel's name, or "assistant" directly before a channel's name or before itself.
+    It is a channel's name, or "assistant" once or more, directly before a channel's name or alone.
+    With `open_`, the name after "assistant" may be broken off.
     """
-    rest = word.removeprefix("assistant")
+    rest = word
+    while rest.startswith("assistant"):
+        rest = rest.removeprefix("assistant")
     if rest in CHANNELS:
         return rest
-    return "" if rest == "assistant" else None
+    broken = open_ and any(channel.startswith(rest) for channel in CHANNELS)
+    return "" if rest != word and (not rest or broken) else None
 
 
 def _read_role(word: str) -> tuple[str, str | None]:

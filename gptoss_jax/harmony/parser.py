@@ -7,8 +7,9 @@ U+FFFD. From a broken header we read what we can; the rest of it is only in the 
 
 What gpt-oss models are known to get wrong, and whose meaning is clear, is read as it was meant, and
 the header is marked `irregular`: `assistantfinal` and `assistantassistant` as a role, a channel's
-name as a role or without `<|channel|>`, `<|start|>` twice, and a function's call on another channel
-than commentary.
+name as a role or without `<|channel|>`, a header's beginning twice (which includes the prompt's
+end), `<|channel|>` or `<|constrain|>` twice, no `<|start|>` after `<|end|>`, and a function's call
+on another channel than commentary.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from gptoss_jax.harmony.channels import CHANNELS as CHANNELS
 from gptoss_jax.harmony.channels import ROLES as ROLES
 from gptoss_jax.harmony.dialects import read_tools
+from gptoss_jax.harmony.header import CHANNEL, parse_header, parse_open_header
 from gptoss_jax.harmony.header import CONSTRAIN as CONSTRAIN
 from gptoss_jax.harmony.header import Header as Header
-from gptoss_jax.harmony.header import parse_header, parse_open_header
 from gptoss_jax.harmony.tokenizer import STOPS, decode, get_tokenizer, special_id, token_bytes
 from gptoss_jax.harmony.tools import render_tools
 
@@ -45,6 +46,10 @@ class ParsedMessage:
     first message after a prompt they begin after `<|start|>assistant`. `span` is where in `ids` the
     content begins and ends. Without a `<|message|>` the span is empty, and the content is the part
     of the text that is not a header.
+
+    `odd_start` says what is wrong with the first `<|start|>`: it is "missing" after the `<|end|>`
+    of the message before (the ids then begin after that `<|end|>`), or it is "repeated", as the
+    prompt ended in `<|start|>assistant`.
     """
 
     header: Header
@@ -52,6 +57,7 @@ class ParsedMessage:
     stop: str | None
     ids: tuple[int, ...]
     span: tuple[int, int]
+    odd_start: str | None = None
 
     @property
     def content_ids(self) -> tuple[int, ...]:
@@ -99,11 +105,15 @@ class StreamParser:
         self._encoding = tokenizer or get_tokenizer()
         self._start = special_id(self._encoding, "<|start|>")
         self._message = special_id(self._encoding, "<|message|>")
+        self._channel = special_id(self._encoding, CHANNEL)
         self._ends = {special_id(self._encoding, name): name for name in _ENDS}
         self._header_ids: list[int] | None = [] if after_prompt else None  # None: not in a header
         self._role = "assistant" if after_prompt else None  # given by the prompt
         self._header: Header | None = None  # None: not in the content
-        self._doubled = False  # the message began with more than one <|start|>
+        self._doubled = False  # the message began with more than one header
+        self._odd_start: str | None = None  # as in ParsedMessage
+        # Where text after the last <|end|> begins in `pending`; None: what ended was the turn.
+        self._after_end: int | None = None
         self._content_at = 0
         self._text: list[str] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -112,35 +122,62 @@ class StreamParser:
         """Process the next id and return the events that it causes. Never raises.
 
         An id that the tokenizer lacks is read as U+FFFD. `<|start|>` ends a message that had no end
-        token. The content of a message without `<|message|>` is the part of its text that is not a
-        header. Ids before the first `<|start|>` belong to the first message.
+        token; if that is a header without any text behind it, its ids begin the next message. The
+        content of a message without `<|message|>` is the part of its text that is not a header. Ids
+        before the first `<|start|>` belong to the first message. After `<|end|>`, `<|channel|>` or
+        `<|message|>` begin a message as well, and the text since `<|end|>` belongs to it.
         """
         token = int(token)
         if token == self._start:
-            doubled = self._header_ids == []
-            if doubled and self.pending == [self._start]:
-                self._role, self._doubled = None, True
-                self.pending.append(token)
-                return []
-            events = self._close(None)
-            self.pending.append(token)
-            self._header_ids, self._role, self._doubled = [], None, doubled
-            return events
+            return self._begin()
         self.pending.append(token)
         if self._header is not None:
             if token in self._ends:
                 return self._close(self._ends[token])
             return self._add_text(self._utf8.decode(token_bytes(self._encoding, token)))
-        if self._header_ids is not None:
+        if self._header_ids is None:
             if token in self._ends:
-                return self._close(self._ends[token])
-            if token != self._message:
-                self._header_ids.append(token)
-                return []
-            self._header = self._marked(parse_header(self._encoding, self._header_ids, self._role))
-            self._header_ids, self._content_at = None, len(self.pending)
-            return [MessageStart(self._header)]
-        return []  # between two messages, where text has no place
+                ends = self._after_end is not None and self._ends[token] == "<|end|>"
+                self._after_end = len(self.pending) if ends else None
+            if token not in (self._channel, self._message) or self._after_end is None:
+                return []  # between two messages, where text has no place
+            self._header_ids = self._begin_without_start(self._after_end)
+        elif token in self._ends:
+            return self._close(self._ends[token])
+        if token != self._message:
+            self._header_ids.append(token)
+            return []
+        started = self._doubled or self._odd_start != "missing"
+        header = parse_header(self._encoding, self._header_ids, self._role, started=started)
+        self._header, self._header_ids = self._marked(header), None
+        self._content_at = len(self.pending)
+        return [MessageStart(self._header)]
+
+    def _begin(self) -> list[Event]:
+        """Read a `<|start|>`: begin a message, or begin the header again that has no text yet."""
+        events: list[Event] = []
+        if self._header_ids is not None and not self._open_text().strip():
+            if not self.pending:
+                self._odd_start = "repeated"
+            self._doubled = True
+        else:
+            events = self._close(None)
+        self.pending.append(self._start)
+        self._header_ids, self._role = [], None
+        return events
+
+    def _open_text(self) -> str:
+        """Return the text in an open header that is no part of it."""
+        return parse_open_header(self._encoding, self._header_ids or [], self._role)[1]
+
+    def _begin_without_start(self, at: int) -> list[int]:
+        """Begin a message at `pending[at]`, behind the strays; return its header so far."""
+        if at:
+            last = self.messages[-1]
+            self.messages[-1] = dataclasses.replace(last, ids=(*last.ids, *self.pending[:at]))
+            del self.pending[:at]
+        self._role, self._odd_start = "assistant", "missing"
+        return self.pending[:-1]
 
     def feed(self, ids: Iterable[int]) -> list[Event]:
         """Process several ids and return all events that they cause."""
@@ -160,9 +197,9 @@ class StreamParser:
         return self._close(None)
 
     def _marked(self, header: Header) -> Header:
-        """Return the header, irregular if the message began with more than one `<|start|>`."""
-        doubled, self._doubled = self._doubled, False
-        return dataclasses.replace(header, irregular=True) if doubled else header
+        """Return the header, irregular if its beginning is not as Harmony writes it."""
+        odd = self._doubled or self._odd_start is not None
+        return dataclasses.replace(header, irregular=True) if odd else header
 
     def _add_text(self, text: str) -> list[Event]:
         if not text:
@@ -191,10 +228,12 @@ class StreamParser:
                 self.messages[-1] = dataclasses.replace(last, ids=(*last.ids, *self.pending))
                 self.pending = []
             return events
-        message = ParsedMessage(header, content, stop, tuple(self.pending), span)
+        message = ParsedMessage(header, content, stop, tuple(self.pending), span, self._odd_start)
         self.messages.append(message)
         self.pending, self._text = [], []
-        self._header_ids = self._header = None
+        self._header_ids = self._header = self._odd_start = None
+        self._doubled = False
+        self._after_end = 0 if stop == "<|end|>" else None
         return [*events, MessageEnd(message)]
 
 
@@ -220,20 +259,32 @@ def to_messages(
     """Turn parsed messages into the JSON messages that `harmony.render` takes.
 
     With `keep_ids`, each Harmony message becomes one JSON message with its "ids", which renders
-    exactly as it was sampled. Without it, Harmony messages that one JSON message would render are
-    joined into one: analysis directly before another message of the assistant becomes that
-    message's "thinking", and calls of functions become "tool_calls" in order, with the commentary
-    before them as "content". `tools` are the tools of the chat: their text is removed from the
-    developer's message. A channel that Harmony does not have becomes commentary. A missing channel
-    becomes commentary in a call, and final elsewhere.
+    exactly as it was sampled. (If a message repeats the prompt's end, one without ids comes before
+    it. If its `<|start|>` is missing, its "ids" begin with the `<|end|>` of the message before.)
+    Without it, Harmony messages that one JSON message would render are joined into one: analysis
+    directly before another message of the assistant becomes that message's "thinking", and calls of
+    functions become "tool_calls" in order, with the commentary before them as "content". `tools`
+    are the tools of the chat: their text is removed from the developer's message, and a call whose
+    recipient is the bare name of one of them, without "functions.", is a call of that tool. A
+    channel that Harmony does not have becomes commentary. A missing channel becomes commentary in a
+    call, and final elsewhere.
     """
+    items = list(parsed)
     tools_text = render_tools(tools) if tools else ""
     declared = {tool.get("name") for tool in read_tools(tools)}
     messages: list[dict[str, Any]] = []
-    for item in parsed:
+    for i, item in enumerate(items):
         message = _to_message(item, tools_text, declared)
         if keep_ids:
-            messages.append(message | {"ids": list(item.ids)})
+            ids = list(item.ids)
+            if item.odd_start == "repeated":
+                messages.append({"role": "assistant", "content": "", "ids": []})
+            elif item.odd_start == "missing" and messages:
+                before = messages[-1]["ids"]
+                at = len(before) - len(items[i - 1].ids) + items[i - 1].span[1]
+                ids[:0] = before[at:]
+                del before[at:]
+            messages.append(message | {"ids": ids})
         elif item.ids and not (messages and _join(messages[-1], message)):
             messages.append(message)
     return messages
@@ -277,12 +328,13 @@ def _to_message(item: ParsedMessage, tools_text: str, declared: set[Any]) -> dic
             message["channel"] = channel
     if header.role != "assistant":
         return message
-    namespace, _, function = (header.recipient or "").partition(".")
-    if namespace == "functions" and function and channel:
+    recipient = header.recipient or ""
+    function = recipient.removeprefix("functions.")
+    if recipient in declared or (function and function != recipient):
         del message["content"]
-        dotted = "." in function and function not in declared
-        name = header.recipient if dotted else function
-        call = {"name": name, "arguments": item.content}
+        whole = function not in declared and ("." in function or recipient in declared)
+        name = recipient if whole else function
+        call: dict[str, Any] = {"name": name, "arguments": item.content}
         if header.content_type != f"{CONSTRAIN}json":
             call["content_type"] = header.content_type
         message["tool_calls"] = [call]

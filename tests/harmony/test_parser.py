@@ -103,7 +103,7 @@ def test_a_call_in_no_known_channel_is_a_call(channel):
         ("<|message|>5<|return|>", Header(), "5", "<|return|>"),
         (
             "<|channel|>final<|channel|>x<|message|>5",
-            Header(channel="final<|channel|>x"),
+            Header(channel="x"),
             "5",
             None,
         ),
@@ -236,3 +236,100 @@ def test_the_end_of_a_text_ends_a_message_and_is_no_part_of_it():
     chat = [USER, *to_messages([message], keep_ids=True), USER]
     texts = [USER, {"role": "assistant", "content": "4"}, USER]
     assert harmony.render_prompt(chat) == harmony.render_prompt(texts)
+
+
+ANALYSIS = "<|channel|>analysis<|message|>t<|end|>"
+HI = "<|channel|>final<|message|>Hi<|return|>"
+CALL = "<|channel|>commentary to=functions.f"
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking"),
+    [
+        (ANALYSIS + HI, True),
+        (ANALYSIS + "assistant" + HI, True),
+        (ANALYSIS + "<|end|>\n" + HI, True),
+        (ANALYSIS + "assistantfinal<|message|>Hi<|return|>", True),
+        (ANALYSIS + " So: assistantfinal<|message|>Hi<|return|>", True),
+        (ANALYSIS + " So" + HI, True),
+        (ANALYSIS + "<|message|>Hi<|return|>", True),
+        (ANALYSIS + "<|channel|>final<|start|>assistant" + HI, True),
+        ("<|channel|><|channel|>final<|message|>Hi<|return|>", False),
+        ("<|channel|>analysis<|channel|>final<|message|>Hi<|return|>", False),
+        ("<|channel|>final<|channel|><|message|>Hi<|return|>", False),
+        (ANALYSIS + "<|start|>assistant<|start|>assistant" + HI, True),
+        (ANALYSIS + "<|start|>assistant<|channel|>final<|start|>assistant" + HI, True),
+        ("<|start|>assistant" + HI, False),
+        ("assistant<|start|>assistant" + HI, False),
+        (ANALYSIS + "<|start|>assistantassistantfinal<|message|>Hi<|return|>", True),
+        (ANALYSIS + "<|start|>assistant assistant" + HI, True),
+        (ANALYSIS + "<|start|>assistant final<|message|>Hi<|return|>", True),
+    ],
+)
+@pytest.mark.parametrize("encoding", [ENCODING, SMALL], ids=["whole", "cut"])
+def test_an_answer_after_a_broken_header_is_the_answer(text, thinking, encoding):
+    ids = ids_of(text, encoding)
+    parser, events = parse(ids, encoding)
+    check(parser, events, ids)
+    answer = {"role": "assistant", "content": "Hi"} | ({"thinking": "t"} if thinking else {})
+    assert to_messages(parser.messages) == [answer]
+    assert [m.header.irregular for m in parser.messages] == [False, True][1 - thinking :]
+    # The chat keeps the ids, to the end and with more after it.
+    kept = to_messages(parser.messages, keep_ids=True)
+    prompt = harmony.render_prompt([USER], tokenizer=encoding)
+    assert harmony.render([USER, *kept], tokenizer=encoding)[0] == prompt + ids
+    after = harmony.render_prompt([USER, *kept, USER], tokenizer=encoding)
+    assert after[: len(prompt)] == prompt
+    spelled = decode(encoding, after[len(prompt) :])  # without the analysis, and with one header
+    assert "analysis<|message|>" not in spelled and not spelled.startswith("<|end|>")
+    assert "Hi<|end|><|start|>user<|message|>hi<|end|>" in spelled
+
+
+def test_text_after_the_end_that_opens_no_message_stays_a_stray():
+    for text in (ANALYSIS + "final: Hi<|end|>", "<|channel|>final<|message|>t<|return|>" + HI):
+        parser, _ = parse(ids_of(text))
+        (message,) = parser.messages
+        assert (message.content, message.header.irregular) == ("t", False)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f"{CALL}<|channel|>commentary<|constrain|>json",
+        f"{CALL} <|constrain|>json<|constrain|>json",
+        f"{CALL} <|constrain|>json{CALL} <|constrain|>json",
+        f"<|channel|>analysis{CALL} <|constrain|>json",
+    ],
+)
+def test_a_call_whose_header_repeats_is_that_call(header):
+    (found,) = harmony.parse(ids_of(header + "<|message|>{}<|call|>"))
+    assert found.header.irregular
+    (message,) = to_messages([found])
+    assert message == {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
+
+
+@pytest.mark.parametrize(
+    ("header", "channel"),
+    [
+        ("assistantfinal", "final"),
+        ("assistantanalysis", "analysis"),
+        ("assistantcomment", None),
+        ("assistantassistant", None),
+        ("assistant assistant<|channel|>final", "final"),
+        ("final", "final"),
+    ],
+)
+def test_a_broken_header_that_breaks_off_is_the_assistants(header, channel):
+    *_, found = harmony.parse(ids_of(f"{ANALYSIS}<|start|>{header}"))
+    assert (found.header, found.content) == (Header(channel=channel), "")
+    assert found.header.irregular
+
+
+def test_a_call_of_a_declared_tool_without_its_namespace():
+    tools = [{"name": name} for name in ("f", "geometry.area")]
+    for name in ("f", "geometry.area"):
+        text = f"<|channel|>commentary to={name} <|constrain|>json<|message|>{{}}<|call|>"
+        parsed = harmony.parse(ids_of(text))
+        call = {"name": name, "arguments": "{}"}
+        assert to_messages(parsed, tools=tools) == [{"role": "assistant", "tool_calls": [call]}]
+        assert "tool_calls" not in to_messages(parsed)[0]
