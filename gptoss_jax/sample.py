@@ -158,7 +158,9 @@ def main(argv: list[str]) -> None:
     }
     sampler = Sampler(model, params)
     if args.json:
-        print(json.dumps(_answer(sampler, ids, options, encoding=encoding, plain=plain)))
+        tools = chat.get("tools")
+        answer = _answer(sampler, ids, options, encoding=encoding, plain=plain, tools=tools)
+        print(json.dumps(answer))
         return
     stream = printing.Clocked(sampler.stream(ids, **options))
     console = Console(highlight=False, markup=False, emoji=False)
@@ -174,8 +176,12 @@ def _answer(
     *,
     encoding: tiktoken.Encoding,
     plain: bool,
+    tools: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Return what `--json` prints; it has `messages` only after a Harmony prompt."""
+    """Return what `--json` prints; it has `messages` and `irregular` only after a Harmony prompt.
+
+    `irregular` says whether a header is not as Harmony writes it, but its meaning is clear.
+    """
     out = sampler.generate([ids], **options)
     answer: dict[str, Any] = {
         "prompt_ids": ids,
@@ -185,7 +191,9 @@ def _answer(
         "tokens_per_second": out.tokens_per_second,
     }
     if not plain:
-        answer["messages"] = harmony.to_messages(harmony.parse(out.tokens[0], encoding))
+        parsed = harmony.parse(out.tokens[0], encoding)
+        answer["messages"] = harmony.to_messages(parsed, tools=tools)
+        answer["irregular"] = any(m.header.irregular for m in parsed)
     return answer
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,19 @@ def test_json_is_one_object_with_what_the_sampler_gives(
     assert answer["text"] == ENCODING.decode(expected.tokens[0])
     assert answer["tokens_per_second"] > 0
     assert [message["role"] for message in answer["messages"]]
+
+
+@pytest.mark.parametrize("channel", ["commentary", "analysis"])
+def test_json_has_the_calls_of_the_tools_and_says_what_was_irregular(channel: str):
+    text = f"<|channel|>{channel} to=functions.a.b <|constrain|>json<|message|>{{}}<|call|>"
+    ids = ENCODING.encode(text, allowed_special="all")
+    out = SimpleNamespace(tokens=[ids], logprobs=[[]], tokens_per_second=1.0)
+    sampler: Any = SimpleNamespace(generate=lambda *args, **options: out)
+    tools = [{"name": "a.b"}]
+    answer = sample._answer(sampler, [], {}, encoding=ENCODING, plain=False, tools=tools)
+    calls = [{"name": "a.b", "arguments": "{}"}]
+    assert answer["messages"] == [{"role": "assistant", "tool_calls": calls}]
+    assert answer["irregular"] is (channel == "analysis")
 
 
 CHAT = [

@@ -161,7 +161,10 @@ class Examples:
         spelled = harmony.spelled(fields["text"]) is not None
         if spelled and not self.config.plain_special_tokens:
             return harmony.read_rendering(
-                fields["text"], train_on=self.config.train_on, tokenizer=self._encoding
+                fields["text"],
+                train_on=self.config.train_on,
+                turns="last" if self.config.turns == "last" else "all",
+                tokenizer=self._encoding,
             )
         tokens = self._encoding.encode_ordinary(fields["text"])
         if record.ends:

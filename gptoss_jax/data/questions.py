@@ -24,6 +24,7 @@ class Asked:
     question: str  # the last message of the user, for people to read
     record: dict[str, Any]  # all fields of the record, as in the file
     where: str  # file:line
+    tools: Any = None  # of the chat, as `harmony.render_prompt` takes them
 
 
 @dataclass
@@ -152,7 +153,8 @@ class Questions:
                 )
             return None
         texts = [m["content"] for m in messages if m["role"] == "user" and m.get("content")]
-        return Asked(prompt, texts[-1] if texts else "", record.columns, record.where)
+        question, tools = texts[-1] if texts else "", fields.get("tools")
+        return Asked(prompt, question, record.columns, record.where, tools)
 
 
 def describe(config: Config) -> str:

@@ -54,7 +54,7 @@ from gptoss_jax.harmony.dialects import read_tools as read_tools
 from gptoss_jax.harmony.messages import EFFORTS as EFFORTS
 from gptoss_jax.harmony.messages import Message, Part, check_effort, expand
 from gptoss_jax.harmony.messages import check as check
-from gptoss_jax.harmony.parser import CONSTRAIN
+from gptoss_jax.harmony.parser import CONSTRAIN, ParsedMessage
 from gptoss_jax.harmony.parser import StreamParser as StreamParser
 from gptoss_jax.harmony.parser import parse as parse
 from gptoss_jax.harmony.parser import to_messages as to_messages
@@ -172,16 +172,19 @@ def read_rendering(
     text: str,
     *,
     train_on: Sequence[str] = ("assistant",),
+    turns: str = "all",
     tokenizer: tiktoken.Encoding | None = None,
 ) -> tuple[list[int], list[float]]:
     """Return ids and loss weights of a text that is a whole chat, already rendered as Harmony.
 
     The ids are those that the text spells, with its own system message. The weights are those of
-    `render`. A final answer at the very end ends in `<|return|>`, even if the text has `<|end|>`.
+    `render`, but no analysis is dropped: with turns="all", every turn is trained as it stands. A
+    final answer at the very end ends in `<|return|>`, even if the text has `<|end|>`.
 
     Raises:
         UserError: the text is not a row of whole messages, each `<|start|>...<|message|>...<|end|>`
-            (or `<|call|>`, or `<|return|>` at the end of a turn).
+            (or `<|call|>`, or `<|return|>` at the end of a turn), a header is not as Harmony writes
+            it, a final answer is empty, or another special token is spelled in a message.
     """
     encoding = tokenizer or get_tokenizer()
     ids = encoding.encode(text.strip(), allowed_special=set(_SPECIAL), disallowed_special=())
@@ -198,6 +201,11 @@ def read_rendering(
                 f"spells Harmony's special tokens, and its message {i + 1} is no whole one: give a "
                 "chat as messages, or set data.plain_special_tokens if the tokens are meant as text"
             )
+        if what := _what_is_wrong(message):
+            raise UserError(
+                f"is a rendered chat whose message {i + 1} {what}: mend it, or give a chat as "
+                "messages"
+            )
         author = header.name or "" if header.role == "tool" else ""
         final = header.role == "assistant" and header.channel == "final"
         if final and i + 1 == len(parsed) and whole[-1] == end:
@@ -207,7 +215,25 @@ def read_rendering(
         )
     if not parts:
         raise UserError("holds no message")
-    return _weigh(parts, encoding, parse_train_on(train_on), [])
+    turn = 1 + max((i for i, part in enumerate(parts) if part.role == "user"), default=-1)
+    return _weigh(
+        parts, encoding, parse_train_on(train_on), untrained_of(parts, parts, turn, turns)
+    )
+
+
+def _what_is_wrong(message: ParsedMessage) -> str:
+    """Say what is wrong with a whole message of a text that is to be trained; "" if nothing is."""
+    header = message.header
+    if header.irregular:
+        return "has a header that is not as Harmony writes it"
+    content_type = (header.content_type or "").removeprefix(CONSTRAIN)
+    words = header.name, header.channel, header.recipient, content_type
+    if any(spelled(text) is not None for text in (message.content, *filter(None, words))):
+        return "spells another special token inside"
+    answers = header.role == "assistant" and header.channel in (None, "final")
+    if answers and not header.recipient and not message.content.strip():
+        return "is an empty answer of the assistant"
+    return ""
 
 
 def render_prompt(

@@ -17,7 +17,7 @@ def drop_analysis(parts: list[Part], history: str) -> list[Part]:
         raise UserError(f"history is {history!r}: it is one of {', '.join(HISTORIES)}")
     finals = [i for i, part in enumerate(parts) if part.channel == "final"]
     spoken = [part.channel for part in parts if part.role == "assistant"]
-    if not finals or (history == "harmony" and spoken[-1] != "final"):
+    if not finals or (history == "harmony" and spoken[-1:] != ["final"]):
         return parts
     upto = finals[0] if history == "harmony" else finals[-1]
     return [part for part in parts[:upto] if part.channel != "analysis"] + parts[upto:]

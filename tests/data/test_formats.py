@@ -293,6 +293,9 @@ def test_a_rendered_chat_is_trained_as_a_chat_or_as_plain_text(tmp_path):
     (segment,) = examples_of(tmp_path, {"text": text}, plain_special_tokens=True)[0][0]
     assert segment.tokens[:-1].tolist() == encoding.encode_ordinary(text)
     assert segment.weights.all()
+    turns, weights = harmony.render([Q, A, Q, A], turns="last")
+    (segment,) = examples_of(tmp_path, {"text": encoding.decode(turns)}, turns="last")[0][0]
+    assert (segment.tokens.tolist(), segment.weights.tolist()) == (turns, weights)
     spelled = {"messages": [Q, A | {"content": "<|end|>"}]}
     (segment,) = examples_of(tmp_path, spelled, plain_special_tokens=True)[0][0]
     assert segment.tokens.tolist() == harmony.render(spelled["messages"])[0]

@@ -383,6 +383,31 @@ def test_a_final_answer_at_the_end_is_the_end_of_the_turn():
     assert harmony.read_rendering(f"{text}<|end|>\n") == (tokens, weights)
 
 
+def test_only_the_last_turn_of_a_rendering_is_trained_if_that_is_asked_for():
+    tokens, weights = harmony.render(*RENDERED["turns"], turns="last")
+    assert harmony.read_rendering(decode(tokens), turns="last") == (tokens, weights)
+    assert harmony.read_rendering(decode(tokens))[1] != weights
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("assistantfinal<|message|>4<|return|>", "header"),
+        ("assistant<|channel|>final<|channel|>final<|message|>4<|return|>", "header"),
+        ("assistant<|start|>assistant<|channel|>final<|message|>4<|return|>", "header"),
+        ("assistant<|channel|>final<|message|> <|return|>", "empty"),
+        ("assistant<|message|><|return|>", "empty"),
+        ("assistant<|channel|>final<|message|>4<|endoftext|><|return|>", "special token"),
+        ("assistant<|channel|>final<|message|>4<|channel|>5<|return|>", "special token"),
+        ("assistant<|channel|>final<|endoftext|><|message|>4<|return|>", "special token"),
+        ("assistant<|endoftext|><|channel|>final<|message|>4<|return|>", "special token"),
+    ],
+)
+def test_a_rendering_that_would_teach_a_broken_answer_is_refused(answer, message):
+    text = f"<|start|>user<|message|>hi<|end|><|start|>{answer}"
+    assert message in refused(harmony.read_rendering, text)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -333,3 +333,10 @@ def test_a_call_of_a_declared_tool_without_its_namespace():
         call = {"name": name, "arguments": "{}"}
         assert to_messages(parsed, tools=tools) == [{"role": "assistant", "tool_calls": [call]}]
         assert "tool_calls" not in to_messages(parsed)[0]
+
+
+def test_a_chat_without_the_assistant_keeps_a_tools_final_message():
+    """A model may sample such a message; a prompt is rendered after it all the same."""
+    result = {"role": "tool", "name": "f", "content": "1", "channel": "final"}
+    spelled = decode(ENCODING, harmony.render_prompt([USER, result, USER]))
+    assert "<|start|>functions.f to=assistant<|channel|>final<|message|>1<|end|>" in spelled

@@ -75,6 +75,24 @@ def test_numbers_of_many_kinds_are_rewards(tmp_path):
         assert rewards.score(function, an_answer(), {"x": given}, where="f:1") == want
 
 
+def test_an_answer_says_what_was_irregular_and_calls_the_tools_of_its_chat():
+    encoding = tokenizer.get_tokenizer(1024)
+    for function, irregular in (("f", False), ("functions.f", False), ("functions.f", True)):
+        text = f"<|channel|>{'analysis' if irregular else 'commentary'} to={function}"
+        ids = encoding.encode(
+            text + " <|constrain|>json<|message|>{}<|call|>", allowed_special="all"
+        )
+        answer = rewards.read_answer(
+            ids,
+            question="",
+            encoding=encoding,
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+        call = {"name": "f", "arguments": "{}"}
+        assert answer.messages == [{"role": "assistant", "tool_calls": [call]}]
+        assert answer.irregular is irregular
+
+
 def test_an_answer_is_read_by_its_channels():
     encoding = tokenizer.get_tokenizer(1024)
     text = "<|channel|>analysis<|message|>3 and 4<|end|><|start|>assistant<|channel|>final"

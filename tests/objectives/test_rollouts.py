@@ -17,8 +17,10 @@ from tiny_training import TINY
 from gptoss_jax import train
 from gptoss_jax.config import command_line
 from gptoss_jax.config.objective import GRPOConfig
-from gptoss_jax.data.questions import Asked, Round
+from gptoss_jax.data.questions import Asked, Questions, Round
 from gptoss_jax.errors import UserError
+from gptoss_jax.harmony import tokenizer
+from gptoss_jax.model import Transformer
 from gptoss_jax.objectives import make_objective
 from gptoss_jax.objectives.reinforcement import rollouts
 from gptoss_jax.runs import metrics
@@ -106,6 +108,20 @@ def test_the_sample_deviation_is_over_one_answer_less():
     want = over / given.std(1, ddof=1, keepdims=True)  # torch.std, which TRL and verl take
     got = rollouts.advantages(given, grpo=GRPOConfig(std="sample"))
     np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_a_reward_function_sees_calls_of_the_questions_tools(tmp_path):
+    body = "def reward(answer, record): return answer.messages[0]['tool_calls'][0]['name'] == 'a.b'"
+    c = config("--objective.grpo.reward", reward_file(tmp_path, body))
+    encoding = tokenizer.get_tokenizer(c.model.vocab_size)
+    text = "<|channel|>commentary to=functions.a.b <|constrain|>json<|message|>{}<|call|>"
+    ids = encoding.encode(text, allowed_special="all")
+    records = [chat(i, tools=[{"name": "a.b"}]) for i in range(2)]
+    file = write(tmp_path / "a.jsonl", records)
+    data = dataclasses.replace(c.data, train=(file,), sequence_length=512)
+    asked = next(Questions(dataclasses.replace(c, data=data)))
+    judge = rollouts.Rollouts(c, Transformer(c.model))._judge
+    assert judge(asked, [ids] * c.data.batch_size) == [1.0] * c.data.batch_size
 
 
 def answered(lengths: list[int], rewards_: list[float], *, prompt: int = 3) -> Round:

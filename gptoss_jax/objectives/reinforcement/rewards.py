@@ -45,13 +45,25 @@ class Answer:
     tokens: list[int]  # the ids, as sampled
     finished: bool  # whether it ended its turn; False if max_tokens cut it off
     question: str  # the user's last message
+    irregular: bool = (
+        False  # whether a header is not as Harmony writes it, but its meaning is clear
+    )
 
 
 Reward = Callable[[Answer, dict[str, Any]], Any]  # returns a number, if it is correct
 
 
-def read_answer(tokens: Sequence[int], *, question: str, encoding: Any) -> Answer:
-    """Parse sampled ids into channels. Never raises: any ids are an answer."""
+def read_answer(
+    tokens: Sequence[int],
+    *,
+    question: str,
+    encoding: Any,
+    tools: list[dict[str, Any]] | None = None,
+) -> Answer:
+    """Parse sampled ids into channels. Never raises: any ids are an answer.
+
+    `tools` are those that the prompt declares: their calls are `tool_calls` of the messages.
+    """
     parsed = harmony.parse(tokens, encoding)
     final = [m.content for m in parsed if m.header.channel == "final"]
     thought = [m.content for m in parsed if m.header.channel == "analysis"]
@@ -59,10 +71,11 @@ def read_answer(tokens: Sequence[int], *, question: str, encoding: Any) -> Answe
         final=final[-1].strip() if final else None,
         analysis="\n".join(thought),
         text=tokenizer.decode(encoding, tokens),
-        messages=harmony.to_messages(parsed),
+        messages=harmony.to_messages(parsed, tools=tools),
         tokens=list(tokens),
         finished=bool(tokens) and tokens[-1] in tokenizer.stop_ids(encoding),
         question=question,
+        irregular=any(m.header.irregular for m in parsed),
     )
 
 

@@ -137,7 +137,9 @@ class Rollouts:
         judged = []
         for i, ids in enumerate(tokens):
             q = asked.questions[i // size]
-            answer = rewards.read_answer(ids, question=q.question, encoding=self._encoding)
+            answer = rewards.read_answer(
+                ids, question=q.question, encoding=self._encoding, tools=q.tools
+            )
             record = copy.deepcopy(q.record)  # a copy that the function may change
             judged.append(rewards.score(reward, answer, record, where=q.where))
         return judged
