@@ -158,9 +158,7 @@ def main(argv: list[str]) -> None:
     }
     sampler = Sampler(model, params)
     if args.json:
-        tools = chat.get("tools")
-        answer = _answer(sampler, ids, options, encoding=encoding, plain=plain, tools=tools)
-        print(json.dumps(answer))
+        print(json.dumps(_answer(sampler, ids, options, encoding=encoding, chat=chat)))
         return
     stream = printing.Clocked(sampler.stream(ids, **options))
     console = Console(highlight=False, markup=False, emoji=False)
@@ -175,12 +173,12 @@ def _answer(
     options: dict[str, Any],
     *,
     encoding: tiktoken.Encoding,
-    plain: bool,
-    tools: list[dict[str, Any]] | None,
+    chat: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what `--json` prints; it has `messages` and `irregular` only after a Harmony prompt.
 
-    `irregular` says whether a header is not as Harmony writes it, but its meaning is clear.
+    `chat` is that of the prompt, {} for another prompt. `irregular` says whether a header is not as
+    Harmony writes it, but its meaning is clear.
     """
     out = sampler.generate([ids], **options)
     answer: dict[str, Any] = {
@@ -190,9 +188,9 @@ def _answer(
         "logprobs": out.logprobs[0],
         "tokens_per_second": out.tokens_per_second,
     }
-    if not plain:
+    if chat:
         parsed = harmony.parse(out.tokens[0], encoding)
-        answer["messages"] = harmony.to_messages(parsed, tools=tools)
+        answer["messages"] = harmony.to_messages(parsed, tools=chat.get("tools"))
         answer["irregular"] = any(m.header.irregular for m in parsed)
     return answer
 

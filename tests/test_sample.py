@@ -103,8 +103,8 @@ def test_json_has_the_calls_of_the_tools_and_says_what_was_irregular(channel: st
     ids = ENCODING.encode(text, allowed_special="all")
     out = SimpleNamespace(tokens=[ids], logprobs=[[]], tokens_per_second=1.0)
     sampler: Any = SimpleNamespace(generate=lambda *args, **options: out)
-    tools = [{"name": "a.b"}]
-    answer = sample._answer(sampler, [], {}, encoding=ENCODING, plain=False, tools=tools)
+    chat = {"messages": CHAT, "tools": [{"name": "a.b"}]}
+    answer = sample._answer(sampler, [], {}, encoding=ENCODING, chat=chat)
     calls = [{"name": "a.b", "arguments": "{}"}]
     assert answer["messages"] == [{"role": "assistant", "tool_calls": calls}]
     assert answer["irregular"] is (channel == "analysis")

@@ -68,8 +68,8 @@ from gptoss_jax.harmony.tokenizer import (
     special_id,
     stop_ids,
 )
+from gptoss_jax.harmony.turns import borrowed, continues, drop_analysis, untrained_of
 from gptoss_jax.harmony.turns import count_untrained as count_untrained
-from gptoss_jax.harmony.turns import drop_analysis, untrained_of
 from gptoss_jax.harmony.turns import split_turns as split_turns
 
 if TYPE_CHECKING:
@@ -311,8 +311,8 @@ def _render_parts(
 
     With `to_answer`, this token is also changed if the turn is the last one. A sampled message
     belongs to the same turn as the next one if the ids of the next one begin with `<|start|>`: for
-    the first message of a turn, `<|start|>` is in the prompt, not in its ids. It also does if
-    its `<|start|>` is missing (`_borrowed`), unless the message before it was dropped or edited.
+    the first message of a turn, `<|start|>` is in the prompt, not in its ids. It also does if its
+    `<|start|>` is missing (`turns.borrowed`), unless the message before was dropped or edited.
     """
     start, end = special_id(encoding, "<|start|>"), special_id(encoding, "<|end|>")
     stops, call = stop_ids(encoding), special_id(encoding, "<|call|>")
@@ -322,7 +322,7 @@ def _render_parts(
             yield _Rendered(part, head, body, goes_on=body[-1] == end)
             continue
         before = parts[i - 1].ids if i else None
-        if joined := _continues(before, part.ids, encoding):
+        if joined := continues(before, part.ids, encoding):
             head, body = [], list(part.ids)
         else:
             head, body = _split_ids(part, encoding)
@@ -331,7 +331,7 @@ def _render_parts(
         stop = None if at is None else body[at]
         following = parts[i + 1].ids if i + 1 < len(parts) else (() if to_answer else (start,))
         into_next = following is not None and (
-            following[:1] == (start,) or bool(_continues(part.ids, following, encoding))
+            following[:1] == (start,) or bool(continues(part.ids, following, encoding))
         )
         if not into_next and at is None:
             body.append(end)
@@ -367,39 +367,10 @@ def _split_ids(part: Part, encoding: tiktoken.Encoding) -> tuple[list[int], list
     """
     head = [special_id(encoding, "<|start|>"), *_short(encoding, part.author or part.role)]
     ids = list(part.ids or ())
-    ids = ids[_borrowed(ids, encoding) :]
+    taken = borrowed(ids, encoding)
+    ids = ids[taken:]
     if ids[:1] != head[:1]:
-        return head, ids
+        # Without a `<|start|>` of its own, it was sampled behind the prompt's.
+        return head if taken else [head[0], *_short(encoding, "assistant")], ids
     size = len(head) if ids[: len(head)] == head else 1  # 1: the model sampled another header
     return ids[:size], ids[size:]
-
-
-def _continues(
-    before: Sequence[int] | None, ids: Sequence[int], encoding: tiktoken.Encoding
-) -> int:
-    """Return `_borrowed` of ids if they follow the sampled ids `before`, which lack their end."""
-    ends = (special_id(encoding, "<|end|>"), *stop_ids(encoding))
-    if before is None or (before and before[-1] in ends):
-        return 0
-    return _borrowed(ids, encoding)
-
-
-def _borrowed(ids: Sequence[int], encoding: tiktoken.Encoding) -> int:
-    """Count the first ids that end the message before: 0, unless `<|start|>` is missing after it.
-
-    `to_messages` gives such a message the `<|end|>` of the one before, to tell it from the first
-    message of a turn, whose `<|start|>` is in the prompt.
-    """
-    end, size = special_id(encoding, "<|end|>"), 0
-    if list(ids[:1]) != [end]:
-        return 0
-    opens = special_id(encoding, "<|channel|>"), special_id(encoding, "<|message|>")
-    closes = special_id(encoding, "<|start|>"), *stop_ids(encoding)
-    for k, token in enumerate(ids):
-        if token in opens:
-            return size
-        if token in closes:
-            break
-        if token == end:
-            size = k + 1
-    return 0

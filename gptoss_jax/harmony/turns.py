@@ -1,14 +1,20 @@
-"""Turns of a chat: the analysis that a history leaves out, and which turns are trained then."""
+"""Turns of a chat: the analysis that a history leaves out, and which turns are trained then.
+
+Also how a sampled message goes on in the same turn without its `<|start|>`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.channels import HISTORIES, TURNS
 from gptoss_jax.harmony.messages import Message, Part, expand
-from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
+from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, special_id, stop_ids
+
+if TYPE_CHECKING:
+    import tiktoken
 
 
 def drop_analysis(parts: list[Part], history: str) -> list[Part]:
@@ -76,3 +82,32 @@ def count_untrained(
         elif id(part) in untrained and not counted:
             count, counted = count + (i >= first), True
     return count
+
+
+def continues(before: Sequence[int] | None, ids: Sequence[int], encoding: tiktoken.Encoding) -> int:
+    """Return `borrowed` of ids if they follow the sampled ids `before`, which lack their end."""
+    ends = (special_id(encoding, "<|end|>"), *stop_ids(encoding))
+    if before is None or (before and before[-1] in ends):
+        return 0
+    return borrowed(ids, encoding)
+
+
+def borrowed(ids: Sequence[int], encoding: tiktoken.Encoding) -> int:
+    """Count the first ids that end the message before: 0, unless `<|start|>` is missing after it.
+
+    `to_messages` gives such a message the `<|end|>` of the one before, to tell it from the first
+    message of a turn, whose `<|start|>` is in the prompt.
+    """
+    end, size = special_id(encoding, "<|end|>"), 0
+    if list(ids[:1]) != [end]:
+        return 0
+    opens = special_id(encoding, "<|channel|>"), special_id(encoding, "<|message|>")
+    closes = special_id(encoding, "<|start|>"), *stop_ids(encoding)
+    for k, token in enumerate(ids):
+        if token in opens:
+            return size
+        if token in closes:
+            break
+        if token == end:
+            size = k + 1
+    return 0
