@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 import gptoss_jax
-from gptoss_jax.harmony.parser import ROLES, Header
+from gptoss_jax.harmony.parser import CHANNELS, ROLES, Header
 from gptoss_jax.harmony.tokenizer import load_ranks, special_id
 
 WEATHER = {
@@ -387,7 +387,9 @@ def headers(draw):
     role = draw(st.sampled_from(["system", "developer", "user", "assistant", "assistant", "tool"]))
     name = None
     if role == "tool":
-        plain = _HEADER_WORD.filter(lambda word: word.partition(":")[0] not in ROLES)
+        # A channel in place of a role is read as the assistant's channel.
+        others = *ROLES, *CHANNELS
+        plain = _HEADER_WORD.filter(lambda word: word.partition(":")[0] not in others)
         name = draw(plain)
     recipient = draw(_HEADER_WORD if role == "tool" else st.none() | _HEADER_WORD)
     content_type = draw(st.none() | _TYPE) if recipient else None
