@@ -99,6 +99,18 @@ MORE_CHATS = {
         ],
         _declares("f", **{name: {"type": "string"} for name in ("items", "keys", "values", "get")}),
     ),
+    "properties without a type": (
+        [USER],
+        [
+            {
+                "type": "function",
+                "function": {
+                    "name": "f",
+                    "parameters": {"properties": {"a": {"properties": {"b": {"type": "string"}}}}},
+                },
+            }
+        ],
+    ),
     "nulls": (
         [USER, _calls(_call("a", "f", x=None, y=None, z=1)), _result("1")],
         _declares("f", x={"type": "string"}, w=None),
