@@ -224,10 +224,8 @@ def _copy_side_files(
     for name in names:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, new / name)
-    raw = config_io.read_json(folder / "config.json") if weights.layout == "hf" else {}
-    # Our exports of before lack the version, by which transformers judges the tokenizer.
-    if raw and (not same or "transformers_version" not in raw):
-        raw.setdefault("transformers_version", config_io.TRANSFORMERS_VERSION)
+    if weights.layout == "hf" and not same:
+        raw = config_io.read_json(folder / "config.json")
         if dtype is not None:  # transformers 5 calls it dtype
             raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
         if form != weights.config.experts:

@@ -69,8 +69,9 @@ def folder(tmp_path_factory, args):
     os.chdir(ROOT)
     config = dataclasses.replace(command_line.load(args).model, lora=LoRAConfig())
     model = Transformer(config)
-    weights.save(tmp_path_factory.mktemp("base") / "hf", model, init_params(model, seed=5))
-    return tmp_path_factory.getbasetemp() / "base0" / "hf"
+    place = tmp_path_factory.mktemp("base") / "hf"
+    weights.save(place, model, init_params(model, seed=5))
+    return place
 
 
 @pytest.fixture(scope="module")
