@@ -10,7 +10,7 @@ AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 # Each process takes neighbours, so that the fixtures of a file are made once. The slowest tests are
 # listed at the end.
 TESTS := -m pytest -n 2 --dist worksteal --durations 30 --durations-min 5
-# Which cases of each slow test run; empty: all. .ci/run gives "--every 3 --part K".
+# Which cases of the slow tests run; empty: all. .ci/run gives "--in-turn --every 5 --part K".
 CASES ?=
 
 # glibc then asks for huge pages: a train step on a CPU takes three quarters of the time.

@@ -11,6 +11,17 @@ from pathlib import Path
 
 import pytest
 
+try:
+    import hypothesis
+except ImportError:  # the environment of the aot tier has none
+    hypothesis = None
+else:
+    # The same examples in each session: what passed here passes elsewhere. Other examples:
+    # `pytest --hypothesis-profile=new`. To explain a failure takes minutes, so nothing does.
+    _phases = [phase for phase in hypothesis.Phase if phase.name != "explain"]
+    hypothesis.settings.register_profile("same", derandomize=True, database=None, phases=_phases)
+    hypothesis.settings.register_profile("new", database=None, phases=_phases)
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -45,6 +56,11 @@ def pytest_addoption(parser):
         help="which cases --every takes, 0 to N-1; the N parts together are all cases",
     )
     parser.addoption(
+        "--in-turn",
+        action="store_true",
+        help="count the cases of all tests together: a test with few cases is not in every part",
+    )
+    parser.addoption(
         "--quick",
         action="store_true",
         help="compile for the CPU with little optimisation: a quarter of the compiler's time",
@@ -53,6 +69,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Ask for little optimisation before JAX is imported; runs that tests start inherit it."""
+    if hypothesis is not None and not config.getoption("--hypothesis-profile", None):
+        hypothesis.settings.load_profile("same")
     if config.getoption("--quick"):
         flags = ["--xla_backend_optimization_level=0"]
         if version("jax").startswith("0.10."):  # others do not know it, and XLA ends the process
@@ -81,12 +99,13 @@ def pytest_collection_modifyitems(config, items):
     every, part = config.getoption("--every"), config.getoption("--part")
     if every == 1:
         return
+    in_turn = config.getoption("--in-turn")
     tests = [item.nodeid.partition("[")[0] for item in items]
     cases, seen, kept, left_out = Counter(tests), Counter(), [], []
-    for item, test in zip(items, tests, strict=True):
+    for i, (item, test) in enumerate(zip(items, tests, strict=True)):
         # Other versions of JAX skip these cases, so at least every second one runs.
         n = min(every, 2) if item.get_closest_marker("skipif") else every
-        taken = seen[test] % n == part % min(n, cases[test])
+        taken = i % n == part % n if in_turn else seen[test] % n == part % min(n, cases[test])
         (kept if taken else left_out).append(item)
         seen[test] += 1
     config.hook.pytest_deselected(items=left_out)

@@ -164,7 +164,8 @@ def check_history(messages, ids, encoding):
     assert len(weights) == len(tokens)
     assert not any(weights[: len(prompt)])
     said = [message for message in kept if message["role"] == "assistant"]
-    final = not {"channel", "tool_calls"} & said[-1].keys()
+    # A model may break its own header off and go on with a tool's message: then it said nothing.
+    final = bool(said) and not {"channel", "tool_calls"} & said[-1].keys()
     if final and "analysis" in {message.get("channel") for message in kept}:
         return  # it may be dropped
     follow = render_prompt([USER, *kept, USER], tokenizer=encoding)
@@ -195,6 +196,15 @@ def test_mutated_and_truncated_streams(examples):
             check_history(messages, ids, encoding)
 
     body()
+
+
+def test_a_stream_without_a_message_of_the_assistant():
+    for encoding in ENCODINGS:
+        text = "<|channel|>comment<|start|>functions.f to=assistant<|message|>é<|call|>"
+        ids = encoding.encode(text, allowed_special="all")
+        messages = check_stream(ids, encoding, after_prompt=True, chunks=[])
+        assert [message.header.role for message in messages] == ["tool"]
+        check_history(messages, ids, encoding)
 
 
 def test_every_truncation_of_a_stream():
